@@ -1,0 +1,1 @@
+//! The configuration: defaults, file, command line, in this order.

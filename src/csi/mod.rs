@@ -1,0 +1,1 @@
+//! Serves the Container Storage Interface: Identity and Node.

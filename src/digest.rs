@@ -1,0 +1,185 @@
+//! Names content: what a registry, an image or a cache calls a run of bytes.
+//!
+//! Each kind of digest is its own type, because mixing them up serves wrong bytes: a
+//! [`BlobDigest`] names *compressed* bytes as a registry stores them, a [`DiffId`] the
+//! *uncompressed* tar, a [`ManifestDigest`] an image, a [`ChunkDigest`] a chunk of a layer.
+
+use std::{fmt, str::FromStr};
+
+use sha2::{Digest, Sha256};
+
+/// Says why a text is not a digest.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum DigestError {
+    /// The algorithm is one that this driver does not verify.
+    #[error("digest {text:?} is not supported: only sha256 digests are")]
+    Algorithm {
+        /// The text as it came.
+        text: String,
+    },
+    /// The hexadecimal part is malformed.
+    #[error(
+        "digest {text:?} is malformed: 64 lower-case hexadecimal digits must follow \"sha256:\""
+    )]
+    Hex {
+        /// The text as it came.
+        text: String,
+    },
+}
+
+/// Writes bytes as lower-case hexadecimal digits.
+pub fn to_hex(bytes: &[u8]) -> String {
+    use fmt::Write as _;
+    let mut text = String::with_capacity(bytes.len() * 2);
+    for byte in bytes {
+        // Writing to a String cannot fail.
+        let _ = write!(text, "{byte:02x}");
+    }
+    text
+}
+
+/// Reads exactly 64 lower-case hexadecimal digits.
+pub fn from_hex(text: &str) -> Option<[u8; 32]> {
+    fn nibble(digit: u8) -> Option<u8> {
+        match digit {
+            b'0'..=b'9' => Some(digit - b'0'),
+            b'a'..=b'f' => Some(digit - b'a' + 10),
+            _ => None,
+        }
+    }
+    let digits: &[u8; 64] = text.as_bytes().try_into().ok()?;
+    let mut bytes = [0; 32];
+    for (byte, pair) in bytes.iter_mut().zip(digits.chunks_exact(2)) {
+        *byte = nibble(pair[0])? << 4 | nibble(pair[1])?;
+    }
+    Some(bytes)
+}
+
+macro_rules! sha256_digest {
+    ($(#[$doc:meta])* $name:ident) => {
+        $(#[$doc])*
+        #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+        pub struct $name([u8; 32]);
+
+        impl $name {
+            /// Wraps the 32 raw bytes of a SHA-256.
+            pub const fn from_bytes(bytes: [u8; 32]) -> Self {
+                Self(bytes)
+            }
+
+            /// Hashes `content`.
+            pub fn of(content: &[u8]) -> Self {
+                Self(Sha256::digest(content).into())
+            }
+
+            /// The 32 raw bytes.
+            pub const fn as_bytes(&self) -> &[u8; 32] {
+                &self.0
+            }
+
+            /// The 64 hexadecimal digits, without the algorithm: fit for a file name.
+            pub fn hex(&self) -> String {
+                to_hex(&self.0)
+            }
+        }
+
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                write!(f, "sha256:{}", self.hex())
+            }
+        }
+
+        impl fmt::Debug for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                fmt::Display::fmt(self, f)
+            }
+        }
+
+        impl FromStr for $name {
+            type Err = DigestError;
+
+            /// Parses `sha256:<64 hex>` (OCI image-spec v1.1, descriptor.md, "Digests").
+            fn from_str(text: &str) -> Result<Self, DigestError> {
+                let Some(hex) = text.strip_prefix("sha256:") else {
+                    return Err(DigestError::Algorithm { text: text.to_owned() });
+                };
+                let bytes = from_hex(hex).ok_or_else(|| DigestError::Hex { text: text.to_owned() })?;
+                Ok(Self(bytes))
+            }
+        }
+    };
+}
+
+sha256_digest! {
+    /// SHA-256 of a layer's *compressed* bytes, as the registry stores them.
+    BlobDigest
+}
+sha256_digest! {
+    /// SHA-256 of a layer's *uncompressed* tar (OCI image-spec v1.1, config.md, "Layer DiffID").
+    DiffId
+}
+sha256_digest! {
+    /// SHA-256 of an image manifest: names one image for one platform.
+    ManifestDigest
+}
+
+/// BLAKE3 of one chunk of a decompressed layer.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+pub struct ChunkDigest([u8; 32]);
+
+impl ChunkDigest {
+    /// Wraps the 32 raw bytes of a BLAKE3.
+    pub const fn from_bytes(bytes: [u8; 32]) -> Self {
+        Self(bytes)
+    }
+
+    /// Hashes `content`.
+    pub fn of(content: &[u8]) -> Self {
+        Self(blake3::hash(content).into())
+    }
+
+    /// The 32 raw bytes.
+    pub const fn as_bytes(&self) -> &[u8; 32] {
+        &self.0
+    }
+}
+
+impl fmt::Debug for ChunkDigest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "blake3:{}", to_hex(&self.0))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_digest_survives_print_and_parse() {
+        let digest = BlobDigest::of(b"abc");
+        assert_eq!(
+            digest.to_string(),
+            "sha256:ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+        );
+        assert_eq!(digest.to_string().parse(), Ok(digest));
+    }
+
+    #[test]
+    fn malformed_digests_are_refused() {
+        let hex = "a".repeat(64);
+        for text in [
+            String::new(),
+            hex.clone(),
+            format!("sha512:{hex}"),
+            format!("sha256:{}", &hex[1..]),
+            format!("sha256:{hex}a"),
+            format!("sha256:{}", hex.to_uppercase()),
+            format!("sha256:../{}", &hex[3..]),
+        ] {
+            assert!(
+                text.parse::<DiffId>().is_err(),
+                "{text:?} was taken for a digest"
+            );
+        }
+    }
+}

@@ -1,0 +1,103 @@
+//! Publishes files atomically: a reader, or a restart after a crash, sees all of a file or none.
+
+use std::{
+    fs::{self, File, OpenOptions},
+    io::{self, Write},
+    path::{Path, PathBuf},
+    sync::atomic::{AtomicU64, Ordering},
+};
+
+/// Suffix of names that are not published yet; what a crash leaves behind ends in it.
+pub const TEMPORARY_SUFFIX: &str = ".tmp";
+
+/// Returns a name beside `path` that no other process or thread uses.
+///
+/// The process id alone would do on one node but for pid namespaces: two containers may share the
+/// directory and the pid, hence the random part.
+pub fn temporary_beside(path: &Path) -> PathBuf {
+    static COUNTER: AtomicU64 = AtomicU64::new(0);
+    let count = COUNTER.fetch_add(1, Ordering::Relaxed);
+    let mut name = path.file_name().unwrap_or_default().to_owned();
+    name.push(format!(
+        ".{}-{:016x}-{count}{TEMPORARY_SUFFIX}",
+        std::process::id(),
+        random()
+    ));
+    path.with_file_name(name)
+}
+
+/// A number that differs between processes: std seeds each hasher from the system's randomness.
+fn random() -> u64 {
+    use std::hash::{BuildHasher, Hasher};
+    std::collections::hash_map::RandomState::new()
+        .build_hasher()
+        .finish()
+}
+
+/// Writes `content` to `path`: temporary name, fsync, rename, fsync of the directory.
+///
+/// # Errors
+/// Those of the file system; then `path` is as it was, and the temporary file is gone.
+///
+/// # Blocking
+/// Waits for the disk.
+pub fn publish(path: &Path, content: &[u8]) -> io::Result<()> {
+    let temporary = temporary_beside(path);
+    let written = (|| {
+        let mut file = OpenOptions::new()
+            .write(true)
+            .create_new(true)
+            .open(&temporary)?;
+        file.write_all(content)?;
+        file.sync_all()?;
+        fs::rename(&temporary, path)?;
+        sync_parent(path)
+    })();
+    if written.is_err() {
+        // The first error is the one that says what happened; the file may not exist.
+        let _ = fs::remove_file(&temporary);
+    }
+    written
+}
+
+/// Makes the entry of `path` in its directory durable.
+///
+/// # Errors
+/// Those of the file system.
+pub fn sync_parent(path: &Path) -> io::Result<()> {
+    match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => File::open(parent)?.sync_all(),
+        _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_published_file_replaces_the_old_one_and_leaves_nothing_else() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("file");
+        publish(&path, b"old").unwrap();
+        publish(&path, b"new").unwrap();
+        assert_eq!(fs::read(&path).unwrap(), b"new");
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_failed_publish_leaves_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("occupied");
+        fs::create_dir(&path).unwrap();
+        assert!(publish(&path, b"new").is_err());
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn temporary_names_differ() {
+        let path = Path::new("/x/y");
+        assert_ne!(temporary_beside(path), temporary_beside(path));
+        assert_eq!(temporary_beside(path).parent(), path.parent());
+    }
+}

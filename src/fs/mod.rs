@@ -1,0 +1,1 @@
+//! Answers file system questions about an image, without a kernel.

@@ -1,0 +1,1 @@
+//! The merged tree of an image, as data: no I/O, no runtime.

@@ -1,0 +1,1 @@
+//! Builds an image's index from its layers.

@@ -1,0 +1,41 @@
+//! Mounts OCI images lazily: files appear at once and their bytes are fetched when they are read.
+//!
+//! Start with [`index`] (what an image's merged tree is), then [`layer`] (where its bytes come
+//! from), then [`fs`] and [`fuse`] (how the kernel reads them) and [`csi`] (how Kubernetes asks).
+//! `docs/ARCHITECTURE.md` has the map; `tests/it/layering.rs` keeps the direction of imports.
+
+// Modules in reading order, outermost last.
+pub mod chunk;
+pub mod clock;
+pub mod digest;
+pub mod disk;
+pub mod metrics;
+pub mod secret;
+pub mod sys;
+pub mod telemetry;
+
+pub mod index;
+pub mod tar;
+
+pub mod codec;
+pub mod tier;
+
+pub mod registry;
+pub mod remote;
+
+pub mod layer;
+
+pub mod fs;
+pub mod indexer;
+
+pub mod fuse;
+
+pub mod mount;
+
+pub mod admin;
+pub mod csi;
+pub mod pb;
+
+pub mod cli;
+pub mod config;
+pub mod run;

@@ -1,0 +1,5 @@
+//! The `clip-csi` program.
+
+fn main() {
+    clip_csi::sys::tune_allocator();
+}

@@ -1,0 +1,286 @@
+//! Every metric of the driver: names, units, labels, in one place.
+//!
+//! Labels come from closed sets only; an image, a digest, a pod or a path is never a label, those
+//! belong in logs. `docs/METRICS.md` has the table, and a test compares it with [`Metrics`].
+
+use prometheus::{
+    Gauge, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, Opts,
+    Registry, TextEncoder,
+};
+
+/// Where the bytes of a read came from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Tier {
+    /// The local disk cache.
+    Disk,
+    /// The remote content cache.
+    ContentCache,
+    /// The OCI registry.
+    Registry,
+}
+
+impl Tier {
+    /// All tiers, in the order in which they are asked.
+    pub const ALL: [Self; 3] = [Self::Disk, Self::ContentCache, Self::Registry];
+
+    /// The value of the label `tier`.
+    pub const fn label(self) -> &'static str {
+        match self {
+            Self::Disk => "disk",
+            Self::ContentCache => "content_cache",
+            Self::Registry => "registry",
+        }
+    }
+}
+
+/// How a tier answered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Outcome {
+    /// It had the bytes.
+    Hit,
+    /// It did not have them.
+    Miss,
+    /// It is broken, or what it had was wrong.
+    Error,
+}
+
+impl Outcome {
+    /// All outcomes.
+    pub const ALL: [Self; 3] = [Self::Hit, Self::Miss, Self::Error];
+
+    /// The value of the label `outcome`.
+    pub const fn label(self) -> &'static str {
+        match self {
+            Self::Hit => "hit",
+            Self::Miss => "miss",
+            Self::Error => "error",
+        }
+    }
+}
+
+/// Upper bounds for the time a read takes, from a page-cache hit to a slow registry.
+const READ_BUCKETS_SECONDS: &[f64] = &[
+    50e-6, 100e-6, 250e-6, 500e-6, 1e-3, 2.5e-3, 5e-3, 10e-3, 25e-3, 50e-3, 0.1, 0.25, 0.5, 1.0,
+    2.5, 5.0, 10.0, 30.0,
+];
+
+/// Upper bounds for the time a CSI call or an index takes, up to kubelet's limit of two minutes.
+const CALL_BUCKETS_SECONDS: &[f64] = &[
+    5e-3, 10e-3, 25e-3, 50e-3, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0,
+];
+
+/// The metrics of one process.
+#[derive(Debug, Clone)]
+pub struct Metrics {
+    registry: Registry,
+    /// Reads by the tier that was asked and how it answered.
+    pub tier_reads: IntCounterVec,
+    /// Bytes of the layer that a tier delivered.
+    pub tier_read_bytes: IntCounterVec,
+    /// Time until a tier had delivered.
+    pub tier_read_duration: HistogramVec,
+    /// FUSE requests by operation and outcome.
+    pub fuse_requests: IntCounterVec,
+    /// Layers decompressed from the registry's bytes, by outcome.
+    pub layer_decompressions: IntCounterVec,
+    /// Bytes that decompression wrote.
+    pub layer_decompressed_bytes: IntCounter,
+    /// Waiters that joined a layer's fill instead of starting their own.
+    pub single_flight_followers: IntCounter,
+    /// Bytes of chunks present in the local disk cache.
+    pub layer_cache_bytes: IntGauge,
+    /// Layers in the local disk cache.
+    pub layer_cache_layers: IntGauge,
+    /// Bytes or digests that did not match, by the tier they came from.
+    pub verify_failures: IntCounterVec,
+    /// Requests to the remote content cache by operation and outcome.
+    pub remote_requests: IntCounterVec,
+    /// Time of requests to the remote content cache.
+    pub remote_request_duration: HistogramVec,
+    /// Whether the remote content cache is asked (1) or skipped after failures (0).
+    pub remote_up: IntGauge,
+    /// Layers whose upload to the remote content cache ended, by outcome.
+    pub remote_uploads: IntCounterVec,
+    /// Bytes uploaded to the remote content cache.
+    pub remote_upload_bytes: IntCounter,
+    /// Requests to registries by operation and class of status code.
+    pub registry_requests: IntCounterVec,
+    /// Compressed bytes received from registries.
+    pub registry_read_bytes: IntCounter,
+    /// Time to build an image's index, layers included.
+    pub index_build_duration: Histogram,
+    /// Source mounts, one per image and options.
+    pub mounts: IntGauge,
+    /// Published volumes.
+    pub volumes: IntGauge,
+    /// CSI calls by name and gRPC code.
+    pub csi_requests: IntCounterVec,
+    /// Time of CSI calls.
+    pub csi_request_duration: HistogramVec,
+    /// Resident memory of this process.
+    pub process_resident_memory_bytes: Gauge,
+    /// Its highest value so far.
+    pub process_resident_memory_highwater_bytes: Gauge,
+    /// One series with the value 1 that carries the version.
+    pub build_info: IntCounterVec,
+}
+
+impl Metrics {
+    /// Makes the metrics, with every labelled series of the closed sets at zero, so that a ratio
+    /// can be computed before the first event.
+    ///
+    /// # Panics
+    /// If two metrics have one name, which a test excludes.
+    pub fn new() -> Self {
+        let registry = Registry::new();
+        let make = Maker {
+            registry: &registry,
+        };
+        let metrics = Self {
+            tier_reads: make.counters("tier_reads_total", "Reads by the tier that was asked and how it answered.", &["tier", "outcome"]),
+            tier_read_bytes: make.counters("tier_read_bytes_total", "Bytes that a tier delivered to readers.", &["tier"]),
+            tier_read_duration: make.histograms("tier_read_duration_seconds", "Time until a tier had delivered the bytes of a read.", &["tier"], READ_BUCKETS_SECONDS),
+            fuse_requests: make.counters("fuse_requests_total", "FUSE requests by operation and outcome.", &["op", "outcome"]),
+            layer_decompressions: make.counters("layer_decompressions_total", "Layers decompressed from the registry's bytes, by outcome.", &["outcome"]),
+            layer_decompressed_bytes: make.counter("layer_decompressed_bytes_total", "Bytes that decompression wrote."),
+            single_flight_followers: make.counter("single_flight_followers_total", "Waiters that joined a layer's fill instead of starting their own."),
+            layer_cache_bytes: make.int_gauge("layer_cache_bytes", "Bytes of chunks present in the local disk cache."),
+            layer_cache_layers: make.int_gauge("layer_cache_layers", "Layers in the local disk cache."),
+            verify_failures: make.counters("verify_failures_total", "Bytes that did not match their digest, by the tier they came from.", &["tier"]),
+            remote_requests: make.counters("remote_requests_total", "Requests to the remote content cache by operation and outcome.", &["op", "outcome"]),
+            remote_request_duration: make.histograms("remote_request_duration_seconds", "Time of requests to the remote content cache.", &["op"], READ_BUCKETS_SECONDS),
+            remote_up: make.int_gauge("remote_up", "Whether the remote content cache is asked (1), or skipped after failures or not configured (0)."),
+            remote_uploads: make.counters("remote_uploads_total", "Layers whose upload to the remote content cache ended, by outcome.", &["outcome"]),
+            remote_upload_bytes: make.counter("remote_upload_bytes_total", "Bytes uploaded to the remote content cache."),
+            registry_requests: make.counters("registry_requests_total", "Requests to registries by operation and class of status code.", &["op", "code"]),
+            registry_read_bytes: make.counter("registry_read_bytes_total", "Compressed bytes received from registries."),
+            index_build_duration: make.histogram("index_build_duration_seconds", "Time to build an image's index, its layers included.", CALL_BUCKETS_SECONDS),
+            mounts: make.int_gauge("mounts", "Source mounts: one per image and options."),
+            volumes: make.int_gauge("volumes", "Published volumes."),
+            csi_requests: make.counters("csi_requests_total", "CSI calls by name and gRPC code.", &["rpc", "code"]),
+            csi_request_duration: make.histograms("csi_request_duration_seconds", "Time of CSI calls.", &["rpc"], CALL_BUCKETS_SECONDS),
+            process_resident_memory_bytes: make.gauge("process_resident_memory_bytes", "Resident memory of this process (VmRSS)."),
+            process_resident_memory_highwater_bytes: make.gauge("process_resident_memory_highwater_bytes", "Highest resident memory of this process so far (VmHWM)."),
+            build_info: make.counters("build_info", "Always 1; the label carries the version.", &["version"]),
+            registry,
+        };
+        for tier in Tier::ALL {
+            for outcome in Outcome::ALL {
+                metrics
+                    .tier_reads
+                    .with_label_values(&[tier.label(), outcome.label()]);
+            }
+            metrics.tier_read_bytes.with_label_values(&[tier.label()]);
+            metrics
+                .tier_read_duration
+                .with_label_values(&[tier.label()]);
+            metrics.verify_failures.with_label_values(&[tier.label()]);
+        }
+        for outcome in ["ok", "error"] {
+            metrics.layer_decompressions.with_label_values(&[outcome]);
+            metrics.remote_uploads.with_label_values(&[outcome]);
+        }
+        for op in ["get", "put", "delete"] {
+            for outcome in Outcome::ALL {
+                metrics
+                    .remote_requests
+                    .with_label_values(&[op, outcome.label()]);
+            }
+            metrics.remote_request_duration.with_label_values(&[op]);
+        }
+        metrics
+            .build_info
+            .with_label_values(&[env!("CARGO_PKG_VERSION")])
+            .inc();
+        metrics
+    }
+
+    /// Counts a read that `tier` answered with `outcome`.
+    pub fn tier_read(&self, tier: Tier, outcome: Outcome) {
+        self.tier_reads
+            .with_label_values(&[tier.label(), outcome.label()])
+            .inc();
+    }
+
+    /// Writes all metrics in Prometheus' text format, the memory of this process read anew.
+    ///
+    /// # Errors
+    /// If a metric cannot be encoded, which no metric of the driver can cause.
+    pub fn encode(&self) -> prometheus::Result<String> {
+        let memory = crate::sys::memory();
+        // Byte counts of a process are far below 2^52, so that f64 holds them exactly.
+        self.process_resident_memory_bytes
+            .set(memory.resident_bytes as f64);
+        self.process_resident_memory_highwater_bytes
+            .set(memory.highwater_bytes as f64);
+        TextEncoder::new().encode_to_string(&self.registry.gather())
+    }
+
+    /// The registry: for the test that compares it with the documentation.
+    pub fn registry(&self) -> &Registry {
+        &self.registry
+    }
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// Makes a metric with the driver's prefix and registers it.
+struct Maker<'a> {
+    registry: &'a Registry,
+}
+
+impl Maker<'_> {
+    fn registered<C: prometheus::core::Collector + Clone + 'static>(
+        &self,
+        made: prometheus::Result<C>,
+    ) -> C {
+        let metric = made.expect("names, labels and buckets are constants that a test checks");
+        self.registry
+            .register(Box::new(metric.clone()))
+            .expect("names are unique, a test checks");
+        metric
+    }
+
+    fn counter(&self, name: &str, help: &str) -> IntCounter {
+        self.registered(IntCounter::with_opts(
+            Opts::new(name, help).namespace("clip_csi"),
+        ))
+    }
+
+    fn counters(&self, name: &str, help: &str, labels: &[&str]) -> IntCounterVec {
+        self.registered(IntCounterVec::new(
+            Opts::new(name, help).namespace("clip_csi"),
+            labels,
+        ))
+    }
+
+    fn int_gauge(&self, name: &str, help: &str) -> IntGauge {
+        self.registered(IntGauge::with_opts(
+            Opts::new(name, help).namespace("clip_csi"),
+        ))
+    }
+
+    fn gauge(&self, name: &str, help: &str) -> Gauge {
+        self.registered(Gauge::with_opts(
+            Opts::new(name, help).namespace("clip_csi"),
+        ))
+    }
+
+    fn histogram(&self, name: &str, help: &str, buckets: &[f64]) -> Histogram {
+        let options = HistogramOpts::new(name, help)
+            .namespace("clip_csi")
+            .buckets(buckets.to_vec());
+        self.registered(Histogram::with_opts(options))
+    }
+
+    fn histograms(&self, name: &str, help: &str, labels: &[&str], buckets: &[f64]) -> HistogramVec {
+        let options = HistogramOpts::new(name, help)
+            .namespace("clip_csi")
+            .buckets(buckets.to_vec());
+        self.registered(HistogramVec::new(options, labels))
+    }
+}

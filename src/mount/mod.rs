@@ -1,0 +1,1 @@
+//! Knows what is mounted where, and binds sources to targets.

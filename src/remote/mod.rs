@@ -1,0 +1,1 @@
+//! Shares decompressed layers between nodes through a remote content cache.

@@ -1,0 +1,184 @@
+//! The only module with `unsafe`: memory maps and the allocator's settings.
+
+#![expect(
+    unsafe_code,
+    reason = "mmap and mallopt have no safe interface; nothing else is here"
+)]
+
+use std::{
+    fs::File,
+    io,
+    ops::Deref,
+    sync::atomic::{AtomicU64, Ordering},
+};
+
+/// A file mapped for reading.
+///
+/// The mapped files are the driver's own, in a directory that only it writes, and are replaced by
+/// rename, never changed or cut in place: a page that is mapped stays what it was.
+#[derive(Debug)]
+pub struct MappedFile(memmap2::Mmap);
+
+impl MappedFile {
+    /// Maps the whole of `file`.
+    ///
+    /// # Errors
+    /// Those of mmap(2).
+    pub fn new(file: &File) -> io::Result<Self> {
+        // SAFETY: the file is not truncated or written while it is mapped (see the type's doc), so
+        // the bytes behind the returned slice neither change nor vanish.
+        let map = unsafe { memmap2::Mmap::map(file)? };
+        Ok(Self(map))
+    }
+
+    /// Gives the pages that were read back to the kernel; the next access faults them in again.
+    ///
+    /// Keeps a walk through a large index from growing the resident memory by the index's size.
+    pub fn drop_resident(&self) {
+        // SAFETY: MADV_DONTNEED on a shared, read-only, file-backed mapping loses no data.
+        // The advice is only that: a failure costs memory, not correctness.
+        let _ = unsafe { self.0.unchecked_advise(memmap2::UncheckedAdvice::DontNeed) };
+    }
+}
+
+impl Deref for MappedFile {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        &self.0
+    }
+}
+
+/// 64-bit words of a file, shared with every process that maps it.
+#[derive(Debug)]
+pub struct SharedWords(memmap2::MmapRaw);
+
+impl SharedWords {
+    /// Maps the whole of `file`, whose length must be a multiple of eight and must not change.
+    ///
+    /// # Errors
+    /// `InvalidData` for another length, or those of mmap(2).
+    pub fn new(file: &File) -> io::Result<Self> {
+        let map = memmap2::MmapRaw::map_raw(file)?;
+        if !map.len().is_multiple_of(8) {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidData,
+                "not whole 64-bit words",
+            ));
+        }
+        Ok(Self(map))
+    }
+
+    /// How many words there are.
+    pub fn len(&self) -> usize {
+        self.0.len() / 8
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Reads word `at`; sees what was written before a bit that it sees was set.
+    ///
+    /// # Panics
+    /// If there is no such word.
+    pub fn load(&self, at: usize) -> u64 {
+        self.word(at).load(Ordering::Acquire)
+    }
+
+    /// Sets bits of word `at` and returns the word as it was.
+    ///
+    /// # Panics
+    /// If there is no such word.
+    pub fn set_bits(&self, at: usize, bits: u64) -> u64 {
+        self.word(at).fetch_or(bits, Ordering::AcqRel)
+    }
+
+    /// Replaces word `at`.
+    ///
+    /// # Panics
+    /// If there is no such word.
+    pub fn store(&self, at: usize, value: u64) {
+        self.word(at).store(value, Ordering::Release);
+    }
+
+    fn word(&self, at: usize) -> &AtomicU64 {
+        assert!(at < self.len(), "word {at} of {}", self.len());
+        // SAFETY: the map is page-aligned and lives as long as `self`; `at` is inside it; all
+        // accesses, here and in other processes, are atomic.
+        unsafe { &*self.0.as_ptr().cast::<AtomicU64>().add(at) }
+    }
+}
+
+/// Sets the allocator up for a small resident size; call it first in `main`.
+///
+/// glibc raises its mmap threshold when a large block is freed, and later large blocks (fuser's
+/// 16 MiB read buffers) then come zeroed from the heap and stay resident: fixed thresholds keep
+/// them untouched pages of their own. One arena, because the threads allocate little.
+pub fn tune_allocator() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: mallopt(3) only sets parameters of the allocator, and no other thread runs yet.
+    unsafe {
+        libc::mallopt(libc::M_MMAP_THRESHOLD, 128 << 10);
+        libc::mallopt(libc::M_TRIM_THRESHOLD, 64 << 10);
+        libc::mallopt(libc::M_ARENA_MAX, 1);
+    }
+}
+
+/// Gives free heap pages back to the kernel: after a burst of work.
+pub fn trim_allocator() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: malloc_trim(3) is thread-safe and touches only free memory.
+    unsafe {
+        libc::malloc_trim(0);
+    }
+}
+
+/// Resident memory of this process.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Memory {
+    /// `VmRSS`.
+    pub resident_bytes: u64,
+    /// `VmHWM`.
+    pub highwater_bytes: u64,
+}
+
+/// Reads the resident memory of this process from `/proc/self/status`; zeros if it cannot.
+pub fn memory() -> Memory {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let field = |name: &str| {
+        let line = status.lines().find_map(|it| it.strip_prefix(name))?;
+        let kib: u64 = line.split_whitespace().next()?.parse().ok()?;
+        Some(kib << 10)
+    };
+    Memory {
+        resident_bytes: field("VmRSS:").unwrap_or(0),
+        highwater_bytes: field("VmHWM:").unwrap_or(0),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn words_are_shared_between_maps_of_one_file() {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(16).unwrap();
+        let (one, other) = (
+            SharedWords::new(&file).unwrap(),
+            SharedWords::new(&file).unwrap(),
+        );
+        assert_eq!(one.set_bits(1, 0b100), 0);
+        assert_eq!(other.load(1), 0b100);
+        file.set_len(9).unwrap();
+        assert!(SharedWords::new(&file).is_err());
+    }
+
+    #[test]
+    fn memory_is_read() {
+        let memory = memory();
+        assert!(0 < memory.resident_bytes && memory.resident_bytes <= memory.highwater_bytes);
+    }
+}

@@ -1,0 +1,1 @@
+//! Sets up logging: text or JSON lines on standard error.

@@ -1,0 +1,332 @@
+//! The contract between who reads a layer and where its bytes come from.
+//!
+//! Three seams, outermost first:
+//!
+//! - [`MakePresent`]: "make these chunks of this layer present on local disk". The side that
+//!   serves FUSE knows only this. It takes a callback, not a future, so that a server of plain
+//!   threads can use it as well as one with a runtime.
+//! - [`LayerCache`]: a shared tier that may miss. `Ok(None)` is a miss; an error is a broken tier,
+//!   and the next one is asked.
+//! - [`BlobSource`]: the origin. Its errors are the only ones that reach a reader.
+
+use std::{fmt, future::Future, ops::Range, path::PathBuf, pin::Pin, time::Duration};
+
+use bytes::Bytes;
+use futures_util::Stream;
+
+use crate::digest::{BlobDigest, DiffId};
+
+/// A boxed future, as object-safe async traits need it.
+pub type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
+
+/// The compressed bytes of a blob, in order.
+pub type BlobStream = Pin<Box<dyn Stream<Item = Result<Bytes, SourceError>> + Send>>;
+
+/// What an image's manifest and config say about one layer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LayerDesc {
+    /// Names the uncompressed tar.
+    pub diff_id: DiffId,
+    /// Names the blob in the registry.
+    pub blob: BlobDigest,
+    /// Size of the blob in the registry.
+    pub blob_bytes: u64,
+}
+
+/// Called once, with the outcome, from any thread.
+pub type PresentCallback = Box<dyn FnOnce(Result<(), PresentError>) + Send>;
+
+/// Makes chunks of layers present on local disk, verified.
+pub trait MakePresent: Send + Sync + fmt::Debug {
+    /// Makes `chunks` of `layer` present, then calls `done`.
+    ///
+    /// Returns at once. The wait is bounded: `done` is called in any case.
+    fn make_present(&self, layer: DiffId, chunks: Range<u32>, done: PresentCallback);
+}
+
+/// Says why chunks could not be made present.
+///
+/// Cloneable, because everybody who waits for the same fill is told.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum PresentError {
+    /// The origin failed, after its retries.
+    #[error("fetching layer {layer}")]
+    Origin {
+        /// The layer that was wanted.
+        layer: DiffId,
+        /// What the origin said.
+        #[source]
+        source: SourceError,
+    },
+    /// The bytes are not what they claim to be, or not what this driver takes.
+    #[error("layer {layer} is refused: {reason}")]
+    Refused {
+        /// The layer that was wanted.
+        layer: DiffId,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// The local disk has no room.
+    #[error("cache disk {path} is full: free space there, or give the cache a larger disk")]
+    NoSpace {
+        /// The cache directory.
+        path: PathBuf,
+    },
+    /// The local disk failed.
+    #[error("cache disk: {reason}")]
+    Disk {
+        /// What failed, on which file.
+        reason: String,
+    },
+    /// A configured limit was exceeded.
+    #[error("layer {layer} exceeds {limit} = {max}: raise the limit if the image is trusted")]
+    Limit {
+        /// The layer that was wanted.
+        layer: DiffId,
+        /// The limit's name in the configuration.
+        limit: &'static str,
+        /// Its value.
+        max: u64,
+    },
+    /// The work took longer than a reader may wait.
+    #[error("layer {layer}: no progress for {waited:?}")]
+    Timeout {
+        /// The layer that was wanted.
+        layer: DiffId,
+        /// How long nothing came.
+        waited: Duration,
+    },
+    /// The process is stopping, or the layer is not registered with it.
+    #[error("layer {layer} is not served by this process")]
+    Unknown {
+        /// The layer that was wanted.
+        layer: DiffId,
+    },
+}
+
+/// Reads blobs of one repository, with the credentials of one image.
+///
+/// An implementation retries and resumes by itself, bounded; what it reports is final.
+pub trait BlobSource: Send + Sync + fmt::Debug {
+    /// Opens the bytes of `blob` from `offset` on.
+    ///
+    /// # Errors
+    /// Those of [`SourceError`]. The stream ends early only with an error; the caller verifies the
+    /// digest, the source does not.
+    fn open<'a>(
+        &'a self,
+        blob: &'a BlobDigest,
+        blob_bytes: u64,
+        offset: u64,
+    ) -> BoxFuture<'a, Result<BlobStream, SourceError>>;
+}
+
+/// Says why the origin did not give what was asked.
+///
+/// Texts end up in `kubectl describe pod`: they name the object and what to do, never a secret.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum SourceError {
+    /// The registry has no such image or blob.
+    #[error("{what} was not found at {registry}: check the name, and that it was pushed")]
+    NotFound {
+        /// What was asked for.
+        what: String,
+        /// The registry's host.
+        registry: String,
+    },
+    /// The image exists, but not for the platform asked for.
+    #[error("{image} has no manifest for platform {wanted}; it has: {available}")]
+    WrongPlatform {
+        /// The image reference.
+        image: String,
+        /// The platform wanted, as `os/arch[/variant]`.
+        wanted: String,
+        /// The platforms of the image, comma-separated.
+        available: String,
+    },
+    /// Credentials are missing or wrong (HTTP 401).
+    #[error("{registry} wants credentials for {what}: {hint}")]
+    Unauthorized {
+        /// What was asked for.
+        what: String,
+        /// The registry's host.
+        registry: String,
+        /// What to do.
+        hint: String,
+    },
+    /// Credentials are right, but give no access (HTTP 403).
+    #[error("{registry} refuses access to {what}: the credentials lack the right to pull it")]
+    Forbidden {
+        /// What was asked for.
+        what: String,
+        /// The registry's host.
+        registry: String,
+    },
+    /// Too many requests (HTTP 429), after the retries.
+    #[error("{registry} limits requests (HTTP 429){}", .retry_after.map(|it| format!("; it asks to wait {} s", it.as_secs())).unwrap_or_default())]
+    RateLimited {
+        /// The registry's host.
+        registry: String,
+        /// What `Retry-After` said.
+        retry_after: Option<Duration>,
+    },
+    /// The registry is down, slow, or fails, after the retries.
+    #[error("{registry} is unavailable: {reason}")]
+    Unavailable {
+        /// The registry's host.
+        registry: String,
+        /// What was seen.
+        reason: String,
+    },
+    /// The registry answers, but not what its protocol demands, or not what the digest names.
+    #[error("{registry} answered wrongly: {reason}")]
+    Protocol {
+        /// The registry's host.
+        registry: String,
+        /// What was seen.
+        reason: String,
+    },
+    /// The image is of a kind that cannot be mounted, or the reference cannot be read.
+    #[error("{what}: {reason}")]
+    Unsupported {
+        /// What was asked for.
+        what: String,
+        /// Why not, and what would do.
+        reason: String,
+    },
+}
+
+impl SourceError {
+    /// Whether asking again later may succeed without anybody doing something.
+    pub fn is_transient(&self) -> bool {
+        match self {
+            Self::RateLimited { .. } | Self::Unavailable { .. } => true,
+            Self::NotFound { .. }
+            | Self::WrongPlatform { .. }
+            | Self::Unauthorized { .. }
+            | Self::Forbidden { .. }
+            | Self::Protocol { .. }
+            | Self::Unsupported { .. } => false,
+        }
+    }
+}
+
+/// Names a value in the remote content cache.
+///
+/// Keys carry no `{hash tag}`, so that the chunks of one layer spread over all shards.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum CacheKey {
+    /// The layer's manifest: size, chunk digests.
+    Manifest(DiffId),
+    /// The layer's index: its tar entries.
+    Index(DiffId),
+    /// Chunk `n` of the layer.
+    Chunk(DiffId, u32),
+}
+
+impl fmt::Display for CacheKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Manifest(layer) => write!(f, "clip:oci:layer:decompressed:{layer}"),
+            Self::Index(layer) => write!(f, "clip:oci:layer:decompressed:{layer}:index"),
+            Self::Chunk(layer, n) => write!(f, "clip:oci:layer:decompressed:{layer}:o:{n}"),
+        }
+    }
+}
+
+/// Whether a write may replace what is there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Put {
+    /// Leaves a value that is already there.
+    IfAbsent,
+    /// Replaces it.
+    Replace,
+}
+
+/// A store of bytes that all nodes share, and that may lose or corrupt any of them.
+///
+/// Bytes that come from it are hostile until the caller has verified them.
+pub trait LayerCache: Send + Sync + fmt::Debug {
+    /// The engine's name, for logs and metrics: from a closed set.
+    fn engine(&self) -> &'static str;
+
+    /// Returns the value of `key`, or `None` if the store does not have it.
+    ///
+    /// # Errors
+    /// [`TierError::Corrupt`] if the value is longer than `max_bytes`, before it is held in memory
+    /// where the engine allows that; the other variants when the tier is broken.
+    ///
+    /// # Cancellation
+    /// Safe: an abandoned call leaves nothing behind, and never hands its answer to another.
+    fn get(
+        &self,
+        key: CacheKey,
+        max_bytes: usize,
+    ) -> BoxFuture<'_, Result<Option<Bytes>, TierError>>;
+
+    /// Stores `value` under `key`. Readers see the old value or the new one, never a part.
+    ///
+    /// # Errors
+    /// [`TierError::Full`] if the store takes no more; the other variants when the tier is broken.
+    fn put(&self, key: CacheKey, value: Bytes, put: Put) -> BoxFuture<'_, Result<(), TierError>>;
+
+    /// Deletes the value of `key`; no error if there is none.
+    ///
+    /// # Errors
+    /// When the tier is broken.
+    fn delete(&self, key: CacheKey) -> BoxFuture<'_, Result<(), TierError>>;
+}
+
+/// Says how a tier is broken.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum TierError {
+    /// The engine answered with an error, or its disk failed.
+    #[error("remote content cache: {reason}")]
+    Io {
+        /// What was seen.
+        reason: String,
+    },
+    /// The value is not what was stored.
+    #[error("remote content cache holds a wrong value for {key}: {reason}")]
+    Corrupt {
+        /// The key.
+        key: CacheKey,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// No answer in time.
+    #[error("remote content cache did not answer within {after:?}")]
+    Timeout {
+        /// How long was waited.
+        after: Duration,
+    },
+    /// The engine cannot be reached.
+    #[error("remote content cache cannot be reached: {reason}")]
+    Unavailable {
+        /// What was seen.
+        reason: String,
+    },
+    /// The engine takes no more data.
+    #[error("remote content cache is full: {reason}")]
+    Full {
+        /// What was seen.
+        reason: String,
+    },
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn keys_are_the_documented_ones() {
+        let layer = DiffId::of(b"");
+        let base = "clip:oci:layer:decompressed:sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
+        assert_eq!(CacheKey::Manifest(layer).to_string(), base);
+        assert_eq!(CacheKey::Index(layer).to_string(), format!("{base}:index"));
+        assert_eq!(
+            CacheKey::Chunk(layer, 17).to_string(),
+            format!("{base}:o:17")
+        );
+    }
+}
