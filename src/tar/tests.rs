@@ -1,0 +1,1 @@
+//! Checks the parser as a whole.
