@@ -1,0 +1,8 @@
+//! The remote content cache: engines against one conformance kit, and all of it against a store
+//! that lies, dies or fills up.
+
+mod conformance;
+mod content;
+mod fixture;
+mod redis_engine;
+mod upload;
