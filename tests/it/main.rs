@@ -2,3 +2,6 @@
 
 mod layering;
 mod remote;
+mod mount;
+mod mount_fixture;
+mod pb;
