@@ -11,6 +11,7 @@ it, or a number where making it is slow and the sources change often.
 """
 
 import argparse
+import gzip
 import hashlib
 import json
 import os
@@ -24,7 +25,6 @@ import sys
 import tarfile
 import tempfile
 import time
-import zlib
 
 import nasty
 import tree
@@ -149,7 +149,8 @@ def gzip_image(it: Image, layers: list[bytes], **more) -> None:
 
 def uncompressed(it: Image) -> list[bytes]:
     """The layers of an image of this file as tars."""
-    return [zlib.decompress(it.layout.blob(layer["digest"]).read_bytes(), wbits=47) for layer in it.layout.layers(TAG)]
+    blobs = [(layer, it.layout.blob(layer["digest"]).read_bytes()) for layer in it.layout.layers(TAG)]
+    return [blob if layer["mediaType"] == oci.LAYER_TAR else gzip.decompress(blob) for layer, blob in blobs]
 
 
 # --- Debian with Python, made by the real tools ---
