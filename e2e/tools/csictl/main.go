@@ -26,6 +26,7 @@ const usage = `usage: csictl [--endpoint unix://PATH] [--timeout DURATION] COMMA
   publish ID TARGET [KEY=VALUE]... [--secret KEY=VALUE]... [--writable] [--block] [--bare] [--no-capability]
   unpublish ID TARGET
   stats ID PATH
+  serve-controller SOCKET IMAGE     serves CreateVolume for csi-sanity until it is killed
   info | plugin-caps | probe | caps | node-info
 The endpoint may also be given as CSI_ENDPOINT. Kubelet's limit of two minutes is the default timeout.
 --bare leaves out the pod's name that kubelet adds; --block asks for a block device.`
@@ -49,6 +50,10 @@ func main() {
 	if err != nil {
 		fmt.Fprintf(os.Stderr, "csictl: %v\n%s\n", err, usage)
 		os.Exit(2)
+	}
+	if opts.positional[0] == "serve-controller" && len(opts.positional) == 3 {
+		fmt.Fprintln(os.Stderr, "csictl:", serveController(opts.positional[1], opts.positional[2]))
+		os.Exit(1)
 	}
 	connection, err := grpc.NewClient(opts.endpoint,
 		grpc.WithTransportCredentials(insecure.NewCredentials()),
@@ -145,11 +150,11 @@ func parse(args []string) (*options, error) {
 			opts.positional = append(opts.positional, args[i])
 		}
 	}
-	if opts.endpoint == "" {
-		return nil, fmt.Errorf("no endpoint")
-	}
 	if len(opts.positional) == 0 {
 		return nil, fmt.Errorf("no command")
+	}
+	if opts.endpoint == "" && opts.positional[0] != "serve-controller" {
+		return nil, fmt.Errorf("no endpoint")
 	}
 	return opts, nil
 }
