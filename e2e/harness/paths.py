@@ -1,0 +1,21 @@
+"""Where things are: the clone, the cache outside it, scratch directories. Mirrors e2e/paths.sh."""
+
+import os
+import pathlib
+
+E2E = pathlib.Path(__file__).resolve().parent.parent
+REPO = E2E.parent
+
+
+def cache() -> pathlib.Path:
+    """What is expensive to make and the same for every run: images, tools."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.environ.get("HOME", "/root"), ".cache")
+    path = pathlib.Path(os.environ.get("CLIP_E2E_CACHE") or os.path.join(base, "clip-csi-e2e"))
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def binary() -> pathlib.Path:
+    """The program under test: CLIP_CSI_BIN, or what `cargo build --release` makes."""
+    target = os.environ.get("CARGO_TARGET_DIR") or REPO / "target"
+    return pathlib.Path(os.environ.get("CLIP_CSI_BIN") or pathlib.Path(target) / "release" / "clip-csi")

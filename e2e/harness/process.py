@@ -1,0 +1,159 @@
+"""Runs commands and servers, waits for them without fixed sleeps, and takes down what it started."""
+
+import contextlib
+import os
+import pathlib
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+
+# How long a server or a state may take on a loaded two-core machine.
+READY_SECONDS = 30
+# Between two looks at a condition.
+POLL_SECONDS = 0.005
+
+
+def say(text: str) -> None:
+    print(f"==> {text}", flush=True)
+
+
+class Failed(Exception):
+    """A command or a wait that failed, with what it printed."""
+
+
+def run(*command, check=True, env=None, timeout=600, cwd=None) -> subprocess.CompletedProcess:
+    """Runs a command to its end; with check, raises Failed with its output unless it exits with 0."""
+    words = [os.fspath(word) if not isinstance(word, bytes) else word for word in command]
+    full_env = {**os.environ, **env} if env else None
+    done = subprocess.run(words, capture_output=True, text=True, errors="backslashreplace", env=full_env, timeout=timeout, cwd=cwd)
+    if check and done.returncode != 0:
+        raise Failed(f"{' '.join(map(str, words))}: exit status {done.returncode}\n{done.stdout}{done.stderr}")
+    return done
+
+
+def wait_until(condition, what: str, seconds: float = READY_SECONDS):
+    """The first true value of `condition`, asked again and again; Failed when time is up."""
+    deadline = time.monotonic() + seconds
+    while True:
+        value = condition()
+        if value:
+            return value
+        if time.monotonic() > deadline:
+            raise Failed(f"waited {seconds} s in vain for: {what}")
+        time.sleep(POLL_SECONDS)
+
+
+def free_port() -> int:
+    """A loopback port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+class Server:
+    """A process that runs until it is stopped. Its output goes to files that the caller names."""
+
+    def __init__(self, command, stdout: pathlib.Path, stderr: pathlib.Path | None = None, env=None):
+        self.command = [os.fspath(word) for word in command]
+        self.stdout, self.stderr = stdout, stderr or stdout
+        with open(stdout, "ab") as out, open(self.stderr, "ab") as err:
+            self.process = subprocess.Popen(
+                self.command, stdin=subprocess.DEVNULL, stdout=out, stderr=err,
+                env={**os.environ, **env} if env else None,
+                # Its own group, so that ^C reaches this program first, which then takes it down.
+                start_new_session=True,
+            )
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def alive(self) -> bool:
+        return self.process.poll() is None
+
+    def wait_ready(self, ready, what: str, seconds: float = READY_SECONDS) -> None:
+        def condition():
+            if not self.alive():
+                tail = self.stderr.read_text(errors="backslashreplace")[-2000:]
+                raise Failed(f"{what} ended with {self.process.returncode} before it was ready:\n{tail}")
+            return ready()
+        wait_until(condition, f"{what} to be ready", seconds)
+
+    def stop(self, seconds: float = 10) -> int:
+        """Asks it to end, kills it when it does not; its exit status."""
+        if self.alive():
+            self.process.terminate()
+            try:
+                self.process.wait(seconds)
+            except subprocess.TimeoutExpired:
+                self.kill()
+        return self.process.returncode
+
+    def kill(self) -> None:
+        """kill -9, and waits until it is gone."""
+        if self.alive():
+            self.process.send_signal(signal.SIGKILL)
+        self.process.wait()
+
+
+def unescape_mountinfo(text: str) -> str:
+    """Undoes mountinfo's \\040 style of escapes."""
+    raw = text.encode()
+    for code in (b"\\040", b"\\011", b"\\012"):
+        raw = raw.replace(code, bytes([int(code[1:], 8)]))
+    return os.fsdecode(raw.replace(b"\\134", b"\\"))
+
+
+def mounts_below(directory) -> list[str]:
+    """Mount points at or below a directory, deepest and newest first. Never touches the mounts."""
+    top = os.path.realpath(directory)
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
+        points = [unescape_mountinfo(line.split(" ")[4]) for line in file]
+    return [point for point in reversed(points) if point == top or point.startswith(top + "/")]
+
+
+def unmount_below(directory) -> None:
+    """Lazily, because whoever served a mount may be dead."""
+    for point in mounts_below(directory):
+        subprocess.run(["umount", "-l", point], stderr=subprocess.DEVNULL, check=False)
+
+
+@contextlib.contextmanager
+def workspace(prefix: str, keep: bool = False):
+    """A scratch directory; what is mounted below it is unmounted and it is removed in any case.
+
+    It lies in the cache's file system and not in /tmp, which may be a tmpfs: the truth needs
+    device nodes and capabilities, and the measurements a disk.
+    """
+    from . import paths
+
+    parent = paths.cache() / "work"
+    parent.mkdir(exist_ok=True)
+    directory = pathlib.Path(tempfile.mkdtemp(prefix=prefix + ".", dir=parent))
+
+    def on_signal(number, _frame):
+        raise SystemExit(128 + number)
+
+    old = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield directory
+    finally:
+        unmount_below(directory)
+        for number, handler in old.items():
+            signal.signal(number, handler)
+        left = mounts_below(directory)
+        if left:
+            # Removing through a mount would remove what is mounted.
+            say(f"left in place, because it could not be unmounted: {left}")
+        elif keep:
+            say(f"kept: {directory}")
+        else:
+            shutil.rmtree(directory, ignore_errors=True)

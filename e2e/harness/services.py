@@ -1,0 +1,95 @@
+"""The real services: docker-registry and redis-server, on free loopback ports."""
+
+import collections
+import json
+import pathlib
+import re
+import socket
+import urllib.request
+
+from . import process
+
+BLOB_GET = re.compile(r'"GET /v2/\S+/blobs/(sha256:[0-9a-f]{64}) HTTP/[0-9.]+" (\d{3})')
+
+
+class Registry:
+    """A docker-registry. Its access log tells which blobs were fetched."""
+
+    def __init__(self, work: pathlib.Path, storage: pathlib.Path, *, htpasswd: str | None = None, name="registry"):
+        self.port, debug_port = process.free_port(), process.free_port()
+        self.host = f"127.0.0.1:{self.port}"
+        self.access_log = work / f"{name}.access.log"
+        config = work / f"{name}.yml"
+        auth = ""
+        if htpasswd is not None:
+            (work / f"{name}.htpasswd").write_text(htpasswd)
+            auth = f"auth: {{htpasswd: {{realm: e2e, path: {json.dumps(str(work / f'{name}.htpasswd'))}}}}}\n"
+        config.write_text(
+            "version: 0.1\n"
+            "log: {level: warn, accesslog: {disabled: false}}\n"
+            f"storage: {{filesystem: {{rootdirectory: {json.dumps(str(storage))}}}, delete: {{enabled: true}},"
+            " cache: {blobdescriptor: inmemory}}\n"
+            f"http: {{addr: '{self.host}', debug: {{addr: '127.0.0.1:{debug_port}', prometheus: {{enabled: true, path: /metrics}}}}}}\n"
+            "health: {storagedriver: {enabled: false}}\n" + auth
+        )
+        self.server = process.Server(
+            ["docker-registry", "serve", config], stdout=self.access_log, stderr=work / f"{name}.log",
+            # docker-registry configures itself from REGISTRY_*; none of the caller's may leak in.
+            env={"OTEL_TRACES_EXPORTER": "none"},
+        )
+        self.server.wait_ready(lambda: process.listens(self.port), "docker-registry")
+
+    def blob_gets(self, since: int = 0) -> collections.Counter:
+        """How often each blob was fetched successfully, from byte `since` of the access log on."""
+        with open(self.access_log, "rb") as log:
+            log.seek(since)
+            text = log.read().decode(errors="replace")
+        return collections.Counter(
+            digest for digest, status in BLOB_GET.findall(text) if status in ("200", "206", "307")
+        )
+
+    def mark(self) -> int:
+        """A place in the access log for `blob_gets`."""
+        return self.access_log.stat().st_size
+
+    def stop(self) -> None:
+        self.server.stop()
+
+
+class Redis:
+    """A redis-server without persistence that evicts what has a TTL, as the documentation advises."""
+
+    def __init__(self, work: pathlib.Path, *, port: int | None = None, maxmemory="512mb"):
+        self.port = port or process.free_port()
+        self.url = f"redis://127.0.0.1:{self.port}"
+        directory = work / f"redis-{self.port}"
+        directory.mkdir(exist_ok=True)
+        self.server = process.Server(
+            ["redis-server", "--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no",
+             "--dir", directory, "--maxmemory", maxmemory, "--maxmemory-policy", "volatile-lfu"],
+            stdout=directory / "log",
+        )
+        self.server.wait_ready(lambda: self.command("PING") == "PONG", "redis-server")
+
+    def command(self, *words: str) -> str | None:
+        """The reply's first line without its type, or None when nobody answers."""
+        try:
+            with socket.create_connection(("127.0.0.1", self.port), timeout=2) as connection:
+                payload = b"".join(b"$%d\r\n%s\r\n" % (len(w.encode()), w.encode()) for w in words)
+                connection.sendall(b"*%d\r\n" % len(words) + payload)
+                return connection.makefile("rb").readline().decode().strip()[1:]
+        except OSError:
+            return None
+
+    def stop(self) -> None:
+        self.server.stop()
+
+    def kill(self) -> None:
+        self.server.kill()
+
+
+def metrics(port: int) -> dict[str, float]:
+    """A /metrics page: 'name{labels}' as it is written -> value."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as page:
+        lines = page.read().decode().splitlines()
+    return {line.rsplit(" ", 1)[0]: float(line.rsplit(" ", 1)[1]) for line in lines if line and not line.startswith("#")}
