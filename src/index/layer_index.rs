@@ -224,6 +224,11 @@ impl<B: Deref<Target = [u8]>> LayerIndex<B> {
         &self.bytes[HEADER_BYTES..HEADER_BYTES + digest_bytes]
     }
 
+    /// Where the index is kept.
+    pub fn source(&self) -> &B {
+        &self.bytes
+    }
+
     /// The whole index, as it is stored.
     pub fn as_bytes(&self) -> &[u8] {
         &self.bytes

@@ -31,6 +31,12 @@ pub enum PrepareError {
         /// Its value.
         max: u64,
     },
+    /// The image's layers do not make a tree.
+    #[error("{reason}")]
+    Refused {
+        /// What is wrong with it.
+        reason: String,
+    },
     /// Something failed on this node that the request did not cause.
     #[error("{reason}")]
     Internal {
@@ -202,6 +208,7 @@ impl MountError {
                 };
             }
             PrepareError::Limit { .. } => return Self::Limit { image, cause },
+            PrepareError::Refused { .. } => return Self::Refused { image, cause },
             PrepareError::Internal { reason } => {
                 return Self::System {
                     doing: format!("preparing image {image}"),

@@ -1,7 +1,10 @@
 //! The integration tests: one binary, one module per subject.
 
 mod layering;
-mod remote;
+mod layers;
+mod metrics_doc;
 mod mount;
 mod mount_fixture;
 mod pb;
+mod remote;
+mod tidy;
