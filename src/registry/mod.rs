@@ -6,8 +6,8 @@
 //!
 //! From the outside in: `client` (what an image is made of) and `blob` (a stream that resumes) ask
 //! a `session` (one repository, one image's credentials), which asks `auth` for a token and
-//! `transport` for one GET. `retry` alone decides what is tried again. `reference`, `platform`,
-//! `credentials` and `manifest` are pure.
+//! `transport` for one GET, over connections as `tls` makes them. `retry` alone decides what is
+//! tried again. `reference`, `platform`, `credentials` and `manifest` are pure.
 //!
 //! From oci-client come the types of manifests and indexes. Its requests are not used, with the
 //! reasons in `auth` and `blob`, and because it keeps one user's credentials per registry for all
@@ -27,6 +27,7 @@ mod platform;
 mod reference;
 mod retry;
 mod session;
+mod tls;
 mod transport;
 
 pub use client::{RegistryClient, ResolvedImage};

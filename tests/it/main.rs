@@ -1,10 +1,14 @@
 //! The integration tests: one binary, one module per subject.
 
+mod admin;
+mod csi;
 mod layering;
 mod layers;
 mod metrics_doc;
 mod mount;
 mod mount_fixture;
 mod pb;
+mod registry;
 mod remote;
+mod tar;
 mod tidy;
