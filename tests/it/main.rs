@@ -1,3 +1,6 @@
 //! The integration tests: one binary, one module per subject.
 
 mod layering;
+mod tar;
+mod tar_fuzz;
+mod tar_tools;
