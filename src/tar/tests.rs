@@ -1,1 +1,0 @@
-//! Checks the parser as a whole.
