@@ -1,6 +1,11 @@
 //! The remote content cache: engines against one conformance kit, and all of it against a store
 //! that lies, dies or fills up.
 
+#![expect(
+    clippy::unwrap_used,
+    reason = "clippy.toml allows it in #[test] only, not in helpers"
+)]
+
 mod conformance;
 mod content;
 mod fixture;

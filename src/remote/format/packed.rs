@@ -186,14 +186,26 @@ mod tests {
     #[test]
     fn golden_bytes_of_chunk_and_index() {
         assert_eq!(encode_chunk(b"abc"), b"\0abc");
-        // lz4 block: 1 literal, a match of 94 bytes at offset 1, then 5 literals.
-        let a100 = [b'a'; 100];
-        let lz4 = b"\x1fa\x01\x00\x4b\x50aaaaa";
-        assert_eq!(encode_chunk(&a100), [b"\x01", &lz4[..]].concat());
         assert_eq!(encode_index(b"abc"), b"CLRI\x01\0\0\0\x03\0\0\0\0\0\0\0abc");
+        // By hand, from the LZ4 block format: 1 literal, a match of 4 + 15 + 75 bytes at offset 1,
+        // then 5 literals. Encoders may choose otherwise, decoders must take it.
+        let lz4 = b"\x1fa\x01\x00\x4b\x50aaaaa";
+        let content = [b'a'; 100];
+        let digest = ChunkDigest::of(&content);
+        let chunk = [b"\x01", &lz4[..]].concat();
         assert_eq!(
-            encode_index(&a100),
-            [b"CLRI\x01\x01\0\0\x64\0\0\0\0\0\0\0", &lz4[..]].concat()
+            decode_chunk(chunk.into(), 100, &digest).unwrap(),
+            &content[..]
+        );
+        let index = [b"CLRI\x01\x01\0\0\x64\0\0\0\0\0\0\0", &lz4[..]].concat();
+        assert_eq!(
+            decode_index(index.into(), 100, &digest).unwrap(),
+            &content[..]
+        );
+        assert_eq!(encode_chunk(&content)[0], LZ4);
+        assert_eq!(
+            encode_index(&content)[..16],
+            *b"CLRI\x01\x01\0\0\x64\0\0\0\0\0\0\0"
         );
     }
 

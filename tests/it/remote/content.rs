@@ -371,6 +371,14 @@ impl std::io::Write for Log {
 /// Operators search for these messages.
 #[tokio::test]
 async fn the_log_has_one_line_per_layer_and_none_per_chunk() {
+    // With a single subscriber in the process, tracing asks the current thread's for its interest
+    // when an event is first met, and remembers "none" if another test's thread was first. With a
+    // global one beside it, it asks both. Another test may have installed one: as good.
+    let _ = tracing::subscriber::set_global_default(
+        tracing_subscriber::fmt()
+            .with_writer(std::io::sink)
+            .finish(),
+    );
     let log = Log::default();
     let writer = log.clone();
     let subscriber = tracing_subscriber::fmt()
