@@ -1,5 +1,7 @@
 //! The integration tests: one binary, one module per subject.
 
+mod admin;
+mod csi;
 mod layering;
 mod mount;
 mod mount_fixture;
