@@ -8,7 +8,6 @@
     clippy::allow_attributes,
     clippy::allow_attributes_without_reason,
     clippy::doc_markdown,
-    rustdoc::all,
     reason = "generated: its style is prost's, its comments are the specification's"
 )]
 #[rustfmt::skip]

@@ -2,16 +2,21 @@
 
 #![expect(clippy::unwrap_used, reason = "helpers of tests fail the test")]
 
-use std::{fs, io, path::Path, sync::atomic::Ordering};
+use std::{
+    ffi::CString, fs, io, os::fd::AsRawFd, path::Path, sync::atomic::Ordering, time::Duration,
+};
 
 use clip_csi::{
     disk,
     metrics::Metrics,
-    mount::{MountError, MountInfo, MountTable, PrepareError, PullCredentials, Recovered},
+    mount::{
+        MountError, MountInfo, MountTable, PrepareError, PullCredentials, Recovered, SOURCE_NAME,
+    },
     secret::Secret,
     tier::SourceError,
 };
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
+use tokio::time::timeout;
 
 use crate::mount_fixture::{
     FakeMounter, Scratch, manifest, publish_request, skip_without_mounts, unpublish_request,
@@ -526,6 +531,73 @@ async fn a_source_that_died_is_replaced_when_the_volume_is_published_again() {
     assert_eq!(image_at(&one), "app");
     world.unpublish("v1", &one).await;
     world.assert_nothing_is_left(&one);
+}
+
+/// A FUSE mount as the driver's sources are, whose server never answers; dead once the file is
+/// closed.
+fn mount_fuse(path: &Path) -> io::Result<fs::File> {
+    let device = fs::OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open("/dev/fuse")?;
+    let options = format!(
+        "fd={},rootmode=40000,user_id=0,group_id=0",
+        device.as_raw_fd()
+    );
+    let options = CString::new(options).unwrap();
+    let flags = MountFlags::NOSUID | MountFlags::NODEV;
+    mount(SOURCE_NAME, path, "fuse", flags, options.as_c_str())?;
+    Ok(device)
+}
+
+#[tokio::test]
+async fn hung_and_dead_fuse_mounts_are_detached_without_being_touched() {
+    skip_without_mounts!("mount: hung FUSE");
+    for dead in [false, true] {
+        let scratch = Scratch::new();
+        let (lost, again) = (scratch.target("lost"), scratch.target("again"));
+        let source = scratch.state_dir().join("sources/00/mnt");
+        let mut servers = Vec::new();
+        for path in [&lost, &again, &source] {
+            fs::create_dir_all(path).unwrap();
+            match mount_fuse(path) {
+                Ok(server) => servers.push(server),
+                Err(err) => {
+                    eprintln!("SKIP mount: hung FUSE: {err}");
+                    return;
+                }
+            }
+        }
+        if dead {
+            servers.clear();
+            assert!(fs::metadata(&lost).is_err(), "the mount is not dead");
+        }
+        let started = tokio::task::spawn_blocking(move || {
+            let (mounter, metrics) = (FakeMounter::new(), Metrics::new());
+            let (table, recovered) = scratch.recover(&mounter, &metrics);
+            (
+                World {
+                    table,
+                    mounter,
+                    metrics,
+                    scratch,
+                },
+                recovered,
+            )
+        });
+        let limit = Duration::from_secs(5);
+        let (world, recovered) = timeout(limit, started).await.unwrap().unwrap();
+        assert_eq!(recovered.stale_sources, 1);
+        assert!(!source.exists());
+        // Both without a record: known by their name alone.
+        let published = world.publish("v", &again, "app");
+        timeout(limit, published).await.unwrap().unwrap();
+        assert_eq!(image_at(&again), "app");
+        timeout(limit, world.unpublish("w", &lost)).await.unwrap();
+        timeout(limit, world.unpublish("v", &again)).await.unwrap();
+        assert!(!lost.exists());
+        world.assert_nothing_is_left(&again);
+    }
 }
 
 fn device_at(path: &Path) -> clip_csi::mount::Device {
