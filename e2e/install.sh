@@ -18,8 +18,8 @@ needs=(
     redis-server:redis-server setfattr:attr setcap:libcap2-bin zstd:zstd
 )
 if [ "$what" = test ]; then
-    # The tests also need password files for the registry and a second reader of tars.
-    needs+=(htpasswd:apache2-utils bsdtar:libarchive-tools)
+    # The tests also need password files and certificates for the registry.
+    needs+=(htpasswd:apache2-utils openssl:openssl)
 fi
 
 missing=()

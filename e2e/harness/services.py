@@ -15,12 +15,15 @@ BLOB_GET = re.compile(r'"GET /v2/\S+/blobs/(sha256:[0-9a-f]{64}) HTTP/[0-9.]+" (
 class Registry:
     """A docker-registry. Its access log tells which blobs were fetched."""
 
-    def __init__(self, work: pathlib.Path, storage: pathlib.Path, *, htpasswd: str | None = None, name="registry"):
+    def __init__(self, work: pathlib.Path, storage: pathlib.Path, *, htpasswd: str | None = None,
+                 tls: tuple[pathlib.Path, pathlib.Path] | None = None, name="registry"):
         self.port, debug_port = process.free_port(), process.free_port()
         self.host = f"127.0.0.1:{self.port}"
         self.access_log = work / f"{name}.access.log"
         config = work / f"{name}.yml"
-        auth = ""
+        auth, certificate = "", ""
+        if tls is not None:
+            certificate = f", tls: {{certificate: {json.dumps(str(tls[0]))}, key: {json.dumps(str(tls[1]))}}}"
         if htpasswd is not None:
             (work / f"{name}.htpasswd").write_text(htpasswd)
             auth = f"auth: {{htpasswd: {{realm: e2e, path: {json.dumps(str(work / f'{name}.htpasswd'))}}}}}\n"
@@ -29,7 +32,7 @@ class Registry:
             "log: {level: warn, accesslog: {disabled: false}}\n"
             f"storage: {{filesystem: {{rootdirectory: {json.dumps(str(storage))}}}, delete: {{enabled: true}},"
             " cache: {blobdescriptor: inmemory}}\n"
-            f"http: {{addr: '{self.host}', debug: {{addr: '127.0.0.1:{debug_port}', prometheus: {{enabled: true, path: /metrics}}}}}}\n"
+            f"http: {{addr: '{self.host}', debug: {{addr: '127.0.0.1:{debug_port}', prometheus: {{enabled: true, path: /metrics}}}}{certificate}}}\n"
             "health: {storagedriver: {enabled: false}}\n" + auth
         )
         self.server = process.Server(

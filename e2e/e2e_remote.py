@@ -1,0 +1,127 @@
+"""The remote content cache: another node's cold disk is filled from it, and its faults hurt nobody."""
+
+import threading
+
+import images
+import tree
+from harness import driver, process
+from harness.environment import Case
+
+
+class Remote(Case):
+    def warm(self, name: str, config) -> driver.Worker:
+        """Worker A reads the image and puts it into the remote cache."""
+        a = self.worker("a", config=config)
+        a.must_publish("v", self.env.push(name))
+        self.assert_tree(name, a.target("v"))
+        n_layers = len(set(images.get(name).layout.diff_ids(images.TAG)))
+        process.wait_until(lambda: a.metric("remote_uploads_total", outcome="ok") >= n_layers, "the uploads", 120)
+        a.must_unpublish("v")
+        a.stop()
+        return a
+
+    def check_second_node(self, name: str, config) -> None:
+        b = self.worker("b", config=config)
+        mark = self.registry.mark()
+        b.must_publish("v", self.env.push(name))
+        self.assert_tree(name, b.target("v"))
+        self.assertEqual(set(self.layer_gets(name, mark)), {0}, "layers come from the remote cache")
+        self.assertEqual(b.metric("layer_decompressions_total", outcome="ok"), 0)
+        self.assertGreater(b.metric("remote_requests_total", op="get", outcome="hit"), 0)
+
+    def test_second_node_asks_the_registry_for_no_layer(self):
+        config = self.config(redis=self.redis(), key_file=self.work / "key")
+        for name in ("demo5", "nasty", "zstd"):
+            with self.subTest(name):
+                self.warm(name, config)
+                self.check_second_node(name, config)
+                for node in ("a", "b"):
+                    process.run("rm", "-rf", self.work / node / "cache")
+
+    def test_a_directory_does_the_same(self):
+        config = self.config(remote_dir=self.work / "shared", key_file=self.work / "key")
+        self.warm("demo5", config)
+        self.check_second_node("demo5", config)
+
+    def test_a_cached_layer_is_no_permission(self):
+        """The registry is asked for the manifest each time, also when all is cached."""
+        config = self.config(redis=self.redis(), key_file=self.work / "key")
+        self.warm("small", config)
+        b = self.worker("b", config=config)
+        reply = b.publish("v", f"{self.registry.host}/e2e/none:latest")
+        self.assertEqual(reply.code, "NOT_FOUND", reply)
+
+    def test_redis_killed_while_it_is_read(self):
+        redis = self.redis()
+        config = self.config(redis=redis, key_file=self.work / "key")
+        self.warm("demo5", config)
+        b = self.worker("b", config=config)
+        b.must_publish("v", self.env.push("demo5"))
+        # Soon after the first reads, while most of the chunks are still to come.
+        timer = threading.Timer(self.dice.uniform(0, 0.3), redis.kill)
+        timer.start()
+        self.addCleanup(timer.cancel)
+        self.assert_tree("demo5", b.target("v"))
+        timer.join()
+        self.assertFalse(redis.server.alive())
+        # And a publish with the remote dead for good.
+        b.must_unpublish("v")
+        b.must_publish("w", self.env.push("multi-member"))
+        self.assert_tree("multi-member", b.target("w"))
+        self.assertEqual(b.metric("remote_up"), 0)
+
+    def test_redis_down_while_layers_are_made_and_up_again_later(self):
+        redis = self.redis()
+        config = self.config(redis=redis, key_file=self.work / "key")
+        redis.kill()
+        a = self.worker("a", config=config)
+        a.must_publish("v", self.env.push("demo1"))
+        self.assert_tree("demo1", a.target("v"))
+        again = self.redis(port=redis.port)
+        self.assertTrue(again.server.alive())
+        # It is used again without a restart: the next layers reach it.
+        a.must_publish("w", self.env.push("nasty"))
+        self.assert_tree("nasty", a.target("w"))
+        process.wait_until(lambda: a.metric("remote_up") == 1 or a.metric("remote_uploads_total", outcome="ok") > 0, "the remote to be used again", 90)
+
+    def test_damaged_values_are_found_and_replaced_from_the_registry(self):
+        redis = self.redis()
+        config = self.config(redis=redis, key_file=self.work / "key")
+        self.warm("demo1", config)
+        keys = process.run("redis-cli", "-p", str(redis.port), "--scan", "--pattern", "clip:*").stdout.split()
+        self.assertGreater(len(keys), 10, "the layer is there in chunks")
+        for key in keys:
+            process.run("redis-cli", "-p", str(redis.port), "setrange", key, "100", "damaged-by-the-test")
+        b = self.worker("b", config=config)
+        b.must_publish("v", self.env.push("demo1"))
+        self.assert_tree("demo1", b.target("v"))
+        self.assertGreater(b.metric("verify_failures_total", tier="content_cache"), 0)
+
+    def test_some_chunks_evicted(self):
+        redis = self.redis()
+        config = self.config(redis=redis, key_file=self.work / "key")
+        self.warm("demo5", config)
+        keys = sorted(process.run("redis-cli", "-p", str(redis.port), "--scan", "--pattern", "clip:*:o:*").stdout.split())
+        gone = self.dice.sample(keys, len(keys) // 3)
+        process.run("redis-cli", "-p", str(redis.port), "del", *gone)
+        b = self.worker("b", config=config)
+        b.must_publish("v", self.env.push("demo5"))
+        self.assert_tree("demo5", b.target("v"))
+
+    def test_a_redis_that_is_too_small_slows_nobody_down(self):
+        redis = self.redis(maxmemory="8mb")
+        config = self.config(redis=redis, key_file=self.work / "key")
+        a = self.worker("a", config=config)
+        a.must_publish("v", self.env.push("demo5"))
+        self.assert_tree("demo5", a.target("v"))
+        b = self.worker("b", config=config)
+        b.must_publish("v", self.env.push("demo5"))
+        self.assert_tree("demo5", b.target("v"))
+
+    def test_another_key_is_another_installation(self):
+        redis = self.redis()
+        self.warm("demo1", self.config(redis=redis, key_file=self.work / "key"))
+        b = self.worker("b", config=self.config("other.toml", redis=redis, key_file=self.work / "other-key"))
+        b.must_publish("v", self.env.push("demo1"))
+        self.assert_tree("demo1", b.target("v"))
+        self.assertEqual(b.metric("layer_decompressions_total", outcome="ok"), 1, "what the other installation wrote is not believed")

@@ -1,0 +1,82 @@
+#!/usr/bin/env python3
+"""The end-to-end tests: the program, a real registry, a real Redis, real images.
+
+usage: run.py [-k PATTERN]... [--list] [--failfast] [--keep]
+
+Needs root and a built program (`make e2e` builds it); takes down all that it puts up. The last line
+counts: "N passed, N failed, N skipped". Seeds are printed, CLIP_E2E_SEED sets them.
+"""
+
+import argparse
+import fnmatch
+import os
+import sys
+import time
+import unittest
+
+from harness import environment, paths, process
+
+MODULES = ["test_tree", "test_images", "e2e_tree", "e2e_sharing", "e2e_csi", "e2e_bad_input", "e2e_remote", "e2e_cache", "e2e_kill"]
+
+
+class Result(unittest.TextTestResult):
+    """Prints one line a test, with its time."""
+
+    def startTest(self, test):
+        super().startTest(test)
+        self.begin = time.monotonic()
+
+    def stopTest(self, test):
+        super().stopTest(test)
+        bad = {id(it) for it, _ in [*self.failures, *self.errors]} | {id(getattr(it, "test_case", it)) for it, _ in [*self.failures, *self.errors]}
+        skipped = {id(it): why for it, why in self.skipped}
+        what = "FAIL" if id(test) in bad else "skip" if id(test) in skipped else "ok  "
+        why = f" ({skipped[id(test)]})" if id(test) in skipped else ""
+        print(f"{what}  {time.monotonic() - self.begin:6.1f} s  {test.id()}{why}", flush=True)
+
+
+def tests_of(suite):
+    for it in suite:
+        if isinstance(it, unittest.TestSuite):
+            yield from tests_of(it)
+        else:
+            yield it
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-k", action="append", metavar="PATTERN", default=[], help="only tests whose name has it, or matches it")
+    parser.add_argument("--list", action="store_true", help="print the tests' names and end")
+    parser.add_argument("--failfast", action="store_true", help="end at the first failure")
+    parser.add_argument("--keep", action="store_true", help="leave logs and caches for a look")
+    args = parser.parse_args()
+
+    chosen = [
+        test for test in tests_of(unittest.defaultTestLoader.loadTestsFromNames(MODULES))
+        if not args.k or any(pattern in test.id() or fnmatch.fnmatch(test.id(), pattern) for pattern in args.k)
+    ]
+    if args.list:
+        print("\n".join(test.id() for test in chosen))
+        return
+    if os.geteuid() != 0:
+        sys.exit("run.py: run as root: mounting needs it")
+    if not paths.binary().exists():
+        sys.exit(f"run.py: no {paths.binary()}: build it with `make build`, or name one in CLIP_CSI_BIN")
+    if not chosen:
+        sys.exit("run.py: no test has such a name; --list prints all")
+
+    with process.workspace("e2e", keep=args.keep) as work, environment.Environment(work) as shared:
+        environment.shared = shared
+        runner = unittest.TextTestRunner(stream=sys.stdout, resultclass=Result, verbosity=0, failfast=args.failfast)
+        result = runner.run(unittest.TestSuite(chosen))
+        left = [*process.mounts_below(work), *environment.children_left()]
+    if left:
+        print(f"FAIL  left behind: {left}")
+    failed = len({str(getattr(it, "test_case", it)) for it, _ in [*result.failures, *result.errors]}) + len(result.unexpectedSuccesses) + bool(left)
+    skipped = len(result.skipped)
+    print(f"{result.testsRun - failed - skipped + bool(left)} passed, {failed} failed, {skipped} skipped")
+    sys.exit(1 if failed or result.testsRun == skipped else 0)
+
+
+if __name__ == "__main__":
+    main()
