@@ -83,7 +83,7 @@ pub struct NodeArgs {
     #[arg(long, env = "NODE_ID")]
     pub node_id: String,
     /// Name of the driver in Kubernetes.
-    #[arg(long, env = "CLIP_CSI_DRIVER_NAME", default_value = "clip-csi.dev")]
+    #[arg(long, env = "CLIP_CSI_DRIVER_NAME", default_value = "csi.clip-csi.dev")]
     pub driver_name: String,
     /// Directory for mounts and their records.
     #[arg(

@@ -90,7 +90,7 @@ pub(super) fn in_background(args: &MountArgs) -> anyhow::Result<ExitCode> {
         BufReader::new(out).read_line(&mut line).context("waiting for the mount")?;
     }
     if line.starts_with(READY) {
-        println!("{}", line.trim_end());
+        writeln!(io::stdout(), "{}", line.trim_end())?;
         return Ok(ExitCode::SUCCESS);
     }
     let status = child.wait().context("waiting for the mount")?;

@@ -1,6 +1,6 @@
 //! `clip-csi node`: serves CSI, fetches and mounts, all in one process.
 
-use std::{future::Future, path::PathBuf, process::ExitCode, sync::Arc, time::Duration};
+use std::{path::PathBuf, process::ExitCode, sync::Arc, time::Duration};
 
 use anyhow::{Context, bail};
 use tokio::{
@@ -92,9 +92,7 @@ fn stop_signal() -> anyhow::Result<watch::Receiver<bool>> {
 }
 
 /// Is ready when the process is to stop.
-fn stopped(mut stop: watch::Receiver<bool>) -> impl Future<Output = ()> + Send {
-    async move {
-        // The sender goes only after it has sent.
-        let _ = stop.wait_for(|it| *it).await;
-    }
+async fn stopped(mut stop: watch::Receiver<bool>) {
+    // The sender goes only after it has sent.
+    let _ = stop.wait_for(|it| *it).await;
 }

@@ -11,4 +11,6 @@ mod pb;
 mod registry;
 mod remote;
 mod tar;
+mod tar_fuzz;
+mod tar_tools;
 mod tidy;
