@@ -7,12 +7,13 @@
 //!   the layer's own entries.
 //! - A directory over a directory changes its metadata and keeps its children; anything else
 //!   replaces what was there, with all below it. Of two entries of one layer, the later one wins.
-//! - A hard link is one more name of one node, also where the node is from a lower layer.
+//! - A hard link is one more name of one node, also where the node is from a lower layer, and even
+//!   where the same layer whites out the name it links to: so a renamed file is written.
 //! - Directories that no layer describes are made: root's, 0755, at the epoch.
 //! - The way to an entry leads through symbolic links, as it does for those who unpack; `..` and
 //!   absolute targets stop at the root.
 
-use std::ops::Deref;
+use std::{collections::HashMap, ops::Deref};
 
 use super::{
     IndexError,
@@ -35,6 +36,9 @@ pub(super) struct LayerRecord {
     pub(super) layer_bytes: u64,
     pub(super) chunk_digests: Box<[u8]>,
 }
+
+/// What the hard links of one layer mean in the layers below, by target path.
+type LinksDown = HashMap<Box<[u8]>, NodeId>;
 
 /// Merges the layers of one image.
 #[derive(Debug)]
@@ -63,11 +67,15 @@ impl Merge {
         blob_bytes: u64,
     ) -> Result<(), IndexError> {
         let number = super::wire::count("layers", self.layers.len())?;
+        let mut below = LinksDown::new();
+        for entry in layer.entries() {
+            self.note_link(&entry?, &mut below)?;
+        }
         for entry in layer.entries() {
             self.hide(entry?.path)?;
         }
         for entry in layer.entries() {
-            self.apply(&entry?, number)?;
+            self.apply(&entry?, number, &below)?;
         }
         self.layers.push(LayerRecord {
             diff_id: layer.diff_id(),
@@ -85,6 +93,20 @@ impl Merge {
     /// If the tree does not fit the format.
     pub fn finish(self, manifest: ManifestDigest) -> Result<Vec<u8>, IndexError> {
         writer::write(&self.tree, &self.layers, manifest)
+    }
+
+    /// Remembers what a hard link's target is in the layers below, before whiteouts hide it.
+    fn note_link(
+        &mut self,
+        entry: &EntryRef<'_>,
+        below: &mut LinksDown,
+    ) -> Result<(), IndexError> {
+        if let EntryKind::HardLink(target) = entry.kind
+            && let Some(node) = self.lookup(target, entry.path)?
+        {
+            below.insert(target.into(), node);
+        }
+        Ok(())
     }
 
     /// Applies the entry at `path` if it is a whiteout or an opaque marker.
@@ -111,7 +133,12 @@ impl Merge {
     }
 
     /// Applies the entry if it is a file of the layer.
-    fn apply(&mut self, entry: &EntryRef<'_>, layer: u32) -> Result<(), IndexError> {
+    fn apply(
+        &mut self,
+        entry: &EntryRef<'_>,
+        layer: u32,
+        below: &LinksDown,
+    ) -> Result<(), IndexError> {
         let components = path::components(entry.path)?;
         let Some((name, parents)) = components.split_last() else {
             return self.apply_root(entry);
@@ -123,7 +150,7 @@ impl Merge {
             return Err(entry_error(entry.path, "its parent cannot be made"));
         };
         let node = if let EntryKind::HardLink(target) = entry.kind {
-            self.link_target(target, entry.path)?
+            self.link_target(target, entry.path, below)?
         } else {
             let old = self
                 .tree
@@ -158,24 +185,32 @@ impl Merge {
     }
 
     /// Finds what a hard link at `path` is another name of.
-    fn link_target(&mut self, target: &[u8], path: &[u8]) -> Result<NodeId, IndexError> {
-        let components = path::components(target)?;
-        let missing = || entry_error(path, "it is a hard link to a file that does not exist");
-        let (name, parents) = components.split_last().ok_or_else(missing)?;
-        let directory = self
-            .tree
-            .directory(parents, Missing::Leave, path)?
-            .ok_or_else(missing)?;
-        let node = self
-            .tree
-            .children(directory)
-            .and_then(|it| it.get(*name))
-            .copied();
-        let node = node.ok_or_else(missing)?;
+    fn link_target(
+        &mut self,
+        target: &[u8],
+        path: &[u8],
+        below: &LinksDown,
+    ) -> Result<NodeId, IndexError> {
+        let node = self.lookup(target, path)?.or_else(|| below.get(target).copied());
+        let node = node.ok_or_else(|| {
+            entry_error(path, "it is a hard link to a file that does not exist")
+        })?;
         if self.tree.children(node).is_some() {
             return Err(entry_error(path, "it is a hard link to a directory"));
         }
         Ok(node)
+    }
+
+    /// Finds the node at `target`, a link target of the entry at `path`.
+    fn lookup(&mut self, target: &[u8], path: &[u8]) -> Result<Option<NodeId>, IndexError> {
+        let components = path::components(target)?;
+        let Some((name, parents)) = components.split_last() else {
+            return Ok(Some(Tree::ROOT));
+        };
+        let Some(directory) = self.tree.directory(parents, Missing::Leave, path)? else {
+            return Ok(None);
+        };
+        Ok(self.tree.children(directory).and_then(|it| it.get(*name)).copied())
     }
 }
 

@@ -6,7 +6,7 @@
 //! the two.
 
 use std::{
-    io::{self, Read},
+    io::{self, BufRead, Read},
     sync::mpsc,
     thread,
 };
@@ -102,6 +102,10 @@ fn decompress(
     to_fill: &mpsc::Receiver<Vec<u8>>,
     filled: mpsc::SyncSender<Vec<u8>>,
 ) -> io::Result<()> {
+    // A plain tar without entries and without end blocks, as umoci writes it.
+    if reader.fill_buf()?.is_empty() {
+        return Ok(());
+    }
     let mut decoder: Box<dyn Read + '_> = match encoding {
         Encoding::Blob => Box::new(Decoder::new(reader)?),
         Encoding::Decompressed => Box::new(reader),

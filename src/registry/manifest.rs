@@ -252,19 +252,12 @@ pub(crate) fn layers(
         .zip(diff_ids)
         .map(|(layer, diff_id)| {
             check_layer_type(&layer.media_type)?;
-            let blob_bytes = size_of(layer)?;
-            if blob_bytes == 0 {
-                return Err(Fault::Wrong(format!(
-                    "layer {} has no bytes",
-                    blob_digest(layer)?
-                )));
-            }
             Ok(LayerDesc {
                 diff_id: diff_id
                     .parse::<DiffId>()
                     .map_err(|error| Fault::Wrong(format!("diff_ids: {error}")))?,
                 blob: blob_digest(layer)?,
-                blob_bytes,
+                blob_bytes: size_of(layer)?,
             })
         })
         .collect()

@@ -224,6 +224,8 @@ fn layers_merge_as_the_specification_says() {
             &["f a 1", "h b a"],
             "a 1 x2; b 1 x2",
         ),
+        ("a renamed file is a link and a whiteout", &["f a 1", "h b a \n w a"], "b 1"),
+        ("in either order", &["f a 1", "w a \n h b a"], "b 1"),
         ("a name of two may go", &["f a 1 \n h b a", "w a"], "b 1"),
         (
             "a name of two may be replaced",
@@ -260,7 +262,7 @@ fn entries_that_cannot_be_applied_are_refused() {
         (&["f a 1 \n f a/b 1"][..], "parent is not a directory"),
         (&["h b a"][..], "does not exist"),
         (&["d a \n h b a"][..], "hard link to a directory"),
-        (&["f a 1", "w a \n h b a"][..], "does not exist"),
+        (&["f a 1", "w a", "h b a"][..], "does not exist"),
         (&["l a b \n l b a \n f a/x 1"][..], "symlink loop"),
         (&["f ./ 1"][..], "root can only be a directory"),
     ] {
