@@ -1,5 +1,6 @@
 //! The integration tests: one binary, one module per subject.
 
+mod codec;
 mod layering;
 mod tar;
 mod tar_fuzz;
