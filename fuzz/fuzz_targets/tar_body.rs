@@ -11,7 +11,7 @@ const LIMITS: TarLimits = TarLimits {
 };
 
 /// Parses the bytes in one piece and in several; returns the number of entries of a whole archive.
-pub fn run(bytes: &[u8]) -> Option<usize> {
+pub(crate) fn run(bytes: &[u8]) -> Option<usize> {
     let whole = parse(bytes, bytes.len().max(1));
     // The input itself chooses where it is cut, so that a finding can be repeated.
     let sum: usize = bytes
@@ -88,7 +88,7 @@ fn data_end(entry: &TarEntry) -> u64 {
 }
 
 /// Writes the right checksum into a header, so that a mutation reaches what is behind it.
-pub fn seal(block: &mut [u8]) {
+pub(crate) fn seal(block: &mut [u8]) {
     block[148..156].fill(b' ');
     let sum: u32 = block.iter().map(|byte| u32::from(*byte)).sum();
     block[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());

@@ -1,7 +1,9 @@
 //! The integration tests: one binary, one module per subject.
 
 mod admin;
+mod codec;
 mod csi;
+mod fuse;
 mod layering;
 mod layers;
 mod metrics_doc;

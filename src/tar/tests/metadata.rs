@@ -168,7 +168,8 @@ fn numbers_come_from_octal_base_256_or_pax() {
 
 #[test]
 fn times_round_down() {
-    let cases: [(&[u8], Option<(i64, u32)>); 14] = [
+    type Time = Option<(i64, u32)>;
+    let cases: [(&[u8], Time); 14] = [
         (b"0", Some((0, 0))),
         (b"1.", Some((1, 0))),
         (b"1.5", Some((1, 500_000_000))),

@@ -102,7 +102,8 @@ fn adjacent_segments_are_joined_and_empty_ones_dropped() {
 #[test]
 fn hostile_maps_are_refused() {
     let max = i64::MAX.cast_unsigned();
-    let maps: [(&str, u64, &[(u64, u64)], usize); 7] = [
+    type Segments = &'static [(u64, u64)];
+    let maps: [(&str, u64, Segments, usize); 7] = [
         ("unsorted", 100, &[(50, 1), (0, 1)], 2),
         ("overlapping", 100, &[(0, 10), (9, 1)], 11),
         ("same twice", 100, &[(0, 1), (0, 1)], 2),
@@ -149,7 +150,8 @@ fn maps_out_of_form_are_refused() {
     let len = ("GNU.sparse.numbytes", "3");
     let map = ("GNU.sparse.map", "0,3");
     let (major, minor) = (("GNU.sparse.major", "1"), ("GNU.sparse.minor", "0"));
-    let cases: &[(&str, &[(&str, &str)], &str)] = &[
+    type Records<'a> = &'a [(&'a str, &'a str)];
+    let cases: &[(&str, Records<'_>, &str)] = &[
         ("no size", &[one, map], "malformed"),
         ("no count", &[size, map], "malformed"),
         (
