@@ -14,10 +14,7 @@ pub mod read;
 use std::{
     fmt, io,
     ops::{Deref, Range},
-    sync::{
-        Arc,
-        atomic::{AtomicU32, Ordering},
-    },
+    sync::Arc,
 };
 
 use crate::{
@@ -31,14 +28,7 @@ use crate::{
 const BLOCK_BYTES: u32 = 4096;
 
 /// Longest name (limits.h, `NAME_MAX`).
-const MAX_NAME_BYTES: usize = 255;
-
-/// How many requests may pass before the pages of the index that they touched are given back.
-///
-/// A fault maps up to 64 KiB of the file, and a lookup faults about three times: 64 requests far
-/// apart hold 12 MiB at the very worst, those of a walk far less. Mapping the pages again costs a
-/// few microseconds, spread over 64 requests that take 30 µs each.
-const TRIM_EVERY: u32 = 64;
+const MAX_NAME_BYTES: u32 = 255;
 
 /// Local data of one layer, as far as it is present.
 pub trait LayerData: Send + Sync + fmt::Debug {
@@ -207,8 +197,7 @@ pub enum LayerMismatch {
 pub struct ClipFs<I> {
     index: ImageIndex<I>,
     layers: Vec<Arc<dyn LayerData>>,
-    metrics: Arc<Metrics>,
-    n_requests: AtomicU32,
+    metrics: Metrics,
 }
 
 impl<I: IndexBytes> ClipFs<I> {
@@ -219,7 +208,7 @@ impl<I: IndexBytes> ClipFs<I> {
     pub fn new(
         index: ImageIndex<I>,
         layers: Vec<Arc<dyn LayerData>>,
-        metrics: Arc<Metrics>,
+        metrics: Metrics,
     ) -> Result<Self, LayerMismatch> {
         let named: Vec<DiffId> = (0..index.n_layers())
             .filter_map(|at| Some(index.layer(at)?.diff_id))
@@ -244,7 +233,6 @@ impl<I: IndexBytes> ClipFs<I> {
             index,
             layers,
             metrics,
-            n_requests: AtomicU32::new(0),
         })
     }
 
@@ -254,13 +242,14 @@ impl<I: IndexBytes> ClipFs<I> {
     }
 
     /// Where requests are counted.
-    pub fn metrics(&self) -> &Arc<Metrics> {
+    pub fn metrics(&self) -> &Metrics {
         &self.metrics
     }
 
     /// Gives the pages of the index that requests touched back to the kernel.
     ///
-    /// Happens by itself within a burst of requests; whoever knows that a burst is over calls this.
+    /// A walk through a large index would keep all of it resident: whoever sends requests calls this
+    /// every now and then, and when a burst of them is over.
     pub fn trim(&self) {
         self.index.source().drop_resident();
     }
@@ -280,7 +269,7 @@ impl<I: IndexBytes> ClipFs<I> {
         if directory.file_type != FileType::Directory {
             return Err(FsError::NotDir);
         }
-        if MAX_NAME_BYTES < name.len() {
+        if (MAX_NAME_BYTES as usize) < name.len() {
             return Err(FsError::NameTooLong);
         }
         let ino = match name {
@@ -384,15 +373,11 @@ impl<I: IndexBytes> ClipFs<I> {
             inodes: self.index.n_nodes(),
             block_bytes: BLOCK_BYTES,
             // 255 fits.
-            max_name_bytes: MAX_NAME_BYTES as u32,
+            max_name_bytes: MAX_NAME_BYTES,
         }
     }
 
-    /// Reads an inode: what every request begins with.
     fn node(&self, ino: Ino) -> Result<Node, FsError> {
-        if self.n_requests.fetch_add(1, Ordering::Relaxed) % TRIM_EVERY == TRIM_EVERY - 1 {
-            self.trim();
-        }
         self.index.node(ino).ok_or(FsError::NotFound)
     }
 
@@ -428,6 +413,3 @@ impl<I: IndexBytes> ClipFs<I> {
         }
     }
 }
-
-#[cfg(test)]
-mod tests;

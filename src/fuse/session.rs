@@ -275,7 +275,11 @@ impl FuseMount {
 
     /// Whether nobody serves it any more: it was unmounted or aborted, or its session broke.
     pub fn has_ended(&self) -> bool {
-        self.end.result.lock().unwrap_or_else(PoisonError::into_inner).is_some()
+        self.end
+            .result
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .is_some()
     }
 
     /// Waits until the session ends: when somebody unmounts it, or it breaks.
@@ -309,9 +313,11 @@ impl FuseMount {
         let Some(thread) = self.thread.take() else {
             return Unmounted::Ended;
         };
-        // Somebody else may have unmounted it, and mounted something else there.
+        // Somebody else may have unmounted it and mounted something else there, which can have the
+        // same device number, but only after this session has ended.
         let mounts = std::fs::read("/proc/self/mountinfo").unwrap_or_default();
-        if device_of(&mounts, &self.dir) == Some(self.device) {
+        let is_there = device_of(&mounts, &self.dir) == Some(self.device);
+        if is_there && !self.end.wait_until(Instant::now()) {
             detach(&self.dir);
         }
         if self.end.wait_until(Instant::now() + UNMOUNT_DEADLINE) {

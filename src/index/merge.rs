@@ -96,11 +96,7 @@ impl Merge {
     }
 
     /// Remembers what a hard link's target is in the layers below, before whiteouts hide it.
-    fn note_link(
-        &mut self,
-        entry: &EntryRef<'_>,
-        below: &mut LinksDown,
-    ) -> Result<(), IndexError> {
+    fn note_link(&mut self, entry: &EntryRef<'_>, below: &mut LinksDown) -> Result<(), IndexError> {
         if let EntryKind::HardLink(target) = entry.kind
             && let Some(node) = self.lookup(target, entry.path)?
         {
@@ -191,10 +187,11 @@ impl Merge {
         path: &[u8],
         below: &LinksDown,
     ) -> Result<NodeId, IndexError> {
-        let node = self.lookup(target, path)?.or_else(|| below.get(target).copied());
-        let node = node.ok_or_else(|| {
-            entry_error(path, "it is a hard link to a file that does not exist")
-        })?;
+        let node = self
+            .lookup(target, path)?
+            .or_else(|| below.get(target).copied());
+        let node = node
+            .ok_or_else(|| entry_error(path, "it is a hard link to a file that does not exist"))?;
         if self.tree.children(node).is_some() {
             return Err(entry_error(path, "it is a hard link to a directory"));
         }
@@ -210,7 +207,11 @@ impl Merge {
         let Some(directory) = self.tree.directory(parents, Missing::Leave, path)? else {
             return Ok(None);
         };
-        Ok(self.tree.children(directory).and_then(|it| it.get(*name)).copied())
+        Ok(self
+            .tree
+            .children(directory)
+            .and_then(|it| it.get(*name))
+            .copied())
     }
 }
 

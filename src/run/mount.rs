@@ -19,11 +19,7 @@ use super::{
     mounter::InProcess,
 };
 use crate::{
-    cli::MountArgs,
-    config::Config,
-    fuse::session::FS_TYPE,
-    metrics::Metrics,
-    mount::MountInfo,
+    cli::MountArgs, config::Config, fuse::session::FS_TYPE, metrics::Metrics, mount::MountInfo,
 };
 
 /// What the serving process says on its standard output once the mount is up.
@@ -31,7 +27,10 @@ const READY: &str = "mounted";
 
 /// Mounts the image and serves it until it is unmounted, or until a signal asks for the end.
 pub(super) async fn serve(args: MountArgs, mut config: Config) -> anyhow::Result<ExitCode> {
-    let dir = args.dir.canonicalize().with_context(|| format!("directory {}", args.dir.display()))?;
+    let dir = args
+        .dir
+        .canonicalize()
+        .with_context(|| format!("directory {}", args.dir.display()))?;
     let wanted = Wanted::from_args(&args.image, &mut config)?;
     let engine = Engine::start(&config, Metrics::new())?;
     let (_, opened) = engine.open(&wanted).await?;
@@ -47,8 +46,10 @@ pub(super) async fn serve(args: MountArgs, mut config: Config) -> anyhow::Result
         let mount = Arc::clone(&mount);
         tokio::task::spawn_blocking(move || mount.wait())
     };
-    let (mut terminate, mut interrupt) =
-        (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    let (mut terminate, mut interrupt) = (
+        signal(SignalKind::terminate())?,
+        signal(SignalKind::interrupt())?,
+    );
     tokio::select! {
         ended = ended => ended.context("waiting for the mount's end")??,
         _ = terminate.recv() => detach(&dir)?,
@@ -62,7 +63,10 @@ pub(super) async fn serve(args: MountArgs, mut config: Config) -> anyhow::Result
 /// Starts a process that serves the mount, and returns when the mount is up.
 pub(super) fn in_background(args: &MountArgs) -> anyhow::Result<ExitCode> {
     if is_ours(&args.dir)? {
-        bail!("{} is mounted already: unmount it first", args.dir.display());
+        bail!(
+            "{} is mounted already: unmount it first",
+            args.dir.display()
+        );
     }
     let mut child = Command::new("/proc/self/exe")
         .arg0("clip-csi")
@@ -87,7 +91,9 @@ pub(super) fn in_background(args: &MountArgs) -> anyhow::Result<ExitCode> {
     });
     let mut line = String::new();
     if let Some(out) = child.stdout.take() {
-        BufReader::new(out).read_line(&mut line).context("waiting for the mount")?;
+        BufReader::new(out)
+            .read_line(&mut line)
+            .context("waiting for the mount")?;
     }
     if line.starts_with(READY) {
         writeln!(io::stdout(), "{}", line.trim_end())?;
@@ -97,7 +103,10 @@ pub(super) fn in_background(args: &MountArgs) -> anyhow::Result<ExitCode> {
     if let Some(text) = errors.and_then(|it| it.join().ok()) {
         eprint!("{text}");
     }
-    let code = status.code().and_then(|it| u8::try_from(it).ok()).filter(|it| *it != 0);
+    let code = status
+        .code()
+        .and_then(|it| u8::try_from(it).ok())
+        .filter(|it| *it != 0);
     Ok(ExitCode::from(code.unwrap_or(1)))
 }
 
@@ -113,15 +122,21 @@ pub(super) fn unmount(dir: &Path) -> anyhow::Result<ExitCode> {
 /// Whether the topmost mount at `dir` is one of ours. Never touches the mount: it may be dead.
 fn is_ours(dir: &Path) -> anyhow::Result<bool> {
     // The parent can be resolved without touching the mount.
-    let name = dir.file_name().with_context(|| format!("{} has no name", dir.display()))?;
+    let name = dir
+        .file_name()
+        .with_context(|| format!("{} has no name", dir.display()))?;
     let parent = match dir.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),
     };
-    let parent =
-        parent.canonicalize().with_context(|| format!("directory {}", parent.display()))?;
+    let parent = parent
+        .canonicalize()
+        .with_context(|| format!("directory {}", parent.display()))?;
     let mounts = MountInfo::read().context("reading /proc/self/mountinfo")?;
-    let topmost = mounts.at(&parent.join(name)).last().map(|it| it.fs_type == FS_TYPE);
+    let topmost = mounts
+        .at(&parent.join(name))
+        .last()
+        .map(|it| it.fs_type == FS_TYPE);
     Ok(topmost.unwrap_or(false))
 }
 

@@ -32,8 +32,10 @@ pub(super) struct InProcess {
 impl InProcess {
     /// Starts the threads that read from the cache disk.
     pub(super) fn new(engine: Engine, fuse: FuseConfig) -> io::Result<Self> {
-        let pool =
-            ReadPool::new(PoolConfig { n_threads: fuse.read_threads, ..PoolConfig::default() })?;
+        let pool = ReadPool::new(PoolConfig {
+            n_threads: fuse.read_threads,
+            ..PoolConfig::default()
+        })?;
         Ok(Self { engine, pool, fuse })
     }
 
@@ -45,7 +47,11 @@ impl InProcess {
     /// Makes an open image servable.
     pub(super) fn file_system(&self, image: OpenImage) -> anyhow::Result<Arc<Servable>> {
         let layers = image.layers.into_iter().map(|it| it as _).collect();
-        Ok(Arc::new(ClipFs::new(image.index, layers, Arc::new(self.engine.metrics.clone()))?))
+        Ok(Arc::new(ClipFs::new(
+            image.index,
+            layers,
+            self.engine.metrics.clone(),
+        )?))
     }
 
     /// Mounts it at `dir` and serves it until it is unmounted.
@@ -57,8 +63,14 @@ impl InProcess {
         };
         let store: LayerStore = self.engine.store.clone();
         let provider: Arc<dyn MakePresent> = Arc::new(store);
-        session::mount(Arc::clone(image), provider, Arc::clone(&self.pool), dir, &options)
-            .map_err(io::Error::other)
+        session::mount(
+            Arc::clone(image),
+            provider,
+            Arc::clone(&self.pool),
+            dir,
+            &options,
+        )
+        .map_err(io::Error::other)
     }
 
     async fn open(
@@ -66,9 +78,17 @@ impl InProcess {
         request: &ImageRequest,
         progress: &Progress,
     ) -> Result<PreparedImage, PrepareError> {
-        let Wanted { image, platform, credentials } = wanted(request)?;
+        let Wanted {
+            image,
+            platform,
+            credentials,
+        } = wanted(request)?;
         progress.set_phase("asking the registry");
-        let resolved = self.engine.registry.resolve(&image, &platform, &credentials).await?;
+        let resolved = self
+            .engine
+            .registry
+            .resolve(&image, &platform, &credentials)
+            .await?;
         let blob_bytes = resolved.layers.iter().map(|it| it.blob_bytes).sum();
         progress.set_total(blob_bytes);
         progress.set_phase(format!("fetching {} layers", resolved.layers.len()));
@@ -76,8 +96,13 @@ impl InProcess {
         let opened = self.engine.indexer.open(&resolved, &blobs).await?;
         let fs = self
             .file_system(opened)
-            .map_err(|err| PrepareError::Internal { reason: err.to_string() })?;
-        Ok(PreparedImage { manifest: resolved.manifest, token: fs })
+            .map_err(|err| PrepareError::Internal {
+                reason: err.to_string(),
+            })?;
+        Ok(PreparedImage {
+            manifest: resolved.manifest,
+            token: fs,
+        })
     }
 }
 
@@ -121,35 +146,47 @@ impl SourceMount for Served {
 /// Parses what a pod asks for.
 fn wanted(request: &ImageRequest) -> Result<Wanted, PrepareError> {
     let invalid = |field, reason: String| PrepareError::Invalid { field, reason };
-    let image: ImageRef =
-        request.image.parse().map_err(|err| invalid("image", format!("{err}")))?;
+    let image: ImageRef = request
+        .image
+        .parse()
+        .map_err(|err| invalid("image", format!("{err}")))?;
     let platform = match &request.platform {
-        Some(text) => text.parse().map_err(|err| invalid("platform", format!("{err}")))?,
+        Some(text) => text
+            .parse()
+            .map_err(|err| invalid("platform", format!("{err}")))?,
         None => Platform::host(),
     };
     let credentials = match &request.credentials {
         PullCredentials::None => Credentials::Anonymous,
-        PullCredentials::Basic { username, password } => {
-            Credentials::Basic { username: username.clone(), password: password.clone() }
-        }
+        PullCredentials::Basic { username, password } => Credentials::Basic {
+            username: username.clone(),
+            password: password.clone(),
+        },
         PullCredentials::DockerConfig(config) => DockerConfig::parse(config.expose())
             .map_err(|err| invalid("nodePublishSecretRef", err.to_string()))?
             .for_image(&image),
     };
-    Ok(Wanted { image, platform, credentials })
+    Ok(Wanted {
+        image,
+        platform,
+        credentials,
+    })
 }
 
 impl From<IndexerError> for PrepareError {
     fn from(err: IndexerError) -> Self {
         match err {
             IndexerError::Layer(err) => Self::Present(err),
-            IndexerError::Merge { source: crate::index::IndexError::Limit { limit, max }, .. } => {
-                Self::Limit { limit, max }
-            }
-            IndexerError::Merge { ref source, .. } => {
-                Self::Refused { reason: format!("{err}: {source}") }
-            }
-            IndexerError::Disk { .. } => Self::Internal { reason: err.to_string() },
+            IndexerError::Merge {
+                source: crate::index::IndexError::Limit { limit, max },
+                ..
+            } => Self::Limit { limit, max },
+            IndexerError::Merge { ref source, .. } => Self::Refused {
+                reason: format!("{err}: {source}"),
+            },
+            IndexerError::Disk { .. } => Self::Internal {
+                reason: err.to_string(),
+            },
         }
     }
 }

@@ -36,7 +36,12 @@ pub(super) async fn run(args: NodeArgs, config: Config) -> anyhow::Result<ExitCo
                 .with_context(|| format!("binding --metrics-addr {address}"))?;
             info!(address = %listener.local_addr()?, "serving /metrics, /healthz and /readyz");
             let (metrics, ready) = (metrics.clone(), Arc::clone(&ready));
-            Some(tokio::spawn(admin::serve(listener, metrics, ready, stopped(stop.clone()))))
+            Some(tokio::spawn(admin::serve(
+                listener,
+                metrics,
+                ready,
+                stopped(stop.clone()),
+            )))
         }
         None => None,
     };
@@ -48,7 +53,10 @@ pub(super) async fn run(args: NodeArgs, config: Config) -> anyhow::Result<ExitCo
     };
     let seam: Arc<dyn ImageMounter> = Arc::clone(&mounter) as _;
     let (table, _recovered) = MountTable::recover(table_config, seam, &metrics)?;
-    let csi_config = CsiConfig { plugin_name, node_id: args.node_id };
+    let csi_config = CsiConfig {
+        plugin_name,
+        node_id: args.node_id,
+    };
     let server = Server::new(csi_config, table.clone(), &metrics);
     let listener = bind_private(&socket).with_context(|| format!("socket {}", socket.display()))?;
     info!(path = %socket.display(), "serving CSI Identity and Node");
@@ -57,7 +65,10 @@ pub(super) async fn run(args: NodeArgs, config: Config) -> anyhow::Result<ExitCo
     ready.unset("stopping");
     // This process serves the mounts: pods that still use them see them end with it.
     warn!("stopping: mounts that pods still use end with this process");
-    mounter.engine().stop(Duration::from_secs(config.node.drain_seconds)).await;
+    mounter
+        .engine()
+        .stop(Duration::from_secs(config.node.drain_seconds))
+        .await;
     drop(table);
     if let Some(admin) = admin {
         admin.await.context("serving /metrics")?;
@@ -68,7 +79,9 @@ pub(super) async fn run(args: NodeArgs, config: Config) -> anyhow::Result<ExitCo
 
 /// The path of a CSI endpoint, which is a Unix socket.
 fn socket_path(endpoint: &str) -> anyhow::Result<PathBuf> {
-    let path = endpoint.strip_prefix("unix://").or_else(|| endpoint.strip_prefix("unix:"));
+    let path = endpoint
+        .strip_prefix("unix://")
+        .or_else(|| endpoint.strip_prefix("unix:"));
     match path.map(PathBuf::from) {
         Some(path) if path.is_absolute() => Ok(path),
         _ => bail!("endpoint {endpoint:?}: a Unix socket is wanted, such as unix:///csi/csi.sock"),
@@ -78,8 +91,10 @@ fn socket_path(endpoint: &str) -> anyhow::Result<PathBuf> {
 /// Turns SIGTERM and SIGINT into a value that all parts watch.
 fn stop_signal() -> anyhow::Result<watch::Receiver<bool>> {
     let (sender, receiver) = watch::channel(false);
-    let (mut terminate, mut interrupt) =
-        (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    let (mut terminate, mut interrupt) = (
+        signal(SignalKind::terminate())?,
+        signal(SignalKind::interrupt())?,
+    );
     // Owned by the runtime, and ends with it: there is nothing to await.
     tokio::spawn(async move {
         tokio::select! {

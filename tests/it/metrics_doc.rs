@@ -13,8 +13,15 @@ fn documented() -> BTreeMap<String, Described> {
     let rows = text.lines().filter(|it| it.starts_with("| `clip_csi_"));
     rows.map(|row| {
         let cells: Vec<&str> = row.split('|').map(str::trim).collect();
-        let labels = cells[3].split(", ").filter(|it| *it != "–").map(str::to_owned).collect();
-        (cells[1].trim_matches('`').to_owned(), (cells[2].to_owned(), labels))
+        let labels = cells[3]
+            .split(", ")
+            .filter(|it| *it != "–")
+            .map(str::to_owned)
+            .collect();
+        (
+            cells[1].trim_matches('`').to_owned(),
+            (cells[2].to_owned(), labels),
+        )
     })
     .collect()
 }

@@ -39,7 +39,11 @@ fn sources(dir: &str) -> Vec<(PathBuf, String)> {
 fn every_file_says_what_it_does() {
     for (path, text) in sources("src") {
         let is_test = path.file_stem().is_some_and(|it| it == "tests");
-        assert!(is_test || text.starts_with("//! "), "{}: no module doc", path.display());
+        assert!(
+            is_test || text.starts_with("//! "),
+            "{}: no module doc",
+            path.display()
+        );
     }
 }
 
@@ -53,7 +57,15 @@ fn no_file_has_grown_past_one_job() {
 
 #[test]
 fn nothing_is_left_undone_or_switched_off() {
-    let marks = ["todo!(", "unimplemented!(", "FIXME", "XXX", "#[ignore", "#[should_panic", "block_on("];
+    let marks = [
+        "todo!(",
+        "unimplemented!(",
+        "FIXME",
+        "XXX",
+        "#[ignore",
+        "#[should_panic",
+        "block_on(",
+    ];
     for (path, text) in sources("src").into_iter().chain(sources("tests")) {
         if path == Path::new("tests/it/tidy.rs") {
             continue;
@@ -61,7 +73,11 @@ fn nothing_is_left_undone_or_switched_off() {
         for mark in marks {
             // The one place that starts the runtime.
             let is_start = mark == "block_on(" && path == Path::new("src/run/mod.rs");
-            assert!(is_start || !text.contains(mark), "{}: {mark}", path.display());
+            assert!(
+                is_start || !text.contains(mark),
+                "{}: {mark}",
+                path.display()
+            );
         }
     }
 }

@@ -224,7 +224,11 @@ fn layers_merge_as_the_specification_says() {
             &["f a 1", "h b a"],
             "a 1 x2; b 1 x2",
         ),
-        ("a renamed file is a link and a whiteout", &["f a 1", "h b a \n w a"], "b 1"),
+        (
+            "a renamed file is a link and a whiteout",
+            &["f a 1", "h b a \n w a"],
+            "b 1",
+        ),
         ("in either order", &["f a 1", "w a \n h b a"], "b 1"),
         ("a name of two may go", &["f a 1 \n h b a", "w a"], "b 1"),
         (

@@ -2,24 +2,29 @@
 
 use std::{
     collections::BTreeSet,
+    io,
+    ops::Range,
     sync::{
-        Mutex,
+        Arc, Mutex,
         atomic::{AtomicUsize, Ordering},
     },
 };
 
-use proptest::prelude::*;
-
-use super::{read::ReadOutcome, *};
-use crate::{
+use clip_csi::{
     chunk::{self, CHUNK_BYTES},
-    digest::{BlobDigest, ChunkDigest, ManifestDigest},
+    digest::{BlobDigest, ChunkDigest, DiffId, ManifestDigest},
+    fs::{
+        Attributes, ClipFs, FsError, LayerData, LayerMismatch, Statistics, Wait, read::ReadOutcome,
+    },
     index::{
+        image::{FileType, ImageIndex, Ino},
         layer_index::{LayerIndex, LayerIndexBuilder},
         merge::Merge,
     },
+    metrics::Metrics,
     tar::{TarEntry, TarExtent, TarKind},
 };
+use proptest::prelude::*;
 
 /// A layer in memory of which some chunks are absent.
 #[derive(Debug)]
@@ -122,7 +127,7 @@ fn index(layers: &[(&Fake, &[TarEntry])]) -> ImageIndex<Vec<u8>> {
 fn one_layer(layer: Fake, entries: &[TarEntry]) -> (ClipFs<Vec<u8>>, Arc<Fake>) {
     let index = index(&[(&layer, entries)]);
     let layer = Arc::new(layer);
-    let fs = ClipFs::new(index, vec![layer.clone()], Arc::new(Metrics::new())).unwrap();
+    let fs = ClipFs::new(index, vec![layer.clone()], Metrics::new()).unwrap();
     (fs, layer)
 }
 
@@ -140,7 +145,7 @@ fn layers_must_be_those_of_the_index() {
     let make = |layers: Vec<Arc<dyn LayerData>>| {
         let (a, b) = (fake(vec![1]), fake(vec![2]));
         let index = index(&[(&a, &[]), (&b, &[])]);
-        ClipFs::new(index, layers, Arc::new(Metrics::new())).map(|_| ())
+        ClipFs::new(index, layers, Metrics::new()).map(|_| ())
     };
     let (a, b): (Arc<dyn LayerData>, Arc<dyn LayerData>) = (Arc::new(a), Arc::new(b));
     assert_eq!(make(vec![a.clone(), b.clone()]), Ok(()));
@@ -203,7 +208,7 @@ fn attributes_are_those_of_the_index() {
     assert_eq!(find(&fs, "d/e/..").ino, find(&fs, "d").ino);
     assert_eq!(find(&fs, "..").ino, Ino::ROOT);
     let statistics = Statistics {
-        blocks: (5 + (1 << 30_u64)).div_ceil(4096),
+        blocks: (5 + (1_u64 << 30)).div_ceil(4096),
         inodes: 7,
         block_bytes: 4096,
         max_name_bytes: 255,
@@ -370,8 +375,12 @@ fn a_read_that_may_not_wait_says_so() {
 
 #[test]
 fn a_broken_disk_names_layer_and_offset() {
-    // The extent reaches behind the end of the layer.
-    let (fs, layer) = one_layer(fake(pattern(100)), &[file("f", 50, &[(0, 60, 50)])]);
+    let mut layer = fake(pattern(200));
+    let index = index(&[(&layer, &[file("f", 50, &[(0, 60, 50)])])]);
+    // The local copy has been cut.
+    layer.bytes.truncate(100);
+    let layer = Arc::new(layer);
+    let fs = ClipFs::new(index, vec![layer.clone()], Metrics::new()).unwrap();
     let ino = find(&fs, "f").ino;
     match fs.read(ino, 8, 50, &mut Vec::new(), Wait::ForDisk) {
         Err(FsError::Io {
@@ -402,7 +411,7 @@ fn a_damaged_index_gives_errors_not_panics() {
                 continue;
             };
             let layer: Arc<dyn LayerData> = Arc::new(fake(pattern(200)));
-            let Ok(fs) = ClipFs::new(index, vec![layer], Arc::new(Metrics::new())) else {
+            let Ok(fs) = ClipFs::new(index, vec![layer], Metrics::new()) else {
                 continue;
             };
             n_served += 1;
