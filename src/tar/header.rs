@@ -89,9 +89,7 @@ impl<'a> Header<'a> {
     /// only if it cannot be those, the rule of Go's reader.
     fn stray_prefix(&self) -> &'a [u8] {
         let is_time = |field: &[u8]| field[0] == 0 || number(field).is_some();
-        if self.typeflag() == b'S'
-            || is_time(&self.block[345..357]) && is_time(&self.block[357..369])
-        {
+        if is_time(&self.block[345..357]) && is_time(&self.block[357..369]) {
             return &[];
         }
         let prefix = text(&self.block[345..500]);

@@ -466,7 +466,9 @@ func must(err error) {
 
 func main() {
 	if os.Args[1] == "read" {
-		read(os.Args[2])
+		for _, archive := range os.Args[2:] {
+			read(archive)
+		}
 	} else {
 		write(os.Args[2], os.Args[3], os.Args[4])
 	}
@@ -475,17 +477,27 @@ func main() {
 func read(archive string) {
 	file, err := os.Open(archive)
 	must(err)
+	defer file.Close()
+	fmt.Println(filepath.Base(archive))
 	reader := tar.NewReader(file)
 	for {
 		header, err := reader.Next()
 		if err == io.EOF {
 			return
 		}
-		must(err)
+		if err != nil {
+			fmt.Println("refused:", err)
+			return
+		}
 		kind, size, detail := "", int64(0), ""
 		device := fmt.Sprintf("%d:%d", header.Devmajor, header.Devminor)
 		switch header.Typeflag {
 		case tar.TypeReg, tar.TypeCont, tar.TypeGNUSparse:
+			// Here GNU tar and libarchive decide, see src/tar/mod.rs.
+			if strings.HasSuffix(header.Name, "/") {
+				kind = "dir"
+				break
+			}
 			kind, size = "file", header.Size
 		case tar.TypeLink:
 			kind, detail = "link", fmt.Sprintf("%x", header.Linkname)
@@ -502,8 +514,10 @@ func read(archive string) {
 		}
 		sum := crc32.NewIEEE()
 		if 0 < size && size < 100000000 {
-			_, err := io.Copy(sum, reader)
-			must(err)
+			if _, err := io.Copy(sum, reader); err != nil {
+				fmt.Println("refused:", err)
+				return
+			}
 		}
 		fmt.Printf("%x %s %d %s %o %d %d %d.%09d %08x", header.Name, kind, size, detail,
 			header.Mode&07777, header.Uid, header.Gid, header.ModTime.Unix(),
