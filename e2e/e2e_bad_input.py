@@ -31,6 +31,8 @@ class BadInput(Case):
         self.assertGreater(len(message), 10, "an error without a sentence")
         self.assertLess(len(message), MAX_MESSAGE_BYTES, message)
         self.assertNotRegex(message, r"\n|panicked|RUST_BACKTRACE|Error \{|Some\(|\w+Error\(", "for people, not for debuggers")
+        parts = message.split(": ")
+        self.assertFalse([it for it, following in zip(parts, parts[1:]) if it == following], f"says one thing twice: {message}")
         for words in says:
             self.assertIn(words.lower(), message.lower(), f"the message must name {words!r}")
 
