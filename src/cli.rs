@@ -1,1 +1,178 @@
 //! The command line: what a user may type.
+
+use std::{net::SocketAddr, path::PathBuf};
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+/// Mounts OCI images lazily: files appear at once, their bytes are fetched when they are read.
+#[derive(Debug, Parser)]
+#[command(name = "clip-csi", version, max_term_width = 100)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+    /// Settings that every command takes.
+    #[command(flatten)]
+    pub common: Common,
+}
+
+/// Settings that every command takes.
+#[derive(Debug, Clone, Args)]
+pub struct Common {
+    /// Configuration file (TOML, see docs/CONFIGURATION.md).
+    #[arg(long, global = true, env = "CLIP_CSI_CONFIG", value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// Directory of the local disk cache; overrides `cache.dir`.
+    #[arg(long, global = true, env = "CLIP_CSI_CACHE_DIR", value_name = "DIR")]
+    pub cache_dir: Option<PathBuf>,
+    /// Log lines as text, or as JSON for machines.
+    #[arg(
+        long,
+        global = true,
+        env = "CLIP_CSI_LOG_FORMAT",
+        value_enum,
+        default_value = "text"
+    )]
+    pub log_format: LogFormat,
+    /// What to log: `error`, `warn`, `info`, `debug` or `trace`, also per module, as in
+    /// `info,clip_csi::registry=debug`.
+    #[arg(long, global = true, env = "CLIP_CSI_LOG_LEVEL", value_name = "LEVEL")]
+    pub log_level: Option<String>,
+}
+
+/// How log lines look.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    /// For people.
+    Text,
+    /// One JSON object a line.
+    Json,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Serve CSI Identity and Node on a Unix socket.
+    Node(NodeArgs),
+    /// Mount an image at a directory, read-only.
+    Mount(MountArgs),
+    /// Unmount what `mount` mounted.
+    Unmount {
+        /// The directory.
+        dir: PathBuf,
+    },
+    /// Build or look at image indexes.
+    #[command(subcommand)]
+    Index(IndexCommand),
+    /// Look after the local disk cache.
+    #[command(subcommand)]
+    Cache(CacheCommand),
+}
+
+/// Settings of `clip-csi node`.
+#[derive(Debug, Args)]
+pub struct NodeArgs {
+    /// Socket to serve CSI on.
+    #[arg(
+        long,
+        env = "CSI_ENDPOINT",
+        default_value = "unix:///run/clip-csi/csi.sock"
+    )]
+    pub endpoint: String,
+    /// Name of this node in Kubernetes.
+    #[arg(long, env = "NODE_ID")]
+    pub node_id: String,
+    /// Name of the driver in Kubernetes.
+    #[arg(long, env = "CLIP_CSI_DRIVER_NAME", default_value = "csi.clip-csi.dev")]
+    pub driver_name: String,
+    /// Directory for mounts and their records.
+    #[arg(
+        long,
+        env = "CLIP_CSI_STATE_DIR",
+        default_value = "/var/lib/clip-csi/state"
+    )]
+    pub state_dir: PathBuf,
+    /// Address of /metrics, /healthz and /readyz; none are served without it.
+    #[arg(long, env = "CLIP_CSI_METRICS_ADDR", value_name = "ADDRESS:PORT")]
+    pub metrics_addr: Option<SocketAddr>,
+}
+
+/// Which image, and how to get it.
+#[derive(Debug, Clone, Args)]
+pub struct ImageArgs {
+    /// The image: `registry/repository:tag` or `registry/repository@sha256:…`.
+    pub image: String,
+    /// Platform to choose from a multi-arch image, such as `linux/arm64`; this machine's if absent.
+    #[arg(long)]
+    pub platform: Option<String>,
+    /// Docker config file with credentials [default: ~/.docker/config.json if it is there].
+    #[arg(long, value_name = "FILE")]
+    pub docker_config: Option<PathBuf>,
+    /// Registry host that speaks plain http; may be given again.
+    #[arg(long, value_name = "HOST[:PORT]")]
+    pub plain_http: Vec<String>,
+}
+
+/// Settings of `clip-csi mount`.
+#[derive(Debug, Args)]
+pub struct MountArgs {
+    /// The image.
+    #[command(flatten)]
+    pub image: ImageArgs,
+    /// The directory to mount at; it must exist.
+    pub dir: PathBuf,
+    /// Serve in the foreground until the mount ends, instead of in the background.
+    #[arg(long)]
+    pub foreground: bool,
+}
+
+/// Build or look at image indexes.
+#[derive(Debug, Subcommand)]
+pub enum IndexCommand {
+    /// Build the index of an image, which leaves its layers in the cache.
+    Build {
+        /// The image.
+        #[command(flatten)]
+        image: ImageArgs,
+        /// Also write the index to this file.
+        #[arg(long, short, value_name = "FILE")]
+        output: Option<PathBuf>,
+    },
+    /// Print what an index file contains.
+    Inspect {
+        /// A `.clip` file.
+        file: PathBuf,
+        /// Also print every path.
+        #[arg(long)]
+        tree: bool,
+    },
+}
+
+/// Look after the local disk cache.
+#[derive(Debug, Subcommand)]
+pub enum CacheCommand {
+    /// List the layers.
+    Ls,
+    /// Compare every chunk with its digest; wrong ones are dropped and fetched anew.
+    Verify,
+    /// Remove layers, by DiffID (`sha256:…`), or all.
+    Rm {
+        /// The layers.
+        layers: Vec<String>,
+        /// All layers and image indexes.
+        #[arg(long, conflicts_with = "layers")]
+        all: bool,
+    },
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+}

@@ -1,1 +1,131 @@
-//! The configuration: defaults, file, command line, in this order.
+//! The configuration: defaults, then the file, then the command line.
+//!
+//! Each part's settings live beside what they configure; this file only puts them together.
+//! `docs/CONFIGURATION.md` explains every key.
+
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+
+use crate::{layer::CacheConfig, registry::RegistryConfig, remote::RemoteConfig};
+
+/// Says why a configuration cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file cannot be read.
+    #[error("configuration {path}: {source}")]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why not.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The file is not what it should be.
+    #[error("configuration {path}: {source}")]
+    Parse {
+        /// The file.
+        path: PathBuf,
+        /// Where and why.
+        #[source]
+        source: Box<toml::de::Error>,
+    },
+}
+
+/// All settings.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Config {
+    /// The local disk cache.
+    pub cache: CacheConfig,
+    /// The remote content cache.
+    pub remote: RemoteConfig,
+    /// Registries.
+    pub registry: RegistryConfig,
+    /// What the kernel is told.
+    pub fuse: FuseConfig,
+    /// The CSI node service.
+    pub node: NodeConfig,
+}
+
+/// Settings of FUSE mounts.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct FuseConfig {
+    /// Threads that take requests of one mount from the kernel.
+    pub threads_per_mount: usize,
+    /// Threads of the process that wait for the cache disk.
+    pub read_threads: usize,
+    /// How far the kernel reads ahead, in KiB.
+    pub read_ahead_kib: u32,
+}
+
+impl Default for FuseConfig {
+    fn default() -> Self {
+        Self {
+            // One thread answers what needs no disk; more only wake each other up.
+            threads_per_mount: 1,
+            read_threads: 8,
+            // 256 is best for a mix; 512 if large files dominate, 1024 hurts random faults.
+            read_ahead_kib: 256,
+        }
+    }
+}
+
+/// Settings of the CSI node service.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct NodeConfig {
+    /// How long a publish waits for its image before it answers that work goes on, in seconds.
+    ///
+    /// Kubelet gives a call two minutes.
+    pub publish_wait_seconds: u64,
+    /// How long the end waits for uploads under way, in seconds.
+    pub drain_seconds: u64,
+}
+
+impl Default for NodeConfig {
+    fn default() -> Self {
+        Self {
+            publish_wait_seconds: 100,
+            drain_seconds: 20,
+        }
+    }
+}
+
+impl Config {
+    /// Reads the file at `path`.
+    ///
+    /// # Errors
+    /// [`ConfigError`] names the file, the line and the key.
+    pub fn read(path: &Path) -> Result<Self, ConfigError> {
+        let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Read {
+            path: path.to_owned(),
+            source,
+        })?;
+        toml::from_str(&text).map_err(|source| ConfigError::Parse {
+            path: path.to_owned(),
+            source: Box::new(source),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_empty_file_is_the_default() {
+        let config: Config = toml::from_str("").unwrap();
+        assert_eq!(config.cache, CacheConfig::default());
+        assert_eq!(config.fuse, FuseConfig::default());
+    }
+
+    #[test]
+    fn an_unknown_key_is_named() {
+        let error = toml::from_str::<Config>("[cache]\nmax_bites = 1\n")
+            .unwrap_err()
+            .to_string();
+        assert!(error.contains("max_bites"), "{error}");
+    }
+}

@@ -42,6 +42,28 @@ fn random() -> u64 {
 /// # Blocking
 /// Waits for the disk.
 pub fn publish(path: &Path, content: &[u8]) -> io::Result<()> {
+    replace(path, content, Durability::PowerCut)
+}
+
+/// Writes `content` to `path` by rename, without waiting for the disk.
+///
+/// For files with a checksum of their own that can be made anew: a power cut may tear or lose them,
+/// a crash of the process does not.
+///
+/// # Errors
+/// As for [`publish`].
+pub fn publish_unsynced(path: &Path, content: &[u8]) -> io::Result<()> {
+    replace(path, content, Durability::Crash)
+}
+
+/// What a file must survive.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Durability {
+    Crash,
+    PowerCut,
+}
+
+fn replace(path: &Path, content: &[u8], durability: Durability) -> io::Result<()> {
     let temporary = temporary_beside(path);
     let written = (|| {
         let mut file = OpenOptions::new()
@@ -49,9 +71,14 @@ pub fn publish(path: &Path, content: &[u8]) -> io::Result<()> {
             .create_new(true)
             .open(&temporary)?;
         file.write_all(content)?;
-        file.sync_all()?;
+        if durability == Durability::PowerCut {
+            file.sync_all()?;
+        }
         fs::rename(&temporary, path)?;
-        sync_parent(path)
+        if durability == Durability::PowerCut {
+            sync_parent(path)?;
+        }
+        Ok(())
     })();
     if written.is_err() {
         // The first error is the one that says what happened; the file may not exist.

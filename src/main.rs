@@ -1,5 +1,11 @@
 //! The `clip-csi` program.
 
-fn main() {
-    clip_csi::sys::tune_allocator();
+use std::process::ExitCode;
+
+use clap::Parser;
+use clip_csi::{cli::Cli, run, sys};
+
+fn main() -> ExitCode {
+    sys::tune_allocator();
+    run::run(Cli::parse())
 }

@@ -95,6 +95,14 @@ impl SharedWords {
         self.word(at).fetch_or(bits, Ordering::AcqRel)
     }
 
+    /// Clears bits of word `at`.
+    ///
+    /// # Panics
+    /// If there is no such word.
+    pub fn clear_bits(&self, at: usize, bits: u64) {
+        self.word(at).fetch_and(!bits, Ordering::AcqRel);
+    }
+
     /// Replaces word `at`.
     ///
     /// # Panics

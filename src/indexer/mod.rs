@@ -1,1 +1,196 @@
 //! Builds an image's index from its layers.
+//!
+//! The layers' own indexes come from wherever the layer store finds them; merging them is cheap and
+//! deterministic, so an image's index is never fetched, only kept: `images/<manifest-hex>.clip` in
+//! the cache directory.
+
+use std::{
+    fs::{self, File},
+    io,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Instant,
+};
+
+use futures_util::future;
+use tracing::{info, warn};
+
+use crate::{
+    digest::ManifestDigest,
+    disk,
+    index::{IndexError, image::ImageIndex, merge::Merge},
+    layer::store::{Layer, LayerStore},
+    metrics::Metrics,
+    registry::ResolvedImage,
+    sys::{self, MappedFile},
+    tier::{BlobSource, LayerDesc, PresentError},
+};
+
+/// Says why an image has no index.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum IndexerError {
+    /// A layer cannot be had.
+    #[error(transparent)]
+    Layer(#[from] PresentError),
+    /// The layers cannot be merged.
+    #[error("image {manifest} cannot be mounted: {source}")]
+    Merge {
+        /// The image.
+        manifest: ManifestDigest,
+        /// What is wrong with it.
+        #[source]
+        source: IndexError,
+    },
+    /// The local disk failed.
+    #[error("image index {path}: {reason}")]
+    Disk {
+        /// The file.
+        path: PathBuf,
+        /// What failed.
+        reason: String,
+    },
+}
+
+/// An image that can be served: its tree, and its layers in the index's order.
+#[derive(Debug)]
+pub struct OpenImage {
+    /// The tree.
+    pub index: ImageIndex<MappedFile>,
+    /// The layers, bottom first.
+    pub layers: Vec<Arc<Layer>>,
+}
+
+/// Opens images: has their layers made ready, and their indexes built.
+#[derive(Debug)]
+pub struct Indexer {
+    store: LayerStore,
+    metrics: Metrics,
+    max_index_nodes: u32,
+}
+
+impl Indexer {
+    /// Opens images out of `store`; an image of more than `max_index_nodes` inodes is refused.
+    pub fn new(store: LayerStore, metrics: Metrics, max_index_nodes: u32) -> Self {
+        Self {
+            store,
+            metrics,
+            max_index_nodes,
+        }
+    }
+
+    /// Opens `image`, whose blobs `source` reads.
+    ///
+    /// # Errors
+    /// [`IndexerError`]; what was fetched before stays in the cache.
+    pub async fn open(
+        &self,
+        image: &ResolvedImage,
+        source: &Arc<dyn BlobSource>,
+    ) -> Result<OpenImage, IndexerError> {
+        let started = Instant::now();
+        let layers = image
+            .layers
+            .iter()
+            .map(|it| self.store.layer(it, Arc::clone(source)));
+        let layers = future::try_join_all(layers).await?;
+        let path = index_path(&self.store, image.manifest);
+        if let Some(index) = open_index(&path, image) {
+            return Ok(OpenImage { index, layers });
+        }
+        let index = self.merge(image, &layers, &path).await?;
+        let elapsed = started.elapsed();
+        self.metrics
+            .index_build_duration
+            .observe(elapsed.as_secs_f64());
+        info!(image.manifest = %image.manifest, inodes = index.n_nodes(), layers = layers.len(),
+            duration_ms = u64::try_from(elapsed.as_millis()).unwrap_or(u64::MAX),
+            path = %path.display(), "image index built");
+        Ok(OpenImage { index, layers })
+    }
+
+    /// Merges the layers' indexes and keeps the result at `path`.
+    async fn merge(
+        &self,
+        image: &ResolvedImage,
+        layers: &[Arc<Layer>],
+        path: &Path,
+    ) -> Result<ImageIndex<MappedFile>, IndexerError> {
+        let manifest = image.manifest;
+        let (layers, descs) = (layers.to_vec(), image.layers.clone());
+        let (path, max_index_nodes) = (path.to_owned(), self.max_index_nodes);
+        let merged = tokio::task::spawn_blocking(move || {
+            let wrong = |source| IndexerError::Merge { manifest, source };
+            let bytes = merge_layers(manifest, &layers, &descs, max_index_nodes).map_err(wrong)?;
+            let failed = |err: io::Error| IndexerError::Disk {
+                path: path.clone(),
+                reason: err.to_string(),
+            };
+            // The index has a checksum and can be made anew: no reader waits for the disk.
+            disk::publish_unsynced(&path, &bytes).map_err(failed)?;
+            drop(bytes);
+            sys::trim_allocator();
+            let file = File::open(&path).map_err(failed)?;
+            ImageIndex::open(MappedFile::new(&file).map_err(failed)?).map_err(wrong)
+        });
+        merged.await.unwrap_or_else(|err| {
+            let path = index_path(&self.store, manifest);
+            Err(IndexerError::Disk {
+                path,
+                reason: format!("merging ended early: {err}"),
+            })
+        })
+    }
+}
+
+fn merge_layers(
+    manifest: ManifestDigest,
+    layers: &[Arc<Layer>],
+    descs: &[LayerDesc],
+    max_index_nodes: u32,
+) -> Result<Vec<u8>, IndexError> {
+    let mut merge = Merge::new(max_index_nodes);
+    for (layer, desc) in layers.iter().zip(descs) {
+        merge.add_layer(layer.file().index(), desc.blob, desc.blob_bytes)?;
+        layer.file().index().source().drop_resident();
+    }
+    merge.finish(manifest)
+}
+
+fn index_path(store: &LayerStore, manifest: ManifestDigest) -> PathBuf {
+    store
+        .paths()
+        .images()
+        .join(format!("{}.clip", manifest.hex()))
+}
+
+/// Opens the index at `path` if it is whole and `image`'s; removes it if it is not.
+fn open_index(path: &Path, image: &ResolvedImage) -> Option<ImageIndex<MappedFile>> {
+    let file = File::open(path).ok()?;
+    // An empty file cannot be mapped.
+    let mapped = MappedFile::new(&file).map_err(|err| err.to_string());
+    let opened = mapped.and_then(|it| {
+        let index = ImageIndex::open(it).map_err(|err| err.to_string())?;
+        index.verify().map_err(|err| err.to_string())?;
+        let same_layers = index.n_layers() as usize == image.layers.len()
+            && (0..)
+                .zip(&image.layers)
+                .all(|(at, desc)| index.layer(at).is_some_and(|it| it.diff_id == desc.diff_id));
+        if index.manifest() != image.manifest || !same_layers {
+            return Err("it is of another image".to_owned());
+        }
+        Ok(index)
+    });
+    match opened {
+        Ok(index) => {
+            // The checksum touched every page; few of them are needed again soon.
+            index.source().drop_resident();
+            Some(index)
+        }
+        Err(reason) => {
+            warn!(path = %path.display(), reason, "image index is unusable, building it anew");
+            // A file that cannot be removed will be replaced.
+            let _ = fs::remove_file(path);
+            None
+        }
+    }
+}

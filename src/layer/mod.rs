@@ -1,1 +1,83 @@
 //! Keeps decompressed layers on the local disk and fills them from the other tiers.
+//!
+//! On disk, below the cache directory:
+//!
+//! ```text
+//! layers/<diffid-hex>/index    what the layer contains, its chunk digests (layer_index)
+//! layers/<diffid-hex>/data     the decompressed tar, sparse: chunks that are absent are holes
+//! layers/<diffid-hex>/state    which chunks are present: a bitmap, mapped by every process
+//! layers/<diffid-hex>/upload   empty; there while the remote content cache lacks the layer
+//! locks/<diffid-hex>           flock: held by the process that fills the layer
+//! tmp/*.tmp                    first fills under way; what a crash leaves is removed at start
+//! ```
+//!
+//! Invariants:
+//!
+//! - A layer directory appears by rename, with a valid index, or not at all.
+//! - A chunk's bit is set only after its bytes matched their digest and were written
+//!   ([`disk::LayerFile::write_chunk`] and the end of a first fill are the only places).
+//! - Bits written in an earlier boot of the machine count only if the data was flushed before;
+//!   otherwise chunks are verified on first use.
+//! - A layer is decompressed once per node, however many mounts, readers and processes want it: one
+//!   flight per layer in a process ([`flight`]), one lock file between processes ([`lock`]).
+//! - A broken cache never fails a reader: only the origin's last word does.
+//!
+//! Deliberately absent: eviction. What is here stays until `clip-csi cache rm`.
+
+pub mod catalog;
+pub mod disk;
+pub mod store;
+
+mod feed;
+mod fill;
+mod flight;
+mod lock;
+mod make;
+mod pipeline;
+mod present;
+mod state;
+mod upload;
+
+use std::path::PathBuf;
+
+use serde::Deserialize;
+
+/// Settings of the layer store.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct CacheConfig {
+    /// Where layers and indexes are kept.
+    pub dir: PathBuf,
+    /// Largest decompressed layer that is taken, in bytes.
+    pub max_layer_bytes: u64,
+    /// Most entries that one layer may have.
+    pub max_layer_entries: u64,
+    /// Largest index of one layer, in bytes.
+    pub max_layer_index_bytes: u64,
+    /// Most inodes that one image may have.
+    pub max_index_nodes: u32,
+    /// Bytes that a fill leaves free on the disk.
+    pub min_free_bytes: u64,
+    /// How many layers are decompressed at once.
+    pub max_decompressions: usize,
+    /// How long a reader waits for a layer that makes no progress, in seconds.
+    pub stall_timeout_seconds: u64,
+}
+
+impl Default for CacheConfig {
+    fn default() -> Self {
+        Self {
+            dir: PathBuf::from("/var/lib/clip-csi/cache"),
+            // Larger than any layer seen in the field (model weights of some tens of GB), small
+            // enough that a bomb does not fill a node's disk unnoticed.
+            max_layer_bytes: 64 << 30,
+            max_layer_entries: 10_000_000,
+            max_layer_index_bytes: 1 << 30,
+            max_index_nodes: 20_000_000,
+            min_free_bytes: 256 << 20,
+            // Each takes two threads and about 2 MiB: more would not be faster on small nodes.
+            max_decompressions: 2,
+            stall_timeout_seconds: 60,
+        }
+    }
+}

@@ -1,1 +1,61 @@
 //! Knows what is mounted where, and binds sources to targets.
+//!
+//! [`MountTable`] is what the rest uses. It holds one *source mount* per image, below its state
+//! directory, and binds it read-only to each *target path*; the last target that goes takes the
+//! source with it.
+//!
+//! ```text
+//! <state-dir>/lock                       held while a process uses the directory
+//! <state-dir>/sources/<manifest>/mnt     a source mount
+//! <state-dir>/volumes/<publication>.json what is published: one record per volume and target
+//! <state-dir>/volumes/<publication>.json.bad   a record that could not be read, put aside
+//! ```
+//!
+//! What holds here:
+//!
+//! - Every operation may be repeated, also after a crash in its middle. A record is written before
+//!   its bind and removed after it, so that a bind without a record cannot be.
+//! - Before an error that is final for kubelet ([`MountError::is_transient`] is false), everything
+//!   is undone.
+//! - Unpublish of anything, dead or unknown, succeeds.
+//! - No mount is ever `stat`ed, because a dead one blocks or fails: what is mounted is read from
+//!   `/proc/self/mountinfo`. Nothing is deleted recursively: directories go by rmdir(2).
+//! - One operation is in flight per volume and per target. The work on a mount runs to its end on
+//!   the blocking pool, whether the caller still listens or not.
+//!
+//! Lock order: a source's slot, then the map of slots; the other locks are taken alone. All are
+//! std mutexes, and none is held across an await.
+//!
+//! Absent on purpose: what an image is. [`ImageMounter`] is the seam to who knows.
+
+mod bind;
+mod error;
+mod image;
+mod mountinfo;
+mod operations;
+mod preparations;
+mod record;
+mod recover;
+mod sources;
+mod table;
+mod target;
+
+pub use error::{MountError, PrepareError};
+pub use image::{
+    ImageMounter, ImageRequest, PreparedImage, Progress, PullCredentials, SourceMount,
+};
+pub use mountinfo::{Device, MountEntry, MountInfo, MountInfoError};
+pub use record::{RecordError, VolumeRecord};
+pub use recover::Recovered;
+pub use table::{MountTable, MountTableConfig, PublishRequest, UnpublishRequest};
+pub use target::{TargetPath, VolumeId};
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+/// The `fsname` that source mounts carry: how a mount is known as the driver's without a record.
+pub const SOURCE_NAME: &str = "clip-csi";
+
+/// Locks, also after another holder panicked: every critical section here leaves a whole state.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

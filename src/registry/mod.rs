@@ -1,1 +1,37 @@
 //! Reads images from OCI registries.
+//!
+//! [`RegistryClient`] turns an [`ImageRef`] into the layers of a [`ResolvedImage`], and gives their
+//! bytes as a [`BlobSource`](crate::tier::BlobSource). It speaks the OCI distribution-spec v1.1 and
+//! Docker's registry API v2.
+//!
+//! From the outside in: `client` (what an image is made of) and `blob` (a stream that resumes) ask
+//! a `session` (one repository, one image's credentials), which asks `auth` for a token and
+//! `transport` for one GET, over connections as `tls` makes them. `retry` alone decides what is
+//! tried again. `reference`, `platform`, `credentials` and `manifest` are pure.
+//!
+//! From oci-client come the types of manifests and indexes. Its requests are not used, with the
+//! reasons in `auth` and `blob`, and because it keeps one user's credentials per registry for all
+//! images, which would let one pod pull with another's.
+//!
+//! Invariants: no wait without a deadline; no secret and no URL in an error or a log; plain http
+//! only to hosts that the configuration names; a manifest and a configuration are checked against
+//! their digests here, the bytes of a layer by whoever reads them.
+
+mod auth;
+mod blob;
+mod client;
+mod config;
+mod credentials;
+mod manifest;
+mod platform;
+mod reference;
+mod retry;
+mod session;
+mod tls;
+mod transport;
+
+pub use client::{RegistryClient, ResolvedImage};
+pub use config::{HostConfig, RegistryConfig, RegistryConfigError};
+pub use credentials::{Credentials, DockerConfig, DockerConfigError};
+pub use platform::{Platform, PlatformError};
+pub use reference::{ImageRef, ReferenceError};

@@ -1,1 +1,41 @@
 //! Shares decompressed layers between nodes through a remote content cache.
+//!
+//! From the outside in:
+//!
+//! - [`ContentCache`] is what the layer store uses: it asks for a layer's manifest, index and
+//!   chunks, verifies every byte, and turns whatever is wrong with the remote into a miss.
+//! - [`Uploader`] puts layers there in the background, a chunk at a time.
+//! - `gate` stands between both and the engine: it counts, bounds memory, and skips a remote that
+//!   is down (`breaker` decides).
+//! - [`DirCache`] and [`RedisCache`] are the engines. They know keys and bytes, not layers.
+//!
+//! # Invariants
+//! - A byte is handed out only after it matched a digest; the digests come from a manifest that is
+//!   authenticated, or that the caller checks against the layer's `DiffId` (see [`Trust`]).
+//! - A reader is never failed by the remote: every fault is a miss, counted and logged.
+//! - The manifest is written last, so that its presence means that the layer was complete.
+//! - At most two values of a chunk's size are in memory for all readers and the uploader together.
+//!
+//! # Deliberately absent
+//! Eviction: the engine does it (Redis by `maxmemory-policy volatile-lfu` and the chunks' time to
+//! live). Permission: whoever may read the store may read every layer in it; the right to pull an
+//! image is checked at the registry, whether or not its layers are here.
+//!
+//! Keys and values are specified in `docs/REMOTE_FORMAT.md`.
+
+mod breaker;
+mod config;
+mod content;
+mod dir;
+mod format;
+mod gate;
+mod redis;
+mod upload;
+
+pub use breaker::BackOff;
+pub use config::{RemoteConfig, RemoteConfigError, RemoteKind, open};
+pub use content::{ContentCache, ContentOptions};
+pub use dir::DirCache;
+pub use format::{IntegrityKey, RemoteManifest, Trust};
+pub use redis::{RedisCache, RedisOptions};
+pub use upload::{Enqueued, Repair, UploadOptions, UploadOutcome, UploadSource, Uploader};

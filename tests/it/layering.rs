@@ -45,7 +45,7 @@ const MODULES: &[(&str, &[&str])] = &[
             "chunk", "digest", "disk", "index", "layer", "metrics", "registry", "sys", "tier",
         ],
     ),
-    ("fuse", &["digest", "fs", "metrics", "sys", "tier"]),
+    ("fuse", &["digest", "fs", "index", "metrics", "sys", "tier"]),
     (
         "mount",
         &["digest", "disk", "metrics", "registry", "secret", "tier"],

@@ -1,3 +1,30 @@
 //! The integration tests: one binary, one module per subject.
 
+#![expect(
+    clippy::unwrap_used,
+    reason = "a test may panic; allow-unwrap-in-tests does not reach its helper functions"
+)]
+#![expect(
+    clippy::cast_possible_truncation,
+    clippy::single_range_in_vec_init,
+    reason = "tests run on 64-bit machines; a list of one range of chunks is meant"
+)]
+
+mod admin;
+mod codec;
+mod csi;
+mod fs;
+mod fuse;
+mod fuse_fakes;
 mod layering;
+mod layers;
+mod metrics_doc;
+mod mount;
+mod mount_fixture;
+mod pb;
+mod registry;
+mod remote;
+mod tar;
+mod tar_fuzz;
+mod tar_tools;
+mod tidy;

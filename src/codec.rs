@@ -1,1 +1,0 @@
-//! Decompresses layers: gzip, zstd and plain tar, told apart by their first bytes.

@@ -1,0 +1,185 @@
+//! Carries a read from the request to the reply, over as many threads as it takes.
+//!
+//! ```text
+//! FUSE thread:  present and in the page cache ─────────────────────────────► reply
+//!                 │ present, on disk          │ not present
+//!                 ▼                           ▼
+//! read pool:    pread ──► reply ◄── pread  make_present (no thread waits) ──► EIO if that fails
+//!                           evicted meanwhile: fetch again, at most 3 times
+//! ```
+//!
+//! A read that is dropped on the way, by a panic or at the end of the process, is answered with EIO
+//! by fuser, so that no reader waits for ever.
+
+use std::{
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Instant,
+};
+
+use fuser::{Errno, ReplyData};
+use tracing::warn;
+
+use super::{
+    Served,
+    counters::{Op, Subject, chain},
+    errno::errno,
+};
+use crate::{
+    digest::DiffId,
+    fs::{FsError, IndexBytes, Wait, read::ReadOutcome},
+    index::image::Ino,
+    metrics::Outcome,
+    tier::PresentError,
+};
+
+/// How often a read has chunks fetched before it gives up.
+///
+/// More than once is needed only if they are evicted between the fetch and the read. A cache in
+/// which that happens three times in a row is far too small, and going on would never end.
+const MAX_FETCHES: u32 = 3;
+
+/// The chunks that are to be made present.
+type Missing = Vec<(DiffId, std::ops::Range<u32>)>;
+
+/// A read that has not been answered.
+#[derive(Debug)]
+pub(super) struct PendingRead<I> {
+    served: Arc<Served<I>>,
+    ino: Ino,
+    offset: u64,
+    len: u32,
+    reply: ReplyData,
+    started: Instant,
+    n_fetches: u32,
+}
+
+/// A read that waits for chunks.
+#[derive(Debug)]
+struct Waiting<I> {
+    /// std Mutex: held to take the read out, which the first error or the last arrival does.
+    read: Mutex<Option<PendingRead<I>>>,
+    n_left: AtomicUsize,
+}
+
+impl<I: IndexBytes> PendingRead<I> {
+    pub(super) fn new(
+        served: Arc<Served<I>>,
+        ino: Ino,
+        offset: u64,
+        len: u32,
+        reply: ReplyData,
+    ) -> Self {
+        Self {
+            served,
+            ino,
+            offset,
+            len,
+            reply,
+            started: Instant::now(),
+            n_fetches: 0,
+        }
+    }
+
+    /// Answers at once if that needs no wait; otherwise passes the read on.
+    pub(super) fn start(self) {
+        let served = self.served.clone();
+        match served.pool.try_buffer() {
+            Some(mut buffer) => self.attempt(&mut buffer, Wait::Never),
+            None => self.read_in_pool(),
+        }
+    }
+
+    fn read_in_pool(self) {
+        let served = self.served.clone();
+        let pool = served.pool.clone();
+        pool.submit(Box::new(move |buffer| {
+            served.guard(Op::Read, || self.attempt(buffer, Wait::ForDisk));
+        }));
+    }
+
+    fn attempt(self, buffer: &mut Vec<u8>, wait: Wait) {
+        let fs = &self.served.fs;
+        match fs.read(self.ino, self.offset, self.len, buffer, wait) {
+            Ok(ReadOutcome::Ready) => self.succeed(buffer),
+            Ok(ReadOutcome::WouldBlock) => self.read_in_pool(),
+            Ok(ReadOutcome::Missing(missing)) => self.fetch(missing),
+            Err(error) => {
+                if matches!(error, FsError::Io { .. }) {
+                    self.served.counters.disk_read(Outcome::Error);
+                }
+                self.served.count(Op::Read, Some(&error));
+                self.reply.error(errno(&error));
+            }
+        }
+    }
+
+    fn succeed(self, bytes: &[u8]) {
+        if self.n_fetches == 0 {
+            let counters = &self.served.counters;
+            counters.disk_hit(bytes.len(), self.started.elapsed());
+        }
+        self.served.count(Op::Read, None);
+        self.reply.data(bytes);
+    }
+
+    /// Has chunks made present, and comes back when they are.
+    fn fetch(mut self, missing: Missing) {
+        if self.n_fetches == 0 {
+            self.served.counters.disk_read(Outcome::Miss);
+        }
+        self.n_fetches += 1;
+        let Some((first, _)) = missing.first().cloned() else {
+            return self.read_in_pool();
+        };
+        if MAX_FETCHES < self.n_fetches {
+            let reason = "evicted as soon as it was fetched: the cache is too small";
+            return self.fail(first, reason);
+        }
+        let provider = self.served.provider.clone();
+        let waiting = Arc::new(Waiting {
+            n_left: AtomicUsize::new(missing.len()),
+            read: Mutex::new(Some(self)),
+        });
+        for (layer, chunks) in missing {
+            let waiting = waiting.clone();
+            let done = Box::new(move |result| waiting.arrived(layer, result));
+            provider.make_present(layer, chunks, done);
+        }
+    }
+
+    fn fail(self, layer: DiffId, reason: &str) {
+        self.served.counters.failed(Op::Read);
+        let subject = Subject::Layer(layer);
+        if let Some(n_silent) = self.served.failures.admit(subject, Instant::now()) {
+            warn!(layer.diff_id = %layer, n_silent, error = reason, "read failed");
+        }
+        self.reply.error(Errno::EIO);
+    }
+}
+
+impl<I: IndexBytes> Waiting<I> {
+    /// Takes note that the chunks of `layer` are present, or why not.
+    fn arrived(&self, layer: DiffId, result: Result<(), PresentError>) {
+        match result {
+            Ok(()) if self.n_left.fetch_sub(1, Ordering::AcqRel) != 1 => {}
+            Ok(()) => {
+                if let Some(read) = self.take() {
+                    read.read_in_pool();
+                }
+            }
+            Err(error) => {
+                if let Some(read) = self.take() {
+                    read.fail(layer, &chain(&error));
+                }
+            }
+        }
+    }
+
+    fn take(&self) -> Option<PendingRead<I>> {
+        let mut read = self.read.lock().unwrap_or_else(PoisonError::into_inner);
+        read.take()
+    }
+}

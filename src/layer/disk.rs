@@ -1,0 +1,364 @@
+//! One layer on the local disk: its index, its data, and which of its chunks are there.
+
+use std::{
+    fs::{self, File, OpenOptions},
+    io::{self, Write},
+    ops::Range,
+    os::unix::fs::FileExt,
+    path::{Path, PathBuf},
+};
+
+use rustix::io::ReadWriteFlags;
+
+use super::state::{self, Initial, State};
+use crate::{
+    chunk,
+    digest::{ChunkDigest, DiffId},
+    disk,
+    index::{IndexError, layer_index::LayerIndex},
+    sys::MappedFile,
+};
+
+/// File names in a layer's directory.
+pub(super) const INDEX: &str = "index";
+pub(super) const DATA: &str = "data";
+pub(super) const STATE: &str = "state";
+pub(super) const UPLOAD_PENDING: &str = "upload";
+
+/// Where things are below the cache directory.
+#[derive(Debug, Clone)]
+pub struct CachePaths {
+    root: PathBuf,
+}
+
+impl CachePaths {
+    /// Names the places below `root`; touches nothing.
+    pub fn new(root: &Path) -> Self {
+        Self {
+            root: root.to_owned(),
+        }
+    }
+
+    /// The cache directory itself.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// Holds one directory per layer.
+    pub fn layers(&self) -> PathBuf {
+        self.root.join("layers")
+    }
+
+    /// The directory of one layer.
+    pub fn layer(&self, layer: DiffId) -> PathBuf {
+        self.layers().join(layer.hex())
+    }
+
+    /// Holds one index file per image.
+    pub fn images(&self) -> PathBuf {
+        self.root.join("images")
+    }
+
+    /// Holds what is not complete yet.
+    pub(super) fn temporary(&self) -> PathBuf {
+        self.root.join("tmp")
+    }
+
+    /// The lock of whoever fills the layer.
+    pub(super) fn lock(&self, layer: DiffId) -> PathBuf {
+        self.root.join("locks").join(layer.hex())
+    }
+}
+
+/// Whether a read may wait for the disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DiskWait {
+    /// Only what is in the page cache is read.
+    Never,
+    /// The disk is waited for.
+    Allowed,
+}
+
+/// An open layer.
+#[derive(Debug)]
+pub struct LayerFile {
+    dir: PathBuf,
+    index: LayerIndex<MappedFile>,
+    data: File,
+    state: State,
+}
+
+impl LayerFile {
+    /// Opens the layer in `dir`, or returns `None` if there is none.
+    ///
+    /// # Errors
+    /// `InvalidData` if its index is damaged or of another layer: the layer is to be made anew;
+    /// else those of the file system.
+    pub fn open(dir: &Path, layer: DiffId) -> io::Result<Option<Self>> {
+        let file = match File::open(dir.join(INDEX)) {
+            Ok(file) => file,
+            Err(err) if err.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(err) => return Err(err),
+        };
+        let damaged = |err: IndexError| io::Error::new(io::ErrorKind::InvalidData, err);
+        if file.metadata()?.len() == 0 {
+            return Err(damaged(IndexError::Truncated {
+                what: "layer index",
+            }));
+        }
+        let index = LayerIndex::decode(MappedFile::new(&file)?).map_err(damaged)?;
+        if index.diff_id() != layer {
+            return Err(damaged(IndexError::Magic {
+                what: "index of this layer",
+            }));
+        }
+        // The checksum touched every page of the index; few of them are needed again soon.
+        index.source().drop_resident();
+        let data = OpenOptions::new()
+            .create(true)
+            .truncate(false)
+            .read(true)
+            .write(true)
+            .open(dir.join(DATA))?;
+        if data.metadata()?.len() != index.layer_bytes() {
+            data.set_len(index.layer_bytes())?;
+        }
+        let state = State::open(&dir.join(STATE), index.layer_bytes(), state::boot())?;
+        Ok(Some(Self {
+            dir: dir.to_owned(),
+            index,
+            data,
+            state,
+        }))
+    }
+
+    /// Publishes a layer whose index is known and whose data is yet to come.
+    ///
+    /// # Errors
+    /// Those of the file system; what was there is replaced.
+    pub(super) fn create_empty(
+        paths: &CachePaths,
+        layer: DiffId,
+        index: &[u8],
+        layer_bytes: u64,
+    ) -> io::Result<()> {
+        let staging = Staging::new(paths, layer)?;
+        File::create_new(staging.dir().join(DATA))?.set_len(layer_bytes)?;
+        staging.write(INDEX, index)?;
+        staging.write(
+            STATE,
+            &State::initial(layer_bytes, Initial::Absent, state::boot()),
+        )?;
+        staging.publish(paths, layer)
+    }
+
+    /// Names the layer.
+    pub fn diff_id(&self) -> DiffId {
+        self.index.diff_id()
+    }
+
+    /// Its directory.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// The data file: to ask for the free space of its disk.
+    pub(super) fn data(&self) -> &File {
+        &self.data
+    }
+
+    /// What it contains.
+    pub fn index(&self) -> &LayerIndex<MappedFile> {
+        &self.index
+    }
+
+    /// Size of the decompressed layer.
+    pub fn layer_bytes(&self) -> u64 {
+        self.index.layer_bytes()
+    }
+
+    /// How many chunks it has.
+    pub fn n_chunks(&self) -> u32 {
+        self.state.n_chunks()
+    }
+
+    /// Whether all `chunks` are present and verified.
+    pub fn has(&self, chunks: Range<u32>) -> bool {
+        self.state.has_all(chunks)
+    }
+
+    /// Whether the whole layer is present.
+    pub fn is_complete(&self) -> bool {
+        self.state.n_present() == self.n_chunks()
+    }
+
+    /// Bytes of the chunks that are present.
+    pub fn present_bytes(&self) -> u64 {
+        if self.is_complete() {
+            return self.layer_bytes();
+        }
+        (0..self.n_chunks())
+            .filter(|it| self.state.has(*it))
+            .map(|it| self.chunk_bytes(it))
+            .sum()
+    }
+
+    /// Fills `buf` from `offset`; `Ok(false)` if that would have to wait for the disk and must not.
+    ///
+    /// Reads what the file has: that the chunks are present is the caller's check, before the read
+    /// and, because a chunk may be dropped meanwhile, after it.
+    ///
+    /// # Errors
+    /// Those of preadv2(2); `UnexpectedEof` beyond the layer's end.
+    pub fn read_at(&self, buf: &mut [u8], offset: u64, wait: DiskWait) -> io::Result<bool> {
+        if wait == DiskWait::Allowed {
+            self.data.read_exact_at(buf, offset)?;
+            return Ok(true);
+        }
+        let len = buf.len();
+        let mut slices = [io::IoSliceMut::new(buf)];
+        match rustix::io::preadv2(&self.data, &mut slices, offset, ReadWriteFlags::NOWAIT) {
+            Ok(read) => Ok(read == len),
+            // A file system without RWF_NOWAIT always waits.
+            Err(rustix::io::Errno::AGAIN | rustix::io::Errno::OPNOTSUPP) => Ok(false),
+            Err(err) => Err(err.into()),
+        }
+    }
+
+    /// Reads a chunk as it is on disk and says whether it matches its digest.
+    ///
+    /// # Errors
+    /// Those of the file system.
+    ///
+    /// # Blocking
+    /// Waits for the disk.
+    pub fn verify_chunk(&self, chunk: u32, buf: &mut Vec<u8>) -> io::Result<bool> {
+        let range = chunk::byte_range(chunk, self.layer_bytes());
+        buf.resize(usize_of(range.end - range.start), 0);
+        self.data.read_exact_at(buf, range.start)?;
+        Ok(Some(ChunkDigest::of(buf)) == self.index.chunk_digest(chunk))
+    }
+
+    /// Verifies `bytes` against the digest of `chunk`, writes them and marks the chunk present.
+    ///
+    /// Returns how many bytes became present: 0 if the chunk was there already, `None` if the bytes
+    /// are not this chunk's.
+    ///
+    /// # Errors
+    /// Those of the file system; then the chunk is not marked.
+    pub(super) fn write_chunk(&self, chunk: u32, bytes: &[u8]) -> io::Result<Option<u64>> {
+        if self.index.chunk_digest(chunk) != Some(ChunkDigest::of(bytes)) {
+            return Ok(None);
+        }
+        if self.state.has(chunk) {
+            return Ok(Some(0));
+        }
+        self.data
+            .write_all_at(bytes, chunk::byte_range(chunk, self.layer_bytes()).start)?;
+        Ok(Some(if self.state.set(chunk) {
+            bytes.len() as u64
+        } else {
+            0
+        }))
+    }
+
+    /// After an unclean stop: marks `chunk` present if what the disk has matches its digest.
+    ///
+    /// # Errors
+    /// Those of the file system.
+    pub(super) fn adopt_chunk(&self, chunk: u32) -> io::Result<Option<u64>> {
+        if !self.state.is_suspect() || self.state.has(chunk) {
+            return Ok(None);
+        }
+        let mut buf = Vec::new();
+        let good = self.verify_chunk(chunk, &mut buf)?;
+        Ok((good && self.state.set(chunk)).then_some(buf.len() as u64))
+    }
+
+    /// Forgets a chunk whose bytes on disk are wrong; it will be fetched anew.
+    pub fn drop_chunk(&self, chunk: u32) {
+        self.state.clear(chunk);
+    }
+
+    /// Flushes a complete layer to stable storage, after which its bits survive a reboot.
+    ///
+    /// # Errors
+    /// Those of fsync(2).
+    ///
+    /// # Blocking
+    /// Waits for the disk, for long if much was written.
+    pub(super) fn flush(&self) -> io::Result<()> {
+        self.data.sync_all()?;
+        File::open(self.dir.join(INDEX))?.sync_all()?;
+        self.state.mark_flushed(&self.dir.join(STATE))?;
+        File::open(&self.dir)?.sync_all()?;
+        disk::sync_parent(&self.dir)
+    }
+
+    /// Bytes of chunk `chunk`.
+    pub fn chunk_bytes(&self, chunk: u32) -> u64 {
+        let range = chunk::byte_range(chunk, self.layer_bytes());
+        range.end - range.start
+    }
+}
+
+/// A layer directory in the making; removed when dropped unpublished.
+#[derive(Debug)]
+pub(super) struct Staging {
+    dir: PathBuf,
+}
+
+impl Staging {
+    /// Makes a directory with a name of its own.
+    ///
+    /// # Errors
+    /// Those of the file system.
+    pub(super) fn new(paths: &CachePaths, layer: DiffId) -> io::Result<Self> {
+        let dir = disk::temporary_beside(&paths.temporary().join(layer.hex()));
+        fs::create_dir_all(&dir)?;
+        Ok(Self { dir })
+    }
+
+    pub(super) fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Writes a file of the layer.
+    ///
+    /// Without fsync, which would delay the first reader: a file that a power cut tears fails its
+    /// checksum or its boot's number when it is opened, and [`LayerFile::flush`] follows.
+    ///
+    /// # Errors
+    /// Those of the file system.
+    pub(super) fn write(&self, name: &str, content: &[u8]) -> io::Result<()> {
+        File::create_new(self.dir.join(name))?.write_all(content)
+    }
+
+    /// Puts the directory into its place. The caller holds the layer's fill lock.
+    ///
+    /// # Errors
+    /// Those of the file system.
+    pub(super) fn publish(self, paths: &CachePaths, layer: DiffId) -> io::Result<()> {
+        let place = paths.layer(layer);
+        fs::create_dir_all(paths.layers())?;
+        if place.try_exists()? {
+            // A damaged layer: whoever still reads it keeps its open files.
+            let aside = disk::temporary_beside(&paths.temporary().join(layer.hex()));
+            fs::rename(&place, &aside)?;
+            fs::remove_dir_all(&aside)?;
+        }
+        fs::rename(&self.dir, &place)
+    }
+}
+
+impl Drop for Staging {
+    fn drop(&mut self) {
+        // After `publish` there is nothing at this name; before it, what fails is removed at start.
+        let _ = fs::remove_dir_all(&self.dir);
+    }
+}
+
+/// Lengths of buffers come from checked extents and chunks, both far below the address space.
+pub(super) fn usize_of(len: u64) -> usize {
+    usize::try_from(len).expect("a length of at most one chunk fits")
+}

@@ -1,0 +1,357 @@
+//! The two ways a stream fills a layer: the first time, when nothing is known of it, and again,
+//! when its index is known and chunks are missing.
+//!
+//! Both run on a blocking thread. The first fill writes to a staging directory and publishes it
+//! when the whole stream has matched its digests; nobody reads it before. A refill writes in place,
+//! chunk by chunk, each verified against the index, and readers are served behind it.
+
+use std::{
+    fs::File,
+    io::{self, Write},
+};
+
+use sha2::{Digest, Sha256};
+
+use super::{
+    CacheConfig,
+    disk::{CachePaths, DATA, INDEX, LayerFile, STATE, Staging, usize_of},
+    feed::FeedReader,
+    pipeline::{self, Encoding, PipelineError, Sink},
+    state::{self, Initial, State},
+};
+use crate::{
+    chunk::CHUNK_BYTES,
+    digest::{ChunkDigest, DiffId},
+    index::{IndexError, layer_index::LayerIndexBuilder},
+    tar::{self, TarEntry},
+    tier::{LayerDesc, PresentError},
+};
+
+/// Bytes written between two looks at the free space of the disk.
+const SPACE_CHECK_BYTES: u64 = 16 << 20;
+
+/// Why a sink refused bytes.
+#[derive(Debug)]
+enum SinkError {
+    Disk(io::Error),
+    NoSpace,
+    Refused(String),
+    Limit(&'static str, u64),
+}
+
+impl From<io::Error> for SinkError {
+    fn from(err: io::Error) -> Self {
+        match err.kind() {
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Self::NoSpace,
+            _ => Self::Disk(err),
+        }
+    }
+}
+
+impl From<IndexError> for SinkError {
+    fn from(err: IndexError) -> Self {
+        Self::Refused(err.to_string())
+    }
+}
+
+/// Tells readers what went wrong with a layer.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Blame<'a> {
+    pub(super) layer: DiffId,
+    pub(super) paths: &'a CachePaths,
+}
+
+impl Blame<'_> {
+    /// What an error of the local disk means.
+    pub(super) fn disk(&self, err: io::Error) -> PresentError {
+        self.sink(SinkError::from(err))
+    }
+
+    fn sink(&self, err: SinkError) -> PresentError {
+        let layer = self.layer;
+        match err {
+            SinkError::NoSpace => PresentError::NoSpace {
+                path: self.paths.root().to_owned(),
+            },
+            SinkError::Disk(err) => {
+                let path = self.paths.root().display();
+                PresentError::Disk {
+                    reason: format!("layer {layer} below {path}: {err}"),
+                }
+            }
+            SinkError::Refused(reason) => PresentError::Refused { layer, reason },
+            SinkError::Limit(limit, max) => PresentError::Limit { layer, limit, max },
+        }
+    }
+
+    fn pipeline(&self, err: PipelineError<SinkError>) -> PresentError {
+        let layer = self.layer;
+        match err {
+            PipelineError::Source(source) => PresentError::Origin { layer, source },
+            PipelineError::Corrupt(reason) => {
+                let reason = format!("it cannot be decompressed: {reason}; push the image again");
+                PresentError::Refused { layer, reason }
+            }
+            PipelineError::Sink(err) => self.sink(err),
+        }
+    }
+}
+
+/// Fills a layer of which nothing is known, and publishes it with its index.
+///
+/// Returns the size of the decompressed layer.
+///
+/// # Errors
+/// [`PresentError`]; then nothing is left behind.
+///
+/// # Blocking
+/// For as long as the source delivers.
+pub(super) fn first_fill(
+    paths: &CachePaths,
+    config: &CacheConfig,
+    desc: &LayerDesc,
+    reader: FeedReader,
+    encoding: Encoding,
+) -> Result<u64, PresentError> {
+    let layer = desc.diff_id;
+    let blame = Blame { layer, paths };
+    let refused = |reason: String| PresentError::Refused { layer, reason };
+    let staging = Staging::new(paths, layer).map_err(|err| blame.disk(err))?;
+    let data = File::create_new(staging.dir().join(DATA)).map_err(|err| blame.disk(err))?;
+    let mut sink = FirstFill::new(data, config);
+    let (blob_bytes, blob) =
+        pipeline::run(reader, encoding, &mut sink).map_err(|err| blame.pipeline(err))?;
+    if encoding == Encoding::Blob && (blob_bytes, blob) != (desc.blob_bytes, desc.blob) {
+        return Err(refused(format!(
+            "the registry delivered {blob_bytes} bytes with digest {blob} for blob {} of {} bytes; \
+             push the image again",
+            desc.blob, desc.blob_bytes
+        )));
+    }
+    let built = sink.finish().map_err(|err| blame.sink(err))?;
+    if built.diff_id != layer {
+        return Err(refused(format!(
+            "its content has DiffID {}, but the image's config names another; \
+             push the image again",
+            built.diff_id
+        )));
+    }
+    let state = State::initial(built.layer_bytes, Initial::Present, state::boot());
+    let published = staging
+        .write(INDEX, &built.index)
+        .and_then(|()| staging.write(STATE, &state))
+        .and_then(|()| staging.publish(paths, layer));
+    published.map_err(|err| blame.disk(err))?;
+    Ok(built.layer_bytes)
+}
+
+/// Hashes, parses and writes a layer that is seen for the first time.
+#[derive(Debug)]
+struct FirstFill<'a> {
+    data: File,
+    config: &'a CacheConfig,
+    hasher: Sha256,
+    chunk_hasher: blake3::Hasher,
+    parser: tar::Parser,
+    index: LayerIndexBuilder,
+    n_entries: u64,
+    layer_bytes: u64,
+    space_checked_at: u64,
+}
+
+/// What a first fill found out.
+#[derive(Debug)]
+struct Built {
+    diff_id: DiffId,
+    layer_bytes: u64,
+    index: Vec<u8>,
+}
+
+impl<'a> FirstFill<'a> {
+    fn new(data: File, config: &'a CacheConfig) -> Self {
+        Self {
+            data,
+            config,
+            hasher: Sha256::new(),
+            chunk_hasher: blake3::Hasher::new(),
+            parser: tar::Parser::new(tar::TarLimits::default()),
+            index: LayerIndexBuilder::default(),
+            n_entries: 0,
+            layer_bytes: 0,
+            space_checked_at: 0,
+        }
+    }
+
+    /// Ends the chunk under way.
+    fn end_chunk(&mut self) {
+        let digest = ChunkDigest::from_bytes(self.chunk_hasher.finalize().into());
+        self.index.push_chunk(&digest);
+        self.chunk_hasher.reset();
+    }
+
+    fn finish(mut self) -> Result<Built, SinkError> {
+        self.parser
+            .finish()
+            .map_err(|err| SinkError::Refused(err.to_string()))?;
+        if !self.layer_bytes.is_multiple_of(CHUNK_BYTES) {
+            let digest = ChunkDigest::from_bytes(self.chunk_hasher.finalize().into());
+            self.index.push_chunk(&digest);
+        }
+        let diff_id = DiffId::from_bytes(self.hasher.finalize().into());
+        let index = self.index.finish(diff_id, self.layer_bytes);
+        Ok(Built {
+            diff_id,
+            layer_bytes: self.layer_bytes,
+            index,
+        })
+    }
+
+    fn check_limits(&mut self) -> Result<(), SinkError> {
+        let config = self.config;
+        if config.max_layer_bytes < self.layer_bytes {
+            return Err(SinkError::Limit(
+                "cache.max_layer_bytes",
+                config.max_layer_bytes,
+            ));
+        }
+        if config.max_layer_entries < self.n_entries {
+            return Err(SinkError::Limit(
+                "cache.max_layer_entries",
+                config.max_layer_entries,
+            ));
+        }
+        if config.max_layer_index_bytes < self.index.held_bytes() {
+            let max = config.max_layer_index_bytes;
+            return Err(SinkError::Limit("cache.max_layer_index_bytes", max));
+        }
+        if self.space_checked_at <= self.layer_bytes {
+            self.space_checked_at = self.layer_bytes + SPACE_CHECK_BYTES;
+            check_space(&self.data, config.min_free_bytes)?;
+        }
+        Ok(())
+    }
+}
+
+impl Sink for FirstFill<'_> {
+    type Error = SinkError;
+
+    fn take(&mut self, bytes: &[u8]) -> Result<(), SinkError> {
+        self.check_limits()?;
+        self.hasher.update(bytes);
+        let mut rest = bytes;
+        while !rest.is_empty() {
+            let room = usize_of(CHUNK_BYTES - self.layer_bytes % CHUNK_BYTES).min(rest.len());
+            let (head, tail) = rest.split_at(room);
+            self.chunk_hasher.update(head);
+            self.layer_bytes += head.len() as u64;
+            if self.layer_bytes.is_multiple_of(CHUNK_BYTES) {
+                self.end_chunk();
+            }
+            rest = tail;
+        }
+        let (index, n_entries) = (&mut self.index, &mut self.n_entries);
+        let mut pushed = Ok(());
+        let mut push = |entry: TarEntry| {
+            *n_entries += 1;
+            if pushed.is_ok() {
+                pushed = index.push_entry(&entry);
+            }
+        };
+        self.parser
+            .push(bytes, &mut push)
+            .map_err(|err| SinkError::Refused(err.to_string()))?;
+        pushed?;
+        self.data.write_all(bytes)?;
+        Ok(())
+    }
+}
+
+/// Refuses to go on when the disk has less than `min_free_bytes` left.
+fn check_space(data: &File, min_free_bytes: u64) -> Result<(), SinkError> {
+    let disk = rustix::fs::fstatvfs(data).map_err(io::Error::from)?;
+    if disk.f_bavail.saturating_mul(disk.f_frsize) < min_free_bytes {
+        return Err(SinkError::NoSpace);
+    }
+    Ok(())
+}
+
+/// Fills the missing chunks of `layer` from its blob; `progress` hears of each chunk passed.
+///
+/// # Errors
+/// [`PresentError`]; the chunks that were verified before stay.
+///
+/// # Blocking
+/// For as long as the source delivers.
+pub(super) fn refill(
+    paths: &CachePaths,
+    config: &CacheConfig,
+    layer: &LayerFile,
+    reader: FeedReader,
+    progress: &mut (dyn FnMut(u64) + Send),
+) -> Result<(), PresentError> {
+    let blame = Blame {
+        layer: layer.diff_id(),
+        paths,
+    };
+    let mut sink = Refill {
+        layer,
+        min_free_bytes: config.min_free_bytes,
+        chunk: 0,
+        buffer: Vec::with_capacity(usize_of(CHUNK_BYTES.min(layer.layer_bytes()))),
+        progress,
+    };
+    pipeline::run(reader, Encoding::Blob, &mut sink).map_err(|err| blame.pipeline(err))?;
+    if !sink.buffer.is_empty() || sink.chunk < layer.n_chunks() {
+        let reason = "its blob is shorter than its index says; push the image again".to_owned();
+        return Err(PresentError::Refused {
+            layer: layer.diff_id(),
+            reason,
+        });
+    }
+    Ok(())
+}
+
+/// Verifies and writes the chunks of a layer whose index is known.
+///
+/// A chunk is gathered in memory, because a reader may already read the file: bytes that turn out
+/// wrong must not reach it.
+struct Refill<'a> {
+    layer: &'a LayerFile,
+    min_free_bytes: u64,
+    chunk: u32,
+    buffer: Vec<u8>,
+    progress: &'a mut (dyn FnMut(u64) + Send),
+}
+
+impl Sink for Refill<'_> {
+    type Error = SinkError;
+
+    fn take(&mut self, bytes: &[u8]) -> Result<(), SinkError> {
+        let mut rest = bytes;
+        while !rest.is_empty() {
+            if self.layer.n_chunks() <= self.chunk {
+                let reason = "its blob is longer than its index says; push the image again";
+                return Err(SinkError::Refused(reason.to_owned()));
+            }
+            let chunk_bytes = usize_of(self.layer.chunk_bytes(self.chunk));
+            let room = (chunk_bytes - self.buffer.len()).min(rest.len());
+            let (head, tail) = rest.split_at(room);
+            self.buffer.extend_from_slice(head);
+            rest = tail;
+            if self.buffer.len() == chunk_bytes {
+                if self.chunk.is_multiple_of(16) {
+                    check_space(self.layer.data(), self.min_free_bytes)?;
+                }
+                let Some(new_bytes) = self.layer.write_chunk(self.chunk, &self.buffer)? else {
+                    let chunk = self.chunk;
+                    let reason = format!("chunk {chunk} does not match its digest in the index");
+                    return Err(SinkError::Refused(reason));
+                };
+                self.buffer.clear();
+                self.chunk += 1;
+                (self.progress)(new_bytes);
+            }
+        }
+        Ok(())
+    }
+}

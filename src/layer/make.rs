@@ -1,0 +1,211 @@
+//! Makes layers that the disk does not have: from the remote content cache, or from the registry.
+
+use std::{sync::Arc, time::Instant};
+
+use bytes::Bytes;
+use futures_util::{Stream, stream};
+use tracing::{info, warn};
+
+use super::{
+    disk::LayerFile,
+    feed, fill,
+    lock::FillLock,
+    pipeline::Encoding,
+    store::{Inner, Layer, Origin, Remote, crashed, error_chain},
+};
+use crate::{
+    chunk,
+    index::layer_index::LayerIndex,
+    remote::{RemoteManifest, Repair, Trust},
+    sys,
+    tier::{LayerDesc, PresentError, SourceError},
+};
+
+/// Which tier a layer was made from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Made {
+    FromRemote,
+    FromRegistry,
+}
+
+impl Inner {
+    /// Makes a layer that the disk does not have; the caller holds its lock.
+    pub(super) async fn make_layer(
+        self: &Arc<Self>,
+        origin: &Origin,
+        lock: FillLock,
+    ) -> Result<Arc<Layer>, PresentError> {
+        let diff_id = origin.desc.diff_id;
+        let made = if self.make_from_remote(&origin.desc).await? {
+            Made::FromRemote
+        } else {
+            self.make_from_registry(origin).await?;
+            Made::FromRegistry
+        };
+        drop(lock);
+        let layer = self.open_layer(origin)?.ok_or_else(|| PresentError::Disk {
+            reason: format!("layer {diff_id} vanished while it was made"),
+        })?;
+        if made == Made::FromRegistry {
+            self.upload_later(&origin.desc, layer.file(), Repair::default());
+        }
+        self.metrics.layer_cache_layers.inc();
+        let present_bytes = layer.file.present_bytes();
+        self.metrics
+            .layer_cache_bytes
+            .add(i64::try_from(present_bytes).unwrap_or(i64::MAX));
+        if layer.file.is_complete() {
+            self.flush_later(&layer);
+        }
+        Ok(layer)
+    }
+
+    /// Makes the layer from the remote content cache; `false` if that does not have it.
+    async fn make_from_remote(&self, desc: &LayerDesc) -> Result<bool, PresentError> {
+        let Some(remote) = &self.remote else {
+            return Ok(false);
+        };
+        let Some(manifest) = remote.cache.manifest(&desc.diff_id).await else {
+            return Ok(false);
+        };
+        match manifest.trust {
+            Trust::Authenticated => self.adopt_remote_index(remote, &manifest).await,
+            Trust::Unverified => self.copy_remote_layer(remote, desc, &manifest).await,
+        }
+    }
+
+    /// Takes the index from the remote content cache; chunks follow as they are read.
+    async fn adopt_remote_index(
+        &self,
+        remote: &Remote,
+        manifest: &RemoteManifest,
+    ) -> Result<bool, PresentError> {
+        let diff_id = manifest.diff_id;
+        let Some(index) = remote.cache.index(manifest).await else {
+            return Ok(false);
+        };
+        let fits = |it: &LayerIndex<&[u8]>| {
+            it.diff_id() == diff_id
+                && it.layer_bytes() == manifest.layer_bytes
+                && (0..it.n_chunks())
+                    .all(|n| it.chunk_digest(n).as_ref() == manifest.chunk_digests.get(n as usize))
+        };
+        match LayerIndex::decode(&*index) {
+            Ok(decoded) if fits(&decoded) => {}
+            Ok(_) => {
+                warn!(layer.diff_id = %diff_id, "remote cache has an index of another layer");
+                return Ok(false);
+            }
+            Err(err) => {
+                warn!(layer.diff_id = %diff_id, error = %err, "remote cache has an unusable index");
+                return Ok(false);
+            }
+        }
+        LayerFile::create_empty(&self.paths, diff_id, &index, manifest.layer_bytes)
+            .map_err(|err| self.blame(diff_id).disk(err))?;
+        Ok(true)
+    }
+
+    /// Copies the whole layer from a remote content cache that nobody vouches for: the layer's own
+    /// digest does, and nothing is served before it matched.
+    async fn copy_remote_layer(
+        &self,
+        remote: &Remote,
+        desc: &LayerDesc,
+        manifest: &Arc<RemoteManifest>,
+    ) -> Result<bool, PresentError> {
+        let chunks = stream::unfold(0, |n: u32| async move {
+            let digest = manifest.chunk_digests.get(n as usize)?;
+            let range = chunk::byte_range(n, manifest.layer_bytes);
+            let len = usize::try_from(range.end - range.start).ok()?;
+            let chunk = remote
+                .cache
+                .chunk(&manifest.diff_id, n, len, digest)
+                .await?;
+            Some((Ok(chunk), n + 1))
+        });
+        let copied = self.first_fill(desc, chunks, Encoding::Decompressed).await;
+        match copied {
+            Ok(bytes) => {
+                info!(layer.diff_id = %desc.diff_id, bytes, "layer cached to disk");
+                Ok(true)
+            }
+            // Chunks were missing, or the copy is not the layer: the registry has it.
+            Err(PresentError::Refused { reason, .. }) => {
+                warn!(layer.diff_id = %desc.diff_id, reason, "remote cache could not give the whole layer");
+                remote.cache.reject(&desc.diff_id).await;
+                Ok(false)
+            }
+            Err(err) => Err(err),
+        }
+    }
+
+    /// Builds the layer from its blob.
+    async fn make_from_registry(self: &Arc<Self>, origin: &Origin) -> Result<(), PresentError> {
+        let desc = &origin.desc;
+        let permit = self.decompressions.acquire().await;
+        let started = Instant::now();
+        info!(layer.diff_id = %desc.diff_id, layer.blob = %desc.blob, bytes = desc.blob_bytes,
+            "decompressing layer (first access)");
+        let built = async {
+            let opened = origin.source.open(&desc.blob, desc.blob_bytes, 0).await;
+            let stream = opened.map_err(|source| PresentError::Origin {
+                layer: desc.diff_id,
+                source,
+            })?;
+            self.first_fill(desc, stream, Encoding::Blob).await
+        }
+        .await;
+        drop(permit);
+        self.decompressed(desc, started, built.as_ref().copied());
+        built.map(|_layer_bytes| ())
+    }
+
+    /// Counts and logs the end of a decompression.
+    pub(super) fn decompressed(
+        &self,
+        desc: &LayerDesc,
+        started: Instant,
+        outcome: Result<u64, &PresentError>,
+    ) {
+        let label = if outcome.is_ok() { "ok" } else { "error" };
+        self.metrics
+            .layer_decompressions
+            .with_label_values(&[label])
+            .inc();
+        match outcome {
+            Ok(bytes) => {
+                self.metrics.layer_decompressed_bytes.inc_by(bytes);
+                info!(layer.diff_id = %desc.diff_id, bytes, duration_ms = millis(started),
+                    path = %self.paths.layer(desc.diff_id).display(),
+                    "layer decompressed and cached to disk");
+            }
+            Err(err) => {
+                warn!(layer.diff_id = %desc.diff_id, error = %error_chain(err), "decompressing layer failed");
+            }
+        }
+        // A fill's buffers are a large part of the process; the next one may be long in coming.
+        sys::trim_allocator();
+    }
+
+    async fn first_fill(
+        &self,
+        desc: &LayerDesc,
+        stream: impl Stream<Item = Result<Bytes, SourceError>>,
+        encoding: Encoding,
+    ) -> Result<u64, PresentError> {
+        let (feed, reader) = feed::feed();
+        let (paths, config, desc) = (self.paths.clone(), self.config.clone(), desc.clone());
+        let diff_id = desc.diff_id;
+        let work = self
+            .runtime
+            .spawn_blocking(move || fill::first_fill(&paths, &config, &desc, reader, encoding));
+        let ((), outcome) = tokio::join!(feed.run(stream), work);
+        outcome.unwrap_or_else(|err| Err(crashed(diff_id, &err)))
+    }
+}
+
+/// Whole milliseconds since `started`, for logs.
+fn millis(started: Instant) -> u64 {
+    u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX)
+}

@@ -1,0 +1,349 @@
+//! The layer store: gives open layers, and makes their chunks present from the first tier that
+//! has them.
+
+use std::{
+    collections::HashMap,
+    io,
+    ops::Range,
+    sync::{Arc, Mutex, PoisonError, Weak},
+    time::Duration,
+};
+
+use tokio::{
+    runtime::Handle,
+    sync::{Semaphore, watch},
+    task::JoinSet,
+};
+use tracing::{info, warn};
+
+use super::{
+    CacheConfig, catalog,
+    disk::{CachePaths, LayerFile},
+    fill::Blame,
+    flight::Flights,
+    lock::{self, FillLock},
+    upload,
+};
+use crate::{
+    digest::DiffId,
+    metrics::{Metrics, Tier},
+    remote::{ContentCache, Uploader},
+    tier::{BlobSource, LayerDesc, MakePresent, PresentCallback, PresentError},
+};
+
+/// How often a process looks whether another one has come further with a layer.
+///
+/// A stream passes a chunk in about 2 ms, and flock has no way to be told.
+pub(super) const OTHER_PROCESS_POLL: Duration = Duration::from_millis(5);
+
+/// Gives layers and fills them. Clones share one store.
+#[derive(Debug, Clone)]
+pub struct LayerStore(Arc<Inner>);
+
+/// What all clones share. `make` and `present` implement the two things it does.
+#[derive(Debug)]
+pub(super) struct Inner {
+    pub(super) paths: CachePaths,
+    pub(super) config: CacheConfig,
+    pub(super) remote: Option<Remote>,
+    pub(super) metrics: Metrics,
+    pub(super) runtime: Handle,
+    /// std Mutex: held for a map operation, never across an await.
+    pub(super) layers: Mutex<HashMap<DiffId, Weak<Layer>>>,
+    pub(super) layer_flights: Flights<DiffId>,
+    pub(super) chunk_flights: Flights<(DiffId, u32)>,
+    pub(super) decompressions: Semaphore,
+    /// std Mutex: held to add or reap a task, never across an await.
+    pub(super) tasks: Mutex<JoinSet<()>>,
+}
+
+/// The remote content cache and what fills it.
+#[derive(Debug, Clone)]
+pub struct Remote {
+    /// Where chunks are asked for.
+    pub cache: ContentCache,
+    /// What stores them there.
+    pub uploader: Arc<Uploader>,
+}
+
+/// A layer that somebody has open.
+#[derive(Debug)]
+pub struct Layer {
+    pub(super) file: Arc<LayerFile>,
+    /// std Mutex: held to copy it, never across an await.
+    origin: Mutex<Origin>,
+    /// std Mutex: held to look and to start, never across an await.
+    pub(super) refill: Mutex<Option<watch::Receiver<RefillState>>>,
+    /// Chunks that the remote content cache was asked for and did not have, to be put there again.
+    ///
+    /// std Mutex: held to push or take, never across an await.
+    pub(super) missed: Mutex<Vec<u32>>,
+}
+
+/// Where a layer comes from: its blob, and a source with the credentials of whoever asked last.
+#[derive(Debug, Clone)]
+pub(super) struct Origin {
+    pub(super) desc: LayerDesc,
+    pub(super) source: Arc<dyn BlobSource>,
+}
+
+/// How far a refill has come.
+#[derive(Debug, Clone)]
+pub(super) enum RefillState {
+    /// It runs; a new value wakes the waiters.
+    Running,
+    Done,
+    Failed(PresentError),
+}
+
+impl Layer {
+    /// The layer's data and index.
+    pub fn file(&self) -> &Arc<LayerFile> {
+        &self.file
+    }
+
+    /// Whether a stream is passing the layer's chunks.
+    pub(super) fn is_refilling(&self) -> bool {
+        self.refill
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .is_some()
+    }
+
+    pub(super) fn origin(&self) -> Origin {
+        self.origin
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
+}
+
+impl LayerStore {
+    /// Opens the store in the configured directory and removes what a crash left behind.
+    ///
+    /// `runtime` runs the fills; it must outlive the store's users.
+    ///
+    /// # Errors
+    /// Those of the file system, with the directory in the text.
+    pub fn open(
+        config: CacheConfig,
+        remote: Option<Remote>,
+        metrics: Metrics,
+        runtime: Handle,
+    ) -> io::Result<Self> {
+        let paths = CachePaths::new(&config.dir);
+        let in_dir = |err: io::Error| {
+            let dir = config.dir.display();
+            io::Error::new(err.kind(), format!("cache directory {dir}: {err}"))
+        };
+        for dir in [paths.layers(), paths.images(), paths.temporary()] {
+            std::fs::create_dir_all(dir).map_err(in_dir)?;
+        }
+        catalog::remove_leftovers(&paths).map_err(in_dir)?;
+        let usage = catalog::usage(&paths).map_err(in_dir)?;
+        metrics
+            .layer_cache_bytes
+            .set(i64::try_from(usage.present_bytes).unwrap_or(i64::MAX));
+        metrics
+            .layer_cache_layers
+            .set(i64::try_from(usage.n_layers).unwrap_or(i64::MAX));
+        info!(path = %config.dir.display(), bytes = usage.present_bytes, layers = usage.n_layers,
+            "initialized OCI storage with disk cache");
+        let store = Self(Arc::new(Inner {
+            paths,
+            decompressions: Semaphore::new(config.max_decompressions.max(1)),
+            config,
+            remote,
+            metrics,
+            runtime,
+            layers: Mutex::default(),
+            layer_flights: Flights::default(),
+            chunk_flights: Flights::default(),
+            tasks: Mutex::default(),
+        }));
+        upload::resume(&store.0);
+        Ok(store)
+    }
+
+    /// Where the store keeps what.
+    pub fn paths(&self) -> &CachePaths {
+        &self.0.paths
+    }
+
+    /// Gives the layer `desc`, its index known.
+    ///
+    /// A layer that the disk does not have is looked for in the remote content cache, then built
+    /// from the registry, which leaves it on disk. Whoever asks for the same layer meanwhile, in
+    /// this process or another, waits for the same work.
+    ///
+    /// # Errors
+    /// [`PresentError`] says why there is none.
+    ///
+    /// # Cancellation
+    /// Safe; the work goes on if somebody else waits for it.
+    pub async fn layer(
+        &self,
+        desc: &LayerDesc,
+        source: Arc<dyn BlobSource>,
+    ) -> Result<Arc<Layer>, PresentError> {
+        let origin = Origin {
+            desc: desc.clone(),
+            source,
+        };
+        if let Some(layer) = self.0.open_layer(&origin)? {
+            return Ok(layer);
+        }
+        let flight = self.0.layer_flights.join(desc.diff_id).await;
+        if flight.followed {
+            self.0.metrics.single_flight_followers.inc();
+        }
+        let lock = self.0.lock(desc.diff_id).await?;
+        let layer = match self.0.open_layer(&origin)? {
+            Some(layer) => layer,
+            None => self.0.make_layer(&origin, lock).await?,
+        };
+        drop(flight);
+        Ok(layer)
+    }
+
+    /// Waits for the uploads under way, at most until `deadline`, then stops all work.
+    pub async fn shutdown(&self, deadline: Duration) {
+        if let Some(remote) = &self.0.remote {
+            remote.uploader.drain(deadline).await;
+        }
+        let mut tasks =
+            std::mem::take(&mut *self.0.tasks.lock().unwrap_or_else(PoisonError::into_inner));
+        tasks.shutdown().await;
+    }
+}
+
+impl MakePresent for LayerStore {
+    fn make_present(&self, layer: DiffId, chunks: Range<u32>, done: PresentCallback) {
+        let mut answer = Answer {
+            done: Some(done),
+            layer,
+        };
+        let Some(layer) = self.0.opened(layer) else {
+            return answer.give(Err(PresentError::Unknown { layer }));
+        };
+        let inner = Arc::clone(&self.0);
+        self.0.spawn(async move {
+            answer.give(inner.present(&layer, chunks).await);
+        });
+    }
+}
+
+/// Calls back in any case, also when the task that holds it is aborted.
+struct Answer {
+    done: Option<PresentCallback>,
+    layer: DiffId,
+}
+
+impl Answer {
+    fn give(&mut self, outcome: Result<(), PresentError>) {
+        if let Some(done) = self.done.take() {
+            done(outcome);
+        }
+    }
+}
+
+impl Drop for Answer {
+    fn drop(&mut self) {
+        self.give(Err(PresentError::Unknown { layer: self.layer }));
+    }
+}
+
+impl Inner {
+    /// Starts a task that ends with the store.
+    pub(super) fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
+        let mut tasks = self.tasks.lock().unwrap_or_else(PoisonError::into_inner);
+        while tasks.try_join_next().is_some() {}
+        tasks.spawn_on(task, &self.runtime);
+    }
+
+    pub(super) fn blame(&self, layer: DiffId) -> Blame<'_> {
+        Blame {
+            layer,
+            paths: &self.paths,
+        }
+    }
+
+    fn opened(&self, layer: DiffId) -> Option<Arc<Layer>> {
+        let layers = self.layers.lock().unwrap_or_else(PoisonError::into_inner);
+        layers.get(&layer).and_then(Weak::upgrade)
+    }
+
+    /// Gives the layer if it is open, or if the disk has it.
+    pub(super) fn open_layer(&self, origin: &Origin) -> Result<Option<Arc<Layer>>, PresentError> {
+        let diff_id = origin.desc.diff_id;
+        if let Some(layer) = self.opened(diff_id) {
+            *layer.origin.lock().unwrap_or_else(PoisonError::into_inner) = origin.clone();
+            return Ok(Some(layer));
+        }
+        let file = match LayerFile::open(&self.paths.layer(diff_id), diff_id) {
+            Ok(Some(file)) => file,
+            Ok(None) => return Ok(None),
+            Err(err) if err.kind() == io::ErrorKind::InvalidData => {
+                warn!(layer.diff_id = %diff_id, error = %err, "layer on disk is damaged, making it anew");
+                self.metrics
+                    .verify_failures
+                    .with_label_values(&[Tier::Disk.label()])
+                    .inc();
+                return Ok(None);
+            }
+            Err(err) => return Err(self.blame(diff_id).disk(err)),
+        };
+        if file.is_complete() {
+            info!(layer.diff_id = %diff_id, bytes = file.layer_bytes(), path = %file.dir().display(),
+                "disk cache hit");
+        }
+        let mut layers = self.layers.lock().unwrap_or_else(PoisonError::into_inner);
+        // Somebody may have opened it meanwhile; all share one.
+        if let Some(layer) = layers.get(&diff_id).and_then(Weak::upgrade) {
+            return Ok(Some(layer));
+        }
+        let layer = Arc::new(Layer {
+            file: Arc::new(file),
+            origin: Mutex::new(origin.clone()),
+            refill: Mutex::default(),
+            missed: Mutex::default(),
+        });
+        layers.retain(|_, it| 0 < it.strong_count());
+        layers.insert(diff_id, Arc::downgrade(&layer));
+        Ok(Some(layer))
+    }
+
+    /// Takes the right to fill the layer, unless another process has it.
+    pub(super) fn try_lock(&self, layer: DiffId) -> Result<Option<FillLock>, PresentError> {
+        lock::try_lock(&self.paths.lock(layer)).map_err(|err| self.blame(layer).disk(err))
+    }
+
+    /// Waits until no other process fills the layer.
+    async fn lock(&self, layer: DiffId) -> Result<FillLock, PresentError> {
+        loop {
+            match self.try_lock(layer)? {
+                Some(lock) => return Ok(lock),
+                None => tokio::time::sleep(OTHER_PROCESS_POLL).await,
+            }
+        }
+    }
+}
+
+/// What it means that a blocking task of ours panicked or was stopped.
+pub(super) fn crashed(layer: DiffId, err: &tokio::task::JoinError) -> PresentError {
+    PresentError::Disk {
+        reason: format!("work on layer {layer} ended early: {err}"),
+    }
+}
+
+/// The error and its causes in one line.
+pub(super) fn error_chain(err: &dyn std::error::Error) -> String {
+    let mut text = err.to_string();
+    let mut cause = err.source();
+    while let Some(err) = cause {
+        text.push_str(": ");
+        text.push_str(&err.to_string());
+        cause = err.source();
+    }
+    text
+}

@@ -1,0 +1,144 @@
+//! Hands layers to the uploader of the remote content cache, and remembers across restarts which
+//! ones it still lacks.
+
+use std::{fs, io, path::Path, sync::Arc};
+
+use bytes::Bytes;
+use tracing::{debug, warn};
+
+use super::{
+    disk::{LayerFile, UPLOAD_PENDING},
+    store::{Inner, Layer},
+};
+use crate::{
+    digest::{self, BlobDigest, ChunkDigest, DiffId},
+    disk,
+    remote::{Repair, UploadOutcome, UploadSource},
+    tier::LayerDesc,
+};
+
+/// A complete layer on its way to the remote content cache.
+#[derive(Debug)]
+struct LayerUpload {
+    file: Arc<LayerFile>,
+    blob: BlobDigest,
+    blob_bytes: u64,
+}
+
+impl UploadSource for LayerUpload {
+    fn diff_id(&self) -> DiffId {
+        self.file.diff_id()
+    }
+
+    fn blob(&self) -> BlobDigest {
+        self.blob
+    }
+
+    fn blob_bytes(&self) -> u64 {
+        self.blob_bytes
+    }
+
+    fn layer_bytes(&self) -> u64 {
+        self.file.layer_bytes()
+    }
+
+    fn chunk_digests(&self) -> Vec<ChunkDigest> {
+        (0..self.file.n_chunks())
+            .filter_map(|it| self.file.index().chunk_digest(it))
+            .collect()
+    }
+
+    fn index(&self) -> io::Result<Bytes> {
+        let index = Bytes::copy_from_slice(self.file.index().as_bytes());
+        self.file.index().source().drop_resident();
+        Ok(index)
+    }
+
+    fn read_chunk(&self, n: u32, into: &mut Vec<u8>) -> io::Result<()> {
+        // The uploader verifies what it sends, and says so when it is wrong.
+        self.file.verify_chunk(n, into).map(|_is_right| ())
+    }
+
+    fn done(&self, outcome: UploadOutcome) {
+        match outcome {
+            UploadOutcome::Uploaded { .. } | UploadOutcome::AlreadyThere => {
+                let marker = self.file.dir().join(UPLOAD_PENDING);
+                if let Err(err) = fs::remove_file(&marker) {
+                    debug!(path = %marker.display(), error = %err, "removing the upload mark");
+                }
+            }
+            // The mark stays, and the next start tries again.
+            UploadOutcome::Failed | UploadOutcome::Stopped | UploadOutcome::Merged => {}
+        }
+    }
+}
+
+/// Marks the layer as one that the remote content cache lacks: `<blob digest> <blob bytes>`.
+fn mark(dir: &Path, desc: &LayerDesc) -> io::Result<()> {
+    let content = format!("{} {}\n", desc.blob, desc.blob_bytes);
+    disk::publish_unsynced(&dir.join(UPLOAD_PENDING), content.as_bytes())
+}
+
+/// Enqueues again what an earlier process did not get to upload.
+pub(super) fn resume(inner: &Arc<Inner>) {
+    let Some(remote) = &inner.remote else { return };
+    let Ok(layers) = fs::read_dir(inner.paths.layers()) else {
+        return;
+    };
+    for dir in layers.flatten() {
+        let Ok(content) = fs::read_to_string(dir.path().join(UPLOAD_PENDING)) else {
+            continue;
+        };
+        let parsed = content
+            .trim()
+            .split_once(' ')
+            .and_then(|(blob, bytes)| Some((blob.parse().ok()?, bytes.parse().ok()?)));
+        let layer = dir.file_name().to_str().and_then(digest::from_hex);
+        let (Some((blob, blob_bytes)), Some(layer)) = (parsed, layer) else {
+            continue;
+        };
+        match LayerFile::open(&dir.path(), DiffId::from_bytes(layer)) {
+            Ok(Some(file)) if file.is_complete() => {
+                let upload = LayerUpload {
+                    file: Arc::new(file),
+                    blob,
+                    blob_bytes,
+                };
+                remote.uploader.enqueue(Arc::new(upload));
+            }
+            Ok(_) | Err(_) => {}
+        }
+    }
+}
+
+impl Inner {
+    /// Has the layer uploaded by and by, or `repair`ed where the remote has it already.
+    pub(super) fn upload_later(&self, desc: &LayerDesc, file: &Arc<LayerFile>, repair: Repair) {
+        let Some(remote) = &self.remote else { return };
+        if let Err(err) = mark(file.dir(), desc) {
+            warn!(layer.diff_id = %desc.diff_id, error = %err, "upload would not survive a restart");
+        }
+        let (blob, blob_bytes) = (desc.blob, desc.blob_bytes);
+        let upload = LayerUpload {
+            file: Arc::clone(file),
+            blob,
+            blob_bytes,
+        };
+        // A refusal is counted and logged there; the mark stays for the next start.
+        remote.uploader.enqueue_repair(Arc::new(upload), repair);
+    }
+
+    /// Flushes a complete layer to stable storage, beside all else.
+    pub(super) fn flush_later(self: &Arc<Self>, layer: &Arc<Layer>) {
+        let file = Arc::clone(layer.file());
+        let runtime = self.runtime.clone();
+        self.spawn(async move {
+            let diff_id = file.diff_id();
+            let flushed = runtime.spawn_blocking(move || file.flush()).await;
+            // Unflushed chunks are verified again after a reboot: slower, never wrong.
+            if let Ok(Err(err)) = flushed {
+                warn!(layer.diff_id = %diff_id, error = %err, "flushing a layer to disk");
+            }
+        });
+    }
+}

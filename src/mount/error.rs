@@ -1,0 +1,267 @@
+//! Says why a volume was not published, one variant per thing that the caller does differently.
+
+use std::{io, path::PathBuf, time::Duration};
+
+use crate::tier::{PresentError, SourceError};
+
+/// Says why an image could not be made ready.
+///
+/// Cloneable, because everybody who waits for the same image is told.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum PrepareError {
+    /// The request itself is wrong: a reference or a platform that cannot be read.
+    #[error("{field}: {reason}")]
+    Invalid {
+        /// The attribute's name.
+        field: &'static str,
+        /// What is wrong with it, and what would do.
+        reason: String,
+    },
+    /// The origin failed.
+    #[error(transparent)]
+    Source(#[from] SourceError),
+    /// The bytes failed, or the disk they go to.
+    #[error(transparent)]
+    Present(#[from] PresentError),
+    /// The image exceeds a configured limit.
+    #[error("it exceeds {limit} = {max}: raise the limit if the image is trusted")]
+    Limit {
+        /// The limit's name in the configuration.
+        limit: &'static str,
+        /// Its value.
+        max: u64,
+    },
+    /// The image's layers do not make a tree.
+    #[error("{reason}")]
+    Refused {
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// Something failed on this node that the request did not cause.
+    #[error("{reason}")]
+    Internal {
+        /// What failed.
+        reason: String,
+    },
+}
+
+/// Says why a volume could not be published or unpublished.
+///
+/// The texts end up in `kubectl describe pod`; those with a cause are read with it.
+#[derive(Debug, thiserror::Error)]
+pub enum MountError {
+    /// The call is wrong, and will be each time.
+    #[error("{field}: {reason}")]
+    Invalid {
+        /// The field or attribute.
+        field: &'static str,
+        /// What is wrong with it, and what would do.
+        reason: String,
+    },
+    /// Another operation holds the volume or the target.
+    #[error("another operation on {what} is under way: this one is tried again when it ends")]
+    Busy {
+        /// The volume or the target path.
+        what: String,
+    },
+    /// The image is not ready yet; the work goes on.
+    #[error(
+        "image {image} is still being prepared after {} s ({progress}): it is mounted once it is ready, nothing needs to be done",
+        .waited.as_secs()
+    )]
+    Preparing {
+        /// The image reference.
+        image: String,
+        /// How long the work has gone on.
+        waited: Duration,
+        /// How far it has come.
+        progress: String,
+    },
+    /// Too many images are being prepared.
+    #[error("{max} images are being prepared on this node: this one has to wait its turn")]
+    Overloaded {
+        /// How many may be at once.
+        max: usize,
+    },
+    /// The volume is published at the target with other attributes.
+    #[error(
+        "volume {volume} is published at {} with other attributes: unpublish it first",
+        .path.display()
+    )]
+    AlreadyExists {
+        /// The volume.
+        volume: String,
+        /// The target path.
+        path: PathBuf,
+    },
+    /// The registry does not have the image, or not for this platform.
+    #[error("cannot mount image {image}")]
+    ImageNotFound {
+        /// The image reference.
+        image: String,
+        /// What the registry said.
+        #[source]
+        cause: Box<PrepareError>,
+    },
+    /// The registry wants credentials, or others.
+    #[error("cannot mount image {image}")]
+    Unauthorized {
+        /// The image reference.
+        image: String,
+        /// What the registry said.
+        #[source]
+        cause: Box<PrepareError>,
+    },
+    /// The registry knows who asks, and refuses.
+    #[error("cannot mount image {image}")]
+    Forbidden {
+        /// The image reference.
+        image: String,
+        /// What the registry said.
+        #[source]
+        cause: Box<PrepareError>,
+    },
+    /// The registry or the way to it is down: later may be better.
+    #[error("cannot mount image {image} now")]
+    Unavailable {
+        /// The image reference.
+        image: String,
+        /// What was seen.
+        #[source]
+        cause: Box<PrepareError>,
+    },
+    /// A disk of the node is full.
+    #[error("the disk of {} is full: free space there, or give it a larger one", .path.display())]
+    NoSpace {
+        /// The directory.
+        path: PathBuf,
+    },
+    /// The target path is not the driver's to use.
+    #[error("target path {} {reason}", .path.display())]
+    Foreign {
+        /// The target path.
+        path: PathBuf,
+        /// What is there, and what to do.
+        reason: &'static str,
+    },
+    /// The image is corrupt, or not what its digests claim.
+    #[error("image {image} is refused")]
+    Refused {
+        /// The image reference.
+        image: String,
+        /// What is wrong with it.
+        #[source]
+        cause: Box<PrepareError>,
+    },
+    /// The image exceeds a configured limit.
+    #[error("image {image} is refused")]
+    Limit {
+        /// The image reference.
+        image: String,
+        /// Which limit.
+        #[source]
+        cause: Box<PrepareError>,
+    },
+    /// The system refused an operation that ought to succeed.
+    #[error("{doing}")]
+    System {
+        /// What was being done, and to what.
+        doing: String,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+}
+
+impl MountError {
+    /// Whether the same call may succeed later without anybody changing it.
+    ///
+    /// After any other one nothing of the volume is left on the node.
+    pub fn is_transient(&self) -> bool {
+        match self {
+            Self::Busy { .. }
+            | Self::Preparing { .. }
+            | Self::Overloaded { .. }
+            | Self::Unavailable { .. }
+            | Self::NoSpace { .. } => true,
+            Self::Invalid { .. }
+            | Self::AlreadyExists { .. }
+            | Self::ImageNotFound { .. }
+            | Self::Unauthorized { .. }
+            | Self::Forbidden { .. }
+            | Self::Foreign { .. }
+            | Self::Refused { .. }
+            | Self::Limit { .. }
+            | Self::System { .. } => false,
+        }
+    }
+
+    /// Sorts why `image` is not ready into what the caller does about it.
+    pub fn of_image(image: &str, cause: PrepareError) -> Self {
+        let image = image.to_owned();
+        let cause = Box::new(cause);
+        let source_error = match &*cause {
+            PrepareError::Invalid { field, reason } => {
+                return Self::Invalid {
+                    field,
+                    reason: reason.clone(),
+                };
+            }
+            PrepareError::Limit { .. } => return Self::Limit { image, cause },
+            PrepareError::Refused { .. } => return Self::Refused { image, cause },
+            PrepareError::Internal { reason } => {
+                return Self::System {
+                    doing: format!("preparing image {image}"),
+                    source: io::Error::other(reason.clone()),
+                };
+            }
+            PrepareError::Present(present) => match present {
+                PresentError::Refused { .. } => return Self::Refused { image, cause },
+                PresentError::NoSpace { path } => return Self::NoSpace { path: path.clone() },
+                PresentError::Disk { reason } => {
+                    return Self::System {
+                        doing: format!("preparing image {image}"),
+                        source: io::Error::other(reason.clone()),
+                    };
+                }
+                PresentError::Limit { .. } => return Self::Limit { image, cause },
+                PresentError::Timeout { .. } | PresentError::Unknown { .. } => {
+                    return Self::Unavailable { image, cause };
+                }
+                PresentError::Origin { source, .. } => source,
+            },
+            PrepareError::Source(source) => source,
+        };
+        match source_error {
+            SourceError::NotFound { .. } | SourceError::WrongPlatform { .. } => {
+                Self::ImageNotFound { image, cause }
+            }
+            SourceError::Unauthorized { .. } => Self::Unauthorized { image, cause },
+            SourceError::Forbidden { .. } => Self::Forbidden { image, cause },
+            SourceError::RateLimited { .. } | SourceError::Unavailable { .. } => {
+                Self::Unavailable { image, cause }
+            }
+            SourceError::Protocol { .. } => Self::Refused { image, cause },
+            SourceError::Unsupported { .. } => Self::Invalid {
+                field: "image",
+                reason: source_error.to_string(),
+            },
+        }
+    }
+
+    /// Wraps what the system said; a full disk is told apart, because it is worth a retry.
+    pub(super) fn system(doing: impl Into<String>, path: &std::path::Path, err: io::Error) -> Self {
+        if matches!(
+            err.kind(),
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded
+        ) {
+            return Self::NoSpace {
+                path: path.to_owned(),
+            };
+        }
+        Self::System {
+            doing: format!("{} {}", doing.into(), path.display()),
+            source: err,
+        }
+    }
+}

@@ -1,0 +1,239 @@
+//! The seam to who knows images: what is asked of [`ImageMounter`], and what it gives.
+
+use std::{
+    any::Any,
+    fmt, io,
+    path::Path,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+
+use sha2::{Digest, Sha256};
+
+use super::{PrepareError, lock};
+use crate::{digest::ManifestDigest, secret::Secret, tier::BoxFuture};
+
+/// Makes images ready and mounts them.
+pub trait ImageMounter: Send + Sync + fmt::Debug {
+    /// Resolves the reference with the request's credentials, and gets or builds the index.
+    ///
+    /// The registry is asked each time, whatever is cached: this is the check of the right to
+    /// pull. `progress` is told how far the work is, for whoever runs out of patience.
+    ///
+    /// # Errors
+    /// Those of [`PrepareError`], after the retries; nothing of the image is mounted then.
+    fn prepare<'a>(
+        &'a self,
+        request: &'a ImageRequest,
+        progress: &'a Progress,
+    ) -> BoxFuture<'a, Result<PreparedImage, PrepareError>>;
+
+    /// Mounts the prepared image read-only at `dir`, with [`super::SOURCE_NAME`] as its `fsname`.
+    ///
+    /// # Errors
+    /// Those of the system; then nothing is mounted.
+    ///
+    /// # Blocking
+    /// Runs on the blocking pool, inside the runtime's context.
+    fn mount(&self, image: &PreparedImage, dir: &Path) -> io::Result<Box<dyn SourceMount>>;
+}
+
+/// A source mount that is being served. Dropped, it is lazily unmounted and served no more.
+pub trait SourceMount: Send + fmt::Debug {
+    /// Whether it is still served: somebody may have aborted the connection behind our back.
+    fn is_alive(&self) -> bool;
+
+    /// Unmounts it lazily and stops serving it.
+    ///
+    /// # Errors
+    /// Those of the system. The table detaches what is left.
+    ///
+    /// # Blocking
+    /// Runs on the blocking pool.
+    fn unmount(self: Box<Self>) -> io::Result<()>;
+}
+
+/// Says which image is wanted, and with which rights.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ImageRequest {
+    /// The reference as the user wrote it.
+    pub image: String,
+    /// `os/arch[/variant]`; the node's own if absent.
+    pub platform: Option<String>,
+    /// How to authenticate to the registry.
+    pub credentials: PullCredentials,
+}
+
+/// How to authenticate to a registry.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum PullCredentials {
+    /// Anonymously, or as the node's configuration says.
+    None,
+    /// With a name and a password.
+    Basic {
+        /// The name.
+        username: String,
+        /// The password.
+        password: Secret<String>,
+    },
+    /// With what a docker `config.json` says for the image.
+    DockerConfig(Secret<Vec<u8>>),
+}
+
+impl ImageRequest {
+    /// Names what is mounted: equal for two requests that want the same, whoever asks.
+    ///
+    /// Credentials are no part of it, since they may be renewed while a volume is published.
+    pub(super) fn attributes(&self) -> [u8; 32] {
+        let mut hash = Sha256::new();
+        field(&mut hash, self.image.as_bytes());
+        // No platform is the empty one: what cannot be written is no third case.
+        field(&mut hash, self.platform.as_deref().unwrap_or("").as_bytes());
+        hash.finalize().into()
+    }
+
+    /// Names the work of preparing: equal for two requests that may share it.
+    ///
+    /// Credentials are part of it: work that was done with one's rights is nothing that another
+    /// may have.
+    pub(super) fn work(&self) -> [u8; 32] {
+        let mut hash = Sha256::new();
+        hash.update(self.attributes());
+        match &self.credentials {
+            PullCredentials::None => field(&mut hash, b"none"),
+            PullCredentials::Basic { username, password } => {
+                field(&mut hash, b"basic");
+                field(&mut hash, username.as_bytes());
+                field(&mut hash, password.expose().as_bytes());
+            }
+            PullCredentials::DockerConfig(config) => {
+                field(&mut hash, b"docker");
+                field(&mut hash, config.expose());
+            }
+        }
+        hash.finalize().into()
+    }
+}
+
+/// Hashes a field with its length, so that no two sequences of fields hash the same bytes.
+pub(super) fn field(hash: &mut Sha256, bytes: &[u8]) {
+    hash.update((bytes.len() as u64).to_le_bytes());
+    hash.update(bytes);
+}
+
+/// An image that can be mounted.
+#[derive(Clone)]
+pub struct PreparedImage {
+    /// The manifest that the reference meant when it was resolved.
+    pub manifest: ManifestDigest,
+    /// What the [`ImageMounter`] needs to mount it; opaque here.
+    pub token: Arc<dyn Any + Send + Sync>,
+}
+
+impl fmt::Debug for PreparedImage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("PreparedImage")
+            .field("manifest", &self.manifest)
+            .finish_non_exhaustive()
+    }
+}
+
+/// How far the preparation of an image has come. Prints as a phrase for a person.
+#[derive(Debug, Default)]
+pub struct Progress {
+    /// std Mutex: held to copy a short text.
+    phase: Mutex<String>,
+    done_bytes: AtomicU64,
+    total_bytes: AtomicU64,
+}
+
+impl Progress {
+    /// Says what is being done now.
+    pub fn set_phase(&self, phase: impl Into<String>) {
+        *lock(&self.phase) = phase.into();
+    }
+
+    /// Says how many bytes there are to do in all.
+    pub fn set_total(&self, bytes: u64) {
+        self.total_bytes.store(bytes, Ordering::Relaxed);
+    }
+
+    /// Says that so many bytes more are done.
+    pub fn add_done(&self, bytes: u64) {
+        self.done_bytes.fetch_add(bytes, Ordering::Relaxed);
+    }
+}
+
+impl fmt::Display for Progress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        const MEGABYTE: u64 = 1_000_000;
+        let phase = lock(&self.phase).clone();
+        f.write_str(if phase.is_empty() { "starting" } else { &phase })?;
+        let done = self.done_bytes.load(Ordering::Relaxed) / MEGABYTE;
+        match self.total_bytes.load(Ordering::Relaxed) / MEGABYTE {
+            0 => Ok(()),
+            total => write!(f, ", {done} of {total} MB"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn request(image: &str, platform: Option<&str>, credentials: PullCredentials) -> ImageRequest {
+        ImageRequest {
+            image: image.to_owned(),
+            platform: platform.map(str::to_owned),
+            credentials,
+        }
+    }
+
+    fn basic(username: &str, password: &str) -> PullCredentials {
+        PullCredentials::Basic {
+            username: username.to_owned(),
+            password: Secret::new(password.to_owned()),
+        }
+    }
+
+    #[test]
+    fn work_is_shared_only_with_the_same_rights() {
+        let requests = [
+            request("a", None, PullCredentials::None),
+            request("a", Some("linux/arm64"), PullCredentials::None),
+            request("b", None, PullCredentials::None),
+            request("a", None, basic("u", "p")),
+            request("a", None, basic("up", "")),
+            request("a", None, basic("u", "q")),
+            request(
+                "a",
+                None,
+                PullCredentials::DockerConfig(Secret::new(b"{}".to_vec())),
+            ),
+        ];
+        for (at, one) in requests.iter().enumerate() {
+            for (other_at, other) in requests.iter().enumerate() {
+                assert_eq!(
+                    one.work() == other.work(),
+                    at == other_at,
+                    "{at} {other_at}"
+                );
+            }
+        }
+        assert_eq!(requests[0].attributes(), requests[3].attributes());
+        assert_ne!(requests[0].attributes(), requests[1].attributes());
+    }
+
+    #[test]
+    fn progress_reads_as_a_phrase() {
+        let progress = Progress::default();
+        assert_eq!(progress.to_string(), "starting");
+        progress.set_phase("streaming layer 2 of 5");
+        assert_eq!(progress.to_string(), "streaming layer 2 of 5");
+        progress.set_total(150_000_000);
+        progress.add_done(12_345_678);
+        assert_eq!(progress.to_string(), "streaming layer 2 of 5, 12 of 150 MB");
+    }
+}

@@ -1,0 +1,114 @@
+//! Takes over the state directory at start: what a former process left is cleared or kept.
+
+use std::{
+    fs::{self, File, OpenOptions, TryLockError},
+    io,
+    os::unix::fs::{DirBuilderExt, OpenOptionsExt},
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use tracing::info;
+
+use super::{
+    ImageMounter, MountError, MountTable, MountTableConfig, record::Records, sources,
+    sources::Sources,
+};
+use crate::metrics::Metrics;
+
+/// What was found at start.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Recovered {
+    /// Volumes that a former process published. Their mounts are dead until they are published
+    /// again; unpublish knows them.
+    pub volumes: usize,
+    /// Records of volumes whose pod is gone, removed.
+    pub orphans: usize,
+    /// Records that could not be read, put aside.
+    pub bad_records: usize,
+    /// Source mounts of a former process, detached.
+    pub stale_sources: usize,
+}
+
+impl MountTable {
+    /// Takes over `config.state_dir`, and makes the table.
+    ///
+    /// # Errors
+    /// [`MountError::System`] if the directory cannot be used, or another process uses it. Nothing
+    /// that is wrong with one record or one stale mount is an error.
+    ///
+    /// # Blocking
+    /// Waits for the disk: call it at start, before anything is served.
+    pub fn recover(
+        config: MountTableConfig,
+        mounter: Arc<dyn ImageMounter>,
+        metrics: &Metrics,
+    ) -> Result<(Self, Recovered), MountError> {
+        let state_dir = make_dir(&config.state_dir)?;
+        let sources_dir = make_dir(&state_dir.join("sources"))?;
+        let volumes_dir = make_dir(&state_dir.join("volumes"))?;
+        // Before anything is touched: the mounts of a living process are not stale.
+        let lock = lock_dir(&state_dir)?;
+        let stale_sources = sources::clear_stale(&sources_dir)
+            .map_err(|err| MountError::system("clearing", &sources_dir, err))?;
+        let records = Records::new(volumes_dir.clone());
+        let swept = records
+            .sweep()
+            .map_err(|err| MountError::system("reading records in", &volumes_dir, err))?;
+        let recovered = Recovered {
+            volumes: swept.kept,
+            orphans: swept.dropped,
+            bad_records: swept.bad,
+            stale_sources,
+        };
+        info!(
+            path = %state_dir.display(),
+            volumes = recovered.volumes,
+            orphans = recovered.orphans,
+            bad_records = recovered.bad_records,
+            stale_sources = recovered.stale_sources,
+            "recovered mount state"
+        );
+        let sources = Sources::new(sources_dir, Arc::clone(&mounter), metrics.mounts.clone());
+        let table = Self::new(
+            config,
+            mounter,
+            sources,
+            records,
+            metrics.volumes.clone(),
+            lock,
+        );
+        Ok((table, recovered))
+    }
+}
+
+/// Makes a directory for the driver alone, and returns its path as mountinfo has it.
+fn make_dir(path: &Path) -> Result<PathBuf, MountError> {
+    fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(path)
+        .and_then(|()| path.canonicalize())
+        .map_err(|err| MountError::system("creating state directory", path, err))
+}
+
+/// Locks the directory for as long as the returned file is open.
+fn lock_dir(dir: &Path) -> Result<File, MountError> {
+    let path = dir.join("lock");
+    let file = OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .mode(0o600)
+        .open(&path)
+        .map_err(|err| MountError::system("opening", &path, err))?;
+    let err = match file.try_lock() {
+        Ok(()) => return Ok(file),
+        Err(TryLockError::WouldBlock) => io::Error::new(
+            io::ErrorKind::ResourceBusy,
+            "another clip-csi process uses this state directory: stop it, or use another directory",
+        ),
+        Err(TryLockError::Error(err)) => err,
+    };
+    Err(MountError::system("locking", &path, err))
+}

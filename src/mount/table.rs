@@ -1,0 +1,424 @@
+//! The mount table: publishes volumes and takes them back.
+
+use std::{
+    collections::HashMap,
+    fs::File,
+    io,
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use prometheus::IntGauge;
+use tracing::{info, warn};
+
+use super::{
+    ImageMounter, ImageRequest, MountEntry, MountError, MountInfo, PreparedImage, SOURCE_NAME,
+    TargetPath, VolumeId, VolumeRecord, bind, lock,
+    operations::Operations,
+    preparations::Preparations,
+    record::Records,
+    sources::Sources,
+    target::{self, PublicationId, TargetDir},
+};
+use crate::digest::ManifestDigest;
+
+/// How a mount table works.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MountTableConfig {
+    /// Where source mounts and records are.
+    pub state_dir: PathBuf,
+    /// How long a call waits for an image before it answers "still being prepared".
+    pub prepare_wait: Duration,
+}
+
+impl MountTableConfig {
+    /// The wait that suits kubelet: it gives up on a call after two minutes
+    /// (`csiTimeout` in pkg/volume/csi), and the answer must be there before.
+    pub const PREPARE_WAIT: Duration = Duration::from_secs(100);
+}
+
+/// What is to be published.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PublishRequest {
+    /// The volume.
+    pub volume: VolumeId,
+    /// Where it is to appear.
+    pub target: TargetPath,
+    /// The image, and the rights to it.
+    pub image: ImageRequest,
+}
+
+/// What is to be taken back.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct UnpublishRequest {
+    /// The volume.
+    pub volume: VolumeId,
+    /// Where it appeared.
+    pub target: TargetPath,
+}
+
+/// Publishes images at target paths. Cheap to clone: all clones are one table.
+#[derive(Debug, Clone)]
+pub struct MountTable {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    config: MountTableConfig,
+    operations: Arc<Operations>,
+    preparations: Preparations,
+    sources: Sources,
+    records: Records,
+    /// What this process published. std Mutex: held for a map lookup, taken alone.
+    published: Mutex<HashMap<PublicationId, Published>>,
+    gauge: IntGauge,
+    /// Held while the table lives: keeps another process off the state directory.
+    _lock: File,
+}
+
+#[derive(Debug, Clone)]
+struct Published {
+    manifest: ManifestDigest,
+    path: PathBuf,
+}
+
+/// What [`Inner::examine`] found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Found {
+    /// Exactly this, mounted and served.
+    Live,
+    /// Nothing, or what a dead mount or a crash left.
+    NotLive,
+}
+
+impl MountTable {
+    pub(super) fn new(
+        config: MountTableConfig,
+        mounter: Arc<dyn ImageMounter>,
+        sources: Sources,
+        records: Records,
+        gauge: IntGauge,
+        lock: File,
+    ) -> Self {
+        Self {
+            inner: Arc::new(Inner {
+                config,
+                operations: Arc::default(),
+                preparations: Preparations::new(mounter),
+                sources,
+                records,
+                published: Mutex::default(),
+                gauge,
+                _lock: lock,
+            }),
+        }
+    }
+
+    /// Mounts the image read-only at the target path.
+    ///
+    /// A repeated call finds the volume and succeeds at once. A volume that a former process
+    /// published, or whose source died, is mounted anew.
+    ///
+    /// # Errors
+    /// Those of [`MountError`]. After one that is not transient, nothing of the volume is left at
+    /// the target.
+    ///
+    /// # Cancellation
+    /// Safe: the image goes on being prepared, and a mount that has begun is completed.
+    pub async fn publish(&self, request: PublishRequest) -> Result<(), MountError> {
+        let PublishRequest {
+            volume,
+            target,
+            image,
+        } = request;
+        let operation = self.inner.operations.begin(&volume, &target)?;
+        let mut record = VolumeRecord {
+            volume,
+            target,
+            image: image.image.clone(),
+            // Known once the image is resolved.
+            manifest: ManifestDigest::from_bytes([0; 32]),
+            attributes: image.attributes(),
+        };
+        let (inner, wanted) = (Arc::clone(&self.inner), record.clone());
+        match on_blocking_pool(move || inner.examine(&wanted)).await? {
+            Found::Live => return Ok(()),
+            Found::NotLive => {}
+        }
+        let patience = self.inner.config.prepare_wait;
+        let prepared = self.inner.preparations.wait(image, patience).await;
+        let inner = Arc::clone(&self.inner);
+        // The operation goes along: it ends with the work, not with the caller's patience.
+        on_blocking_pool(move || {
+            let _operation = operation;
+            match prepared {
+                Ok(prepared) => {
+                    record.manifest = prepared.manifest;
+                    inner.mount(&record, &prepared)
+                }
+                Err(err) => {
+                    if !err.is_transient() {
+                        inner.drop_dead(&record);
+                    }
+                    Err(err)
+                }
+            }
+        })
+        .await
+    }
+
+    /// Unmounts the volume from the target path and removes that directory.
+    ///
+    /// Succeeds for what is not there, dead, or was never published.
+    ///
+    /// # Errors
+    /// [`MountError::Busy`], or [`MountError::System`] if the mount cannot be detached or the
+    /// directory not be removed: to be tried again.
+    ///
+    /// # Cancellation
+    /// Safe: an unmount that has begun is completed.
+    pub async fn unpublish(&self, request: UnpublishRequest) -> Result<(), MountError> {
+        let UnpublishRequest { volume, target } = request;
+        let operation = self.inner.operations.begin(&volume, &target)?;
+        let inner = Arc::clone(&self.inner);
+        on_blocking_pool(move || {
+            let _operation = operation;
+            inner.take_back(&volume, &target)
+        })
+        .await
+    }
+}
+
+impl Inner {
+    /// Looks, before the long work, at what is there.
+    ///
+    /// # Errors
+    /// Whatever will not be better once the image is ready.
+    fn examine(&self, wanted: &VolumeRecord) -> Result<Found, MountError> {
+        let id = wanted.id();
+        let path = resolve_for_publish(&wanted.target)?;
+        let record = self.records.load(id)?;
+        if record
+            .as_ref()
+            .is_some_and(|it| it.attributes != wanted.attributes)
+        {
+            return Err(MountError::AlreadyExists {
+                volume: wanted.volume.to_string(),
+                path,
+            });
+        }
+        if record.is_some() && self.is_live(id, &path)? {
+            return Ok(Found::Live);
+        }
+        self.check_target(id, &path, record.is_some())?;
+        Ok(Found::NotLive)
+    }
+
+    /// Mounts what is prepared; undoes everything it did on an error.
+    fn mount(&self, record: &VolumeRecord, image: &PreparedImage) -> Result<(), MountError> {
+        let id = record.id();
+        let path = resolve_for_publish(&record.target)?;
+        let has_record = self.records.load(id)?.is_some();
+        // Again: the world moved on while the image was prepared.
+        self.check_target(id, &path, has_record)?;
+        self.detach_target(&path)?;
+        self.forget(id);
+        // Where a former life of the volume left a record, the directory is from it too.
+        let ours = target::make(&path)? == TargetDir::Absent || has_record;
+        let attached = self.sources.attach(image, id, |source| {
+            self.records.store(record)?;
+            bind::bind_read_only(source, &path)
+                .map_err(|err| MountError::system("binding the image to", &path, err))
+        });
+        if let Err(err) = attached {
+            // What these meet is logged: `err` is what says what happened.
+            if let Err(left) = self.records.remove(id) {
+                warn!(
+                    error = &left as &dyn std::error::Error,
+                    "record of a failed publish stays"
+                );
+            }
+            if ours && let Err(left) = target::remove(&path) {
+                warn!(path = %path.display(), error = %left, "directory of a failed publish stays");
+            }
+            return Err(err);
+        }
+        let published = Published {
+            manifest: image.manifest,
+            path: path.clone(),
+        };
+        lock(&self.published).insert(id, published);
+        self.gauge.inc();
+        info!(
+            volume.id = %record.volume,
+            image.ref = %record.image,
+            image.manifest = %image.manifest,
+            path = %path.display(),
+            "published volume"
+        );
+        Ok(())
+    }
+
+    /// Undoes what a former life of the volume left, when it cannot be mounted anew: kubelet may
+    /// never unpublish what failed for good.
+    fn drop_dead(&self, record: &VolumeRecord) {
+        let left = match self.records.load(record.id()) {
+            Ok(None) => return,
+            Ok(Some(_)) => self.take_back(&record.volume, &record.target),
+            Err(err) => Err(err),
+        };
+        if let Err(err) = left {
+            warn!(volume.id = %record.volume, error = &err as &dyn std::error::Error, "dead volume stays");
+        }
+    }
+
+    /// Undoes a publication, whatever is left of it.
+    fn take_back(&self, volume: &VolumeId, target: &TargetPath) -> Result<(), MountError> {
+        let id = PublicationId::of(volume, target);
+        let has_record = self.records.load(id)?.is_some();
+        // Without a parent directory there is no mount and nothing to remove.
+        if let Some(path) = target.resolve()? {
+            match self.check_owner(id, &path, has_record) {
+                Ok(()) => {
+                    self.detach_target(&path)?;
+                    remove_target(&path)?;
+                }
+                Err(err) => {
+                    warn!(volume.id = %volume, error = %err, "target left as it is");
+                }
+            }
+        }
+        let was_published = self.forget(id);
+        self.records.remove(id)?;
+        if was_published || has_record {
+            info!(volume.id = %volume, path = %target, "unpublished volume");
+        }
+        Ok(())
+    }
+
+    /// Whether this process serves the publication, and it is what is seen at `path`.
+    fn is_live(&self, id: PublicationId, path: &Path) -> Result<bool, MountError> {
+        let Some(published) = lock(&self.published).get(&id).cloned() else {
+            return Ok(false);
+        };
+        let Some(device) = self.sources.live(published.manifest, id) else {
+            return Ok(false);
+        };
+        let info = mounts()?;
+        Ok(info.at(path).last().is_some_and(|it| it.device == device))
+    }
+
+    /// Refuses a target that is not there to be mounted over.
+    fn check_target(
+        &self,
+        id: PublicationId,
+        path: &Path,
+        has_record: bool,
+    ) -> Result<(), MountError> {
+        self.check_owner(id, path, has_record)?;
+        if mounts()?.at(path).next().is_none() {
+            target::inspect(path)?;
+        }
+        Ok(())
+    }
+
+    /// Refuses a target where something is mounted that is not this publication's.
+    ///
+    /// A mount is the publication's if this process or a record knows it; or if it is a source's by
+    /// name, and no other publication's: then the record was lost.
+    fn check_owner(
+        &self,
+        id: PublicationId,
+        path: &Path,
+        has_record: bool,
+    ) -> Result<(), MountError> {
+        let foreign = |reason| MountError::Foreign {
+            path: path.to_owned(),
+            reason,
+        };
+        let (in_use, own) = {
+            let published = lock(&self.published);
+            let in_use = published
+                .iter()
+                .any(|(other, it)| *other != id && it.path == path);
+            (in_use, has_record || published.contains_key(&id))
+        };
+        if in_use {
+            return Err(foreign("is in use by another volume: unpublish that first"));
+        }
+        if !own && !mounts()?.at(path).all(is_source) {
+            return Err(foreign(
+                "is a mount point that is not this driver's: unmount it",
+            ));
+        }
+        Ok(())
+    }
+
+    fn detach_target(&self, path: &Path) -> Result<(), MountError> {
+        bind::detach_all(path).map_err(|err| MountError::system("unmounting", path, err))
+    }
+
+    /// Gives back what a publication of this process holds, and says whether it was one.
+    fn forget(&self, id: PublicationId) -> bool {
+        let published = lock(&self.published).remove(&id);
+        let Some(published) = published else {
+            return false;
+        };
+        self.gauge.dec();
+        self.sources.release(published.manifest, id);
+        true
+    }
+}
+
+/// Whether a mount carries the name that this driver gives to its sources.
+fn is_source(entry: &MountEntry) -> bool {
+    entry.source == SOURCE_NAME && entry.fs_type.starts_with("fuse")
+}
+
+fn mounts() -> Result<MountInfo, MountError> {
+    MountInfo::read().map_err(|source| MountError::System {
+        doing: "reading /proc/self/mountinfo".to_owned(),
+        source,
+    })
+}
+
+/// The target's path, whose parent the orchestrator has made (CSI spec v1.12,
+/// NodePublishVolumeRequest, `target_path`).
+fn resolve_for_publish(target: &TargetPath) -> Result<PathBuf, MountError> {
+    target.resolve()?.ok_or_else(|| MountError::Invalid {
+        field: "target_path",
+        reason: format!("the parent directory of {target} does not exist: create it first"),
+    })
+}
+
+/// Removes the directory of a target. Files that somebody put there are not ours to delete.
+fn remove_target(path: &Path) -> Result<(), MountError> {
+    match target::remove(path) {
+        Err(err)
+            if matches!(
+                err.kind(),
+                io::ErrorKind::DirectoryNotEmpty | io::ErrorKind::NotADirectory
+            ) =>
+        {
+            warn!(path = %path.display(), error = %err, "target path is not an empty directory, it stays");
+            Ok(())
+        }
+        outcome => outcome.map_err(|err| MountError::system("removing", path, err)),
+    }
+}
+
+/// Runs work that blocks apart from the event loop, to its end even if the caller goes away.
+async fn on_blocking_pool<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, MountError> + Send + 'static,
+) -> Result<T, MountError> {
+    let span = tracing::Span::current();
+    match tokio::task::spawn_blocking(move || span.in_scope(work)).await {
+        Ok(outcome) => outcome,
+        Err(err) => Err(MountError::System {
+            doing: "working on a mount".to_owned(),
+            source: io::Error::other(err),
+        }),
+    }
+}

@@ -1,0 +1,281 @@
+//! Resolves image references to layers, and hands out their blobs.
+
+use std::sync::{Arc, Mutex};
+
+use super::{
+    blob::RepositoryBlobs,
+    config::{RegistryConfig, RegistryConfigError},
+    credentials::Credentials,
+    manifest::{self, Choice, Fault, Manifest},
+    platform::Platform,
+    reference::ImageRef,
+    session::{Object, Session},
+    transport::{Op, Transport, protocol},
+};
+use crate::{
+    digest::{BlobDigest, ManifestDigest},
+    metrics::Metrics,
+    tier::{BlobSource, LayerDesc, SourceError},
+};
+
+/// Sessions that are remembered, so that an image's blobs use the token its manifest was got with.
+const MAX_SESSIONS: usize = 8;
+
+/// Indexes nested in an index that are looked into.
+const MAX_NESTED_INDEXES: usize = 4;
+
+/// Reads images from registries.
+#[derive(Debug)]
+pub struct RegistryClient {
+    transport: Arc<Transport>,
+    /// Latest last. std Mutex: held for a look at a short list, never across an await.
+    sessions: Mutex<Vec<Arc<Session>>>,
+}
+
+/// An image, as far as its registry knows it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ResolvedImage {
+    /// The digest of the platform's own manifest, never of an index.
+    pub manifest: ManifestDigest,
+    /// Its layers, lowest first.
+    pub layers: Vec<LayerDesc>,
+}
+
+impl RegistryClient {
+    /// Makes a client. Files of certificate authorities are read now, the machine's on first use.
+    ///
+    /// # Errors
+    /// [`RegistryConfigError`] if a value is out of range or a `ca_file` cannot be used.
+    pub fn new(config: RegistryConfig, metrics: Metrics) -> Result<Self, RegistryConfigError> {
+        Ok(Self {
+            transport: Arc::new(Transport::new(config, metrics)?),
+            sessions: Mutex::default(),
+        })
+    }
+
+    /// Finds an image's manifest for a platform, and its layers.
+    ///
+    /// The registry is always asked, with these credentials and no token from before, so that
+    /// success is also proof of the right to pull. All that is returned was checked against the
+    /// digests that lead to it.
+    ///
+    /// # Errors
+    /// [`SourceError`], after the configured retries.
+    ///
+    /// # Cancellation
+    /// Safe: an abandoned call leaves nothing behind.
+    pub async fn resolve(
+        &self,
+        image: &ImageRef,
+        platform: &Platform,
+        credentials: &Credentials,
+    ) -> Result<ResolvedImage, SourceError> {
+        let session = Session::new(Arc::clone(&self.transport), image, credentials.clone());
+        let session = Arc::new(session);
+        let resolving = Resolving {
+            session: &session,
+            image,
+            platform,
+        };
+        let resolved = resolving.run().await?;
+        self.remember(image, credentials, session);
+        Ok(resolved)
+    }
+
+    /// Returns the blobs of an image's repository, read with its credentials.
+    pub fn blobs(&self, image: &ImageRef, credentials: &Credentials) -> Arc<dyn BlobSource> {
+        let known = {
+            let sessions = self.sessions.lock().expect("no panic while it is held");
+            sessions
+                .iter()
+                .find(|it| it.is_for(image, credentials))
+                .cloned()
+        };
+        let session = known.unwrap_or_else(|| {
+            let transport = Arc::clone(&self.transport);
+            Arc::new(Session::new(transport, image, credentials.clone()))
+        });
+        Arc::new(RepositoryBlobs { session })
+    }
+
+    fn remember(&self, image: &ImageRef, credentials: &Credentials, session: Arc<Session>) {
+        let mut sessions = self.sessions.lock().expect("no panic while it is held");
+        sessions.retain(|it| !it.is_for(image, credentials));
+        if sessions.len() == MAX_SESSIONS {
+            sessions.remove(0);
+        }
+        sessions.push(session);
+    }
+}
+
+/// One image being resolved.
+struct Resolving<'a> {
+    session: &'a Session,
+    image: &'a ImageRef,
+    platform: &'a Platform,
+}
+
+impl Resolving<'_> {
+    async fn run(&self) -> Result<ResolvedImage, SourceError> {
+        let selector = self.image.manifest_selector();
+        let top = self.manifest(&selector, self.image.digest()).await?;
+        let (manifest, digest) = match top {
+            (Manifest::Image(manifest), digest) => (manifest, digest),
+            (Manifest::Index(index), _) => {
+                let choice =
+                    manifest::choose(&index, self.platform).map_err(|it| self.error(it))?;
+                match choice {
+                    Choice::Manifest(digest) => self.image_manifest(digest).await?,
+                    Choice::Nested(nested) => self.nested(&nested).await?,
+                    Choice::None(available) => return Err(self.wrong_platform(&available)),
+                }
+            }
+        };
+        let config = manifest::config_desc(&manifest).map_err(|it| self.error(it))?;
+        let config = self.config(config).await?;
+        if let Some(platform) = config.platform()
+            && self.platform.fit(&platform).is_none()
+        {
+            return Err(self.wrong_platform(&[platform.to_string()]));
+        }
+        let max_layers = self.session.transport.config.max_layers;
+        let layers =
+            manifest::layers(&manifest, &config, max_layers).map_err(|it| self.error(it))?;
+        Ok(ResolvedImage {
+            manifest: digest,
+            layers,
+        })
+    }
+
+    /// Looks into the indexes of an index, one level deep.
+    async fn nested(
+        &self,
+        nested: &[ManifestDigest],
+    ) -> Result<(Box<oci_client::manifest::OciImageManifest>, ManifestDigest), SourceError> {
+        let mut seen = Vec::new();
+        for digest in nested.iter().take(MAX_NESTED_INDEXES) {
+            match self.manifest(&digest.to_string(), Some(*digest)).await? {
+                (Manifest::Image(manifest), digest) => return Ok((manifest, digest)),
+                (Manifest::Index(index), _) => {
+                    match manifest::choose(&index, self.platform).map_err(|it| self.error(it))? {
+                        Choice::Manifest(digest) => return self.image_manifest(digest).await,
+                        Choice::Nested(_) => {
+                            return Err(self.error(Fault::Unsupported(
+                                "its index nests indexes more than one level deep".to_owned(),
+                            )));
+                        }
+                        Choice::None(available) => seen.extend(available),
+                    }
+                }
+            }
+        }
+        Err(self.wrong_platform(&seen))
+    }
+
+    /// Gets a manifest that must be an image's.
+    async fn image_manifest(
+        &self,
+        digest: ManifestDigest,
+    ) -> Result<(Box<oci_client::manifest::OciImageManifest>, ManifestDigest), SourceError> {
+        match self.manifest(&digest.to_string(), Some(digest)).await? {
+            (Manifest::Image(manifest), digest) => Ok((manifest, digest)),
+            (Manifest::Index(_), _) => Err(self.error(Fault::Unsupported(
+                "its index has another index where an image should be".to_owned(),
+            ))),
+        }
+    }
+
+    /// Gets a manifest or an index, checked against its digest.
+    async fn manifest(
+        &self,
+        selector: &str,
+        expected: Option<ManifestDigest>,
+    ) -> Result<(Manifest, ManifestDigest), SourceError> {
+        let object = Object {
+            op: Op::Manifest,
+            path: format!("manifests/{selector}"),
+            what: format!("image {}", self.image),
+        };
+        let max_len = self.session.transport.config.max_manifest_len();
+        let document = self
+            .session
+            .document(&object, Some(manifest::ACCEPT), max_len)
+            .await?;
+        let digest = ManifestDigest::of(&document.bytes);
+        let claimed = document
+            .digest_header
+            .as_deref()
+            .and_then(|it| it.parse().ok());
+        if let Some(wanted) = expected.or(claimed)
+            && wanted != digest
+        {
+            let reason = format!(
+                "the manifest of {} has digest {digest}, not {wanted}",
+                self.image
+            );
+            return Err(protocol(&self.session.registry, reason));
+        }
+        let manifest = manifest::parse(&document.bytes, document.content_type.as_deref())
+            .map_err(|it| self.error(it))?;
+        Ok((manifest, digest))
+    }
+
+    /// Gets the image's configuration, checked against its digest.
+    async fn config(
+        &self,
+        config: manifest::ConfigDesc,
+    ) -> Result<manifest::ImageConfig, SourceError> {
+        let settings = &self.session.transport.config;
+        if settings.max_manifest_bytes < config.size_bytes {
+            return Err(self.error(Fault::Unsupported(format!(
+                "its configuration has {} bytes, more than max_manifest_bytes = {}: raise the limit if the image is trusted",
+                config.size_bytes, settings.max_manifest_bytes
+            ))));
+        }
+        let object = Object {
+            op: Op::Config,
+            path: format!("blobs/{}", config.digest),
+            what: format!("the configuration of image {}", self.image),
+        };
+        let max_len = usize::try_from(config.size_bytes).unwrap_or(usize::MAX);
+        let document = self.session.document(&object, None, max_len).await?;
+        let digest = BlobDigest::of(&document.bytes);
+        if digest != config.digest {
+            let reason = format!("{} has digest {digest}, not {}", object.what, config.digest);
+            return Err(protocol(&self.session.registry, reason));
+        }
+        manifest::parse_config(&document.bytes).map_err(|it| self.error(it))
+    }
+
+    fn error(&self, fault: Fault) -> SourceError {
+        match fault {
+            Fault::Unsupported(reason) => SourceError::Unsupported {
+                what: format!("image {}", self.image),
+                reason,
+            },
+            Fault::Wrong(reason) => protocol(
+                &self.session.registry,
+                format!("image {}: {reason}", self.image),
+            ),
+        }
+    }
+
+    fn wrong_platform(&self, available: &[String]) -> SourceError {
+        let available = if available.is_empty() {
+            "none".to_owned()
+        } else {
+            // Bounded, because an index may name thousands.
+            available
+                .iter()
+                .take(20)
+                .cloned()
+                .collect::<Vec<_>>()
+                .join(", ")
+        };
+        SourceError::WrongPlatform {
+            image: self.image.to_string(),
+            wanted: self.platform.to_string(),
+            available,
+        }
+    }
+}

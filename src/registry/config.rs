@@ -1,0 +1,186 @@
+//! Says how registries are reached, and what is taken from them at most.
+
+use std::{collections::BTreeMap, path::PathBuf, time::Duration};
+
+use serde::Deserialize;
+
+use super::reference::{canonical_host, check_host};
+
+/// How registries are reached.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct RegistryConfig {
+    /// Settings by host, written as in image references: `host[:port]`.
+    ///
+    /// They hold for registries, for token servers, and for hosts that a registry redirects to.
+    pub hosts: BTreeMap<String, HostConfig>,
+    /// Time to connect, TLS included.
+    pub connect_timeout_seconds: u64,
+    /// Time without progress after which an answer counts as stalled.
+    pub read_timeout_seconds: u64,
+    /// Failures in a row, without a new byte between them, after which a request is given up.
+    pub retries: u32,
+    /// Longest wait between two attempts that the registry did not ask for.
+    pub max_backoff_seconds: u64,
+    /// Longest sum of waits without a new byte between them, `Retry-After` included.
+    pub max_wait_seconds: u64,
+    /// Largest manifest, index or image configuration.
+    pub max_manifest_bytes: u64,
+    /// Most layers of one image.
+    pub max_layers: usize,
+}
+
+/// How one host is reached.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct HostConfig {
+    /// Speak plain http to this host: no encryption, and whoever is on the way can read passwords.
+    pub plain_http: bool,
+    /// PEM file with certificate authorities to trust for this host, beside the system's.
+    pub ca_file: Option<PathBuf>,
+}
+
+/// Says what is wrong with a [`RegistryConfig`].
+#[derive(Debug, thiserror::Error)]
+pub enum RegistryConfigError {
+    /// A host's name cannot be one.
+    #[error("registry hosts: {host:?} must be written host[:port]: {reason}")]
+    Host {
+        /// The key as it came.
+        host: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// A value is out of range.
+    #[error("registry {field} must be {demand}")]
+    Value {
+        /// The field's name.
+        field: &'static str,
+        /// What it must be.
+        demand: &'static str,
+    },
+    /// A file of certificate authorities cannot be used.
+    #[error("registry ca_file {path}: {reason}")]
+    CaFile {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// The HTTP client could not be made.
+    #[error("making the HTTP client: {reason}")]
+    Client {
+        /// What was seen.
+        reason: String,
+    },
+}
+
+impl Default for RegistryConfig {
+    fn default() -> Self {
+        Self {
+            hosts: BTreeMap::new(),
+            // A SYN is sent again after 1, 3 and 7 s: three losses are still survived.
+            connect_timeout_seconds: 10,
+            // Registries on object stores were seen to pause for 10 to 20 s; kubelet waits 120 s.
+            read_timeout_seconds: 30,
+            retries: 5,
+            max_backoff_seconds: 10,
+            // One wait of the longest Retry-After that is honoured, and as much again.
+            max_wait_seconds: 120,
+            // What the OCI distribution-spec v1.1 ("Pushing manifests") asks registries to take.
+            max_manifest_bytes: 4 << 20,
+            // Docker's overlay driver stops at 128; nothing that is sold builds more.
+            max_layers: 256,
+        }
+    }
+}
+
+impl RegistryConfig {
+    /// Checks what the types do not, and gives hosts their canonical names.
+    pub(crate) fn checked(mut self) -> Result<Self, RegistryConfigError> {
+        for (field, value) in [
+            ("connect_timeout_seconds", self.connect_timeout_seconds),
+            ("read_timeout_seconds", self.read_timeout_seconds),
+        ] {
+            if !(1..=3600).contains(&value) {
+                let demand = "between 1 and 3600";
+                return Err(RegistryConfigError::Value { field, demand });
+            }
+        }
+        if !(1024..=64 << 20).contains(&self.max_manifest_bytes) {
+            return Err(RegistryConfigError::Value {
+                field: "max_manifest_bytes",
+                demand: "between 1 KiB and 64 MiB",
+            });
+        }
+        let mut hosts = BTreeMap::new();
+        for (host, settings) in self.hosts {
+            if let Err(reason) = check_host(&host) {
+                return Err(RegistryConfigError::Host { host, reason });
+            }
+            hosts.insert(canonical_host(&host), settings);
+        }
+        self.hosts = hosts;
+        Ok(self)
+    }
+
+    pub(crate) fn has_host(&self, host: &str) -> bool {
+        self.hosts.contains_key(&canonical_host(host))
+    }
+
+    pub(crate) fn host(&self, host: &str) -> HostConfig {
+        self.hosts
+            .get(&canonical_host(host))
+            .cloned()
+            .unwrap_or_default()
+    }
+
+    pub(crate) fn connect_timeout(&self) -> Duration {
+        Duration::from_secs(self.connect_timeout_seconds)
+    }
+
+    pub(crate) fn read_timeout(&self) -> Duration {
+        Duration::from_secs(self.read_timeout_seconds)
+    }
+
+    pub(crate) fn max_manifest_len(&self) -> usize {
+        usize::try_from(self.max_manifest_bytes).unwrap_or(usize::MAX)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_configuration_is_read_and_its_hosts_are_canonical() {
+        let config: RegistryConfig = toml::from_str(
+            "retries = 2\n[hosts.\"127.0.0.1:5000\"]\nplain_http = true\n[hosts.\"index.docker.io\"]\nca_file = \"/ca\"\n",
+        )
+        .unwrap();
+        let config = config.checked().unwrap();
+        assert_eq!(config.retries, 2);
+        assert_eq!(config.max_layers, RegistryConfig::default().max_layers);
+        assert!(config.host("127.0.0.1:5000").plain_http);
+        assert!(!config.host("127.0.0.1:5001").plain_http);
+        assert_eq!(config.host("docker.io").ca_file, Some("/ca".into()));
+    }
+
+    #[test]
+    fn wrong_configurations_are_refused() {
+        for (text, expected) in [
+            (
+                "hosts.\"https://h\".plain_http = true",
+                "must be written host[:port]",
+            ),
+            ("read_timeout_seconds = 0", "between 1 and 3600"),
+            ("connect_timeout_seconds = 0", "between 1 and 3600"),
+            ("max_manifest_bytes = 1", "between 1 KiB and 64 MiB"),
+        ] {
+            let config: RegistryConfig = toml::from_str(text).unwrap();
+            let error = config.checked().unwrap_err().to_string();
+            assert!(error.contains(expected), "{error}");
+        }
+        assert!(toml::from_str::<RegistryConfig>("insecure = true").is_err());
+    }
+}

@@ -1,0 +1,385 @@
+//! Sends one GET, follows its redirects, and counts it: no retry, no credentials of its own.
+//!
+//! Redirects are followed here and not by reqwest, because three things must hold at each hop:
+//! the `Authorization` header is dropped for good when the origin changes (OCI distribution-spec
+//! v1.1, "Pulling blobs"), plain http is spoken only to hosts that the configuration names, and no
+//! URL reaches an error or a log, since the query of a presigned URL is a credential.
+
+use std::{
+    collections::BTreeMap,
+    error::Error as _,
+    path::PathBuf,
+    sync::Mutex,
+    time::{Duration, SystemTime},
+};
+
+use bytes::Bytes;
+use reqwest::{
+    Response, StatusCode, Url,
+    header::{ACCEPT, ACCEPT_ENCODING, AUTHORIZATION, HeaderValue, LOCATION, RANGE, RETRY_AFTER},
+};
+use rustls::pki_types::CertificateDer;
+
+use super::{
+    config::{HostConfig, RegistryConfig, RegistryConfigError},
+    reference::DOCKER_HUB,
+    retry::{Failure, parse_retry_after},
+    tls::{Trust, build_client, read_authorities, send_error},
+};
+use crate::{metrics::Metrics, tier::SourceError};
+
+/// Redirects of one request; Docker Hub and the clouds need one or two.
+const MAX_REDIRECTS: usize = 5;
+
+/// Answers to throw away up to this length are read instead, so that the connection lives on.
+const MAX_DRAINED_BYTES: u64 = 16 << 10;
+
+/// What a request is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Op {
+    Manifest,
+    Config,
+    Blob,
+    Token,
+}
+
+impl Op {
+    const ALL: [Self; 4] = [Self::Manifest, Self::Config, Self::Blob, Self::Token];
+
+    /// The value of the label `op`.
+    const fn label(self) -> &'static str {
+        match self {
+            Self::Manifest => "manifest",
+            Self::Config => "config",
+            Self::Blob => "blob",
+            Self::Token => "token",
+        }
+    }
+}
+
+/// The values of the label `code`.
+const CODES: [&str; 6] = ["2xx", "3xx", "4xx", "429", "5xx", "error"];
+
+/// Returns the value of the label `code`.
+fn code_label(status: StatusCode) -> &'static str {
+    match status.as_u16() {
+        200..=299 => "2xx",
+        300..=399 => "3xx",
+        429 => "429",
+        400..=499 => "4xx",
+        500..=599 => "5xx",
+        _ => "error",
+    }
+}
+
+/// A GET to be made.
+#[derive(Debug)]
+pub(crate) struct Ask {
+    pub(crate) op: Op,
+    pub(crate) url: Url,
+    pub(crate) accept: Option<&'static str>,
+    /// First and last byte wanted.
+    pub(crate) range: Option<(u64, u64)>,
+    pub(crate) authorization: Option<HeaderValue>,
+}
+
+/// What came back, its body not read yet.
+#[derive(Debug)]
+pub(crate) struct Answer {
+    pub(crate) response: Response,
+    /// The host that answered, which may be another one than was asked.
+    pub(crate) host: String,
+    /// Whether the host that was asked answered, and not one that it redirected to.
+    pub(crate) is_from_origin: bool,
+}
+
+/// The HTTP clients of the process.
+#[derive(Debug)]
+pub(crate) struct Transport {
+    pub(crate) config: RegistryConfig,
+    pub(crate) metrics: Metrics,
+    authorities: BTreeMap<PathBuf, Vec<CertificateDer<'static>>>,
+    /// Made when first needed: the machine's authorities cost memory, and plain http needs none.
+    ///
+    /// std Mutex: held for a map lookup, never across an await.
+    clients: Mutex<BTreeMap<Trust, reqwest::Client>>,
+}
+
+impl Transport {
+    pub(crate) fn new(
+        config: RegistryConfig,
+        metrics: Metrics,
+    ) -> Result<Self, RegistryConfigError> {
+        let config = config.checked()?;
+        let mut authorities = BTreeMap::new();
+        for path in config.hosts.values().filter_map(|it| it.ca_file.as_ref()) {
+            authorities.insert(path.clone(), read_authorities(path)?);
+        }
+        for op in Op::ALL {
+            for code in CODES {
+                metrics
+                    .registry_requests
+                    .with_label_values(&[op.label(), code]);
+            }
+        }
+        Ok(Self {
+            config,
+            metrics,
+            authorities,
+            clients: Mutex::default(),
+        })
+    }
+
+    /// Returns the URL of `path` at a registry.
+    pub(crate) fn registry_url(&self, registry: &str, path: &str) -> Result<Url, SourceError> {
+        let scheme = if self.config.host(registry).plain_http {
+            "http"
+        } else {
+            "https"
+        };
+        let host = if registry == DOCKER_HUB {
+            "registry-1.docker.io"
+        } else {
+            registry
+        };
+        Url::parse(&format!("{scheme}://{host}{path}"))
+            .map_err(|error| protocol(registry, format!("its name makes no URL: {error}")))
+    }
+
+    /// Refuses URLs that are neither https nor plain http to a host that is configured so.
+    pub(crate) fn check_url(&self, url: &Url, registry: &str) -> Result<(), SourceError> {
+        let host = host_of(url);
+        match url.scheme() {
+            "https" => Ok(()),
+            "http" if self.settings_for(url).plain_http => Ok(()),
+            "http" => Err(protocol(
+                registry,
+                format!(
+                    "it leads to plain http at {host}: set plain_http for that host if this is meant"
+                ),
+            )),
+            _ => Err(protocol(
+                registry,
+                "it leads to a URL that is not http".to_owned(),
+            )),
+        }
+    }
+
+    /// Makes a GET and follows its redirects.
+    ///
+    /// # Errors
+    /// If no answer came; any status but a redirect is an answer.
+    pub(crate) async fn get(&self, ask: Ask) -> Result<Answer, Failure> {
+        let asked_host = host_of(&ask.url);
+        let mut url = ask.url;
+        let mut authorization = ask.authorization;
+        let mut is_from_origin = true;
+        for _ in 0..=MAX_REDIRECTS {
+            self.check_url(&url, &asked_host)?;
+            let host = host_of(&url);
+            let mut request = self
+                .client_for(&url)
+                .await?
+                .get(url.clone())
+                .header(ACCEPT_ENCODING, "identity");
+            if let Some(accept) = ask.accept {
+                request = request.header(ACCEPT, accept);
+            }
+            if let Some((first, last)) = ask.range {
+                request = request.header(RANGE, format!("bytes={first}-{last}"));
+            }
+            if let Some(authorization) = &authorization {
+                request = request.header(AUTHORIZATION, authorization.clone());
+            }
+            let limit = self.config.connect_timeout() + self.config.read_timeout();
+            let sent = tokio::time::timeout(limit, request.send()).await;
+            let response = match sent {
+                Ok(Ok(response)) => response,
+                Ok(Err(error)) => {
+                    self.count(ask.op, "error");
+                    return Err(send_error(&host, error).into());
+                }
+                Err(_) => {
+                    self.count(ask.op, "error");
+                    let reason = format!("no answer within {} s", limit.as_secs());
+                    return Err(unavailable(&host, reason).into());
+                }
+            };
+            self.count(ask.op, code_label(response.status()));
+            let next = match redirect_target(&response, &url) {
+                Redirect::No => {
+                    return Ok(Answer {
+                        response,
+                        host,
+                        is_from_origin,
+                    });
+                }
+                Redirect::Broken => {
+                    return Err(protocol(&host, "it redirects to nowhere".to_owned()).into());
+                }
+                Redirect::To(next) => next,
+            };
+            self.drain(response).await;
+            if next.origin() != url.origin() {
+                authorization = None;
+                is_from_origin = false;
+            }
+            url = next;
+        }
+        let reason = format!("it redirects more than {MAX_REDIRECTS} times");
+        Err(protocol(&asked_host, reason).into())
+    }
+
+    /// Reads an answer of at most `max_len` bytes to its end.
+    pub(crate) async fn read(&self, mut answer: Answer, max_len: usize) -> Result<Bytes, Failure> {
+        let host = answer.host;
+        let too_long = || protocol(&host, format!("its answer is longer than {max_len} bytes"));
+        let announced = answer.response.content_length().unwrap_or(0);
+        if u64::try_from(max_len).is_ok_and(|max| max < announced) {
+            return Err(too_long().into());
+        }
+        // One deadline for all of it: a document is small.
+        let limit = self.config.read_timeout();
+        let read = async {
+            let mut body = Vec::new();
+            while let Some(bytes) = answer.response.chunk().await.map_err(|error| {
+                unavailable(
+                    &host,
+                    format!("the connection broke: {}", root_cause(&error)),
+                )
+            })? {
+                if max_len < body.len() + bytes.len() {
+                    return Err(too_long());
+                }
+                body.extend_from_slice(&bytes);
+            }
+            Ok(Bytes::from(body))
+        };
+        match tokio::time::timeout(limit, read).await {
+            Ok(read) => Ok(read?),
+            Err(_) => {
+                let reason = format!("its answer did not end within {} s", limit.as_secs());
+                Err(unavailable(&host, reason).into())
+            }
+        }
+    }
+
+    /// Reads a short answer that nobody wants, so that its connection can be used again.
+    pub(crate) async fn drain(&self, mut response: Response) {
+        if response
+            .content_length()
+            .is_some_and(|it| it <= MAX_DRAINED_BYTES)
+        {
+            let read = async { while let Ok(Some(_)) = response.chunk().await {} };
+            // A second is plenty for one packet; if it does not come, the connection is dropped.
+            let _ = tokio::time::timeout(Duration::from_secs(1), read).await;
+        }
+    }
+
+    fn count(&self, op: Op, code: &str) {
+        self.metrics
+            .registry_requests
+            .with_label_values(&[op.label(), code])
+            .inc();
+    }
+
+    /// Returns the settings for a URL's host, with its port written out or not.
+    fn settings_for(&self, url: &Url) -> HostConfig {
+        let host = host_of(url);
+        let with_port = match url.port_or_known_default() {
+            Some(port) if !self.config.has_host(&host) => format!("{host}:{port}"),
+            Some(_) | None => host,
+        };
+        self.config.host(&with_port)
+    }
+
+    /// Returns the client that trusts whom the URL's host is to be trusted by.
+    async fn client_for(&self, url: &Url) -> Result<reqwest::Client, SourceError> {
+        let host = host_of(url);
+        let trust = match (url.scheme(), self.settings_for(url).ca_file) {
+            ("https", Some(path)) => Trust::SystemAnd(path),
+            ("https", None) => Trust::System,
+            _ => Trust::None,
+        };
+        let known = {
+            let clients = self.clients.lock().expect("no panic while it is held");
+            clients.get(&trust).cloned()
+        };
+        if let Some(client) = known {
+            return Ok(client);
+        }
+        let extra = match &trust {
+            Trust::SystemAnd(path) => self.authorities.get(path).cloned().unwrap_or_default(),
+            Trust::System | Trust::None => Vec::new(),
+        };
+        let connect_timeout = self.config.connect_timeout();
+        let kind = trust.clone();
+        // Reads and parses some 150 certificates: milliseconds.
+        let built =
+            tokio::task::spawn_blocking(move || build_client(&kind, extra, connect_timeout))
+                .await
+                .map_err(|error| unavailable(&host, format!("setting up TLS: {error}")))?;
+        let client = built.map_err(|error| unavailable(&host, error.to_string()))?;
+        let mut clients = self.clients.lock().expect("no panic while it is held");
+        Ok(clients.entry(trust).or_insert(client).clone())
+    }
+}
+
+/// The host and, unless it is the scheme's own, the port of a URL.
+pub(crate) fn host_of(url: &Url) -> String {
+    match (url.host_str(), url.port()) {
+        (Some(host), Some(port)) => format!("{host}:{port}"),
+        (Some(host), None) => host.to_owned(),
+        (None, _) => String::new(),
+    }
+}
+
+enum Redirect {
+    No,
+    To(Url),
+    Broken,
+}
+
+fn redirect_target(response: &Response, url: &Url) -> Redirect {
+    if !matches!(response.status().as_u16(), 301 | 302 | 303 | 307 | 308) {
+        return Redirect::No;
+    }
+    response
+        .headers()
+        .get(LOCATION)
+        .and_then(|it| it.to_str().ok())
+        .and_then(|it| url.join(it).ok())
+        .filter(Url::has_host)
+        .map_or(Redirect::Broken, Redirect::To)
+}
+
+pub(crate) fn unavailable(registry: &str, reason: String) -> SourceError {
+    SourceError::Unavailable {
+        registry: registry.to_owned(),
+        reason,
+    }
+}
+
+pub(crate) fn protocol(registry: &str, reason: String) -> SourceError {
+    SourceError::Protocol {
+        registry: registry.to_owned(),
+        reason,
+    }
+}
+
+/// Returns how long an answer asks to wait.
+pub(crate) fn retry_after(response: &Response) -> Option<Duration> {
+    let text = response.headers().get(RETRY_AFTER)?.to_str().ok()?;
+    parse_retry_after(text, SystemTime::now())
+}
+
+/// Returns the text of the innermost cause, which names no URL.
+pub(crate) fn root_cause(error: &reqwest::Error) -> String {
+    let mut cause: Option<&dyn std::error::Error> = error.source();
+    let mut text = None;
+    while let Some(it) = cause {
+        text = Some(it.to_string());
+        cause = it.source();
+    }
+    text.unwrap_or_else(|| "request failed".to_owned())
+}

@@ -1,0 +1,269 @@
+//! Reads the configuration of the remote content cache and opens what it names.
+
+use std::{
+    fs::File,
+    io::{self, Read},
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use serde::{Deserialize, Deserializer};
+use tracing::warn;
+
+use crate::{clock::Clock, metrics::Metrics, secret::Secret, tier::LayerCache};
+
+use super::{
+    BackOff, ContentCache, ContentOptions, DirCache, IntegrityKey, RedisCache, RedisOptions,
+    UploadOptions,
+};
+
+/// Bytes of a key or password file at most; a longer one is some other file by mistake.
+const MAX_SECRET_BYTES: u64 = 4096;
+
+/// Which engine keeps the layers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum RemoteKind {
+    /// No remote content cache.
+    #[default]
+    None,
+    /// A directory, local or shared: [`DirCache`].
+    Dir,
+    /// Redis or Valkey: [`RedisCache`].
+    Redis,
+}
+
+/// The configuration of the remote content cache; by default there is none.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct RemoteConfig {
+    /// Which engine.
+    pub kind: RemoteKind,
+    /// The directory, for `dir`.
+    pub path: Option<PathBuf>,
+    /// The server, for `redis`: `redis://[user[:password]@]host[:port][/db]`.
+    #[serde(deserialize_with = "secret")]
+    pub url: Option<Secret<String>>,
+    /// A file with the password, for `redis`, instead of one in the URL.
+    pub password_file: Option<PathBuf>,
+    /// A file with the key that all nodes share, at least 32 random bytes in any encoding.
+    pub hmac_key_file: Option<PathBuf>,
+    /// Seconds after which chunks expire, for `redis`; 0 for never.
+    pub chunk_ttl_seconds: u64,
+    /// Milliseconds to connect and log in, for `redis`.
+    pub connect_timeout_ms: u64,
+    /// Milliseconds for a request of a chunk; larger values get more in proportion.
+    pub request_timeout_ms: u64,
+    /// Bytes of a layer's index at most, decompressed.
+    pub max_index_bytes: u64,
+    /// Layers that may wait for their upload.
+    pub upload_queue_layers: usize,
+    /// Attempts in a row without progress after which a layer's upload is given up.
+    pub upload_attempts: u32,
+}
+
+impl Default for RemoteConfig {
+    fn default() -> Self {
+        let upload = UploadOptions::default();
+        Self {
+            kind: RemoteKind::None,
+            path: None,
+            url: None,
+            password_file: None,
+            hmac_key_file: None,
+            // One week: what a nightly or weekly job uses is still there for the next one.
+            chunk_ttl_seconds: 7 * 24 * 3600,
+            // Inside one data centre a connection takes a millisecond and a chunk ten: these are
+            // what a reader waits when the remote has died, not what is usual.
+            connect_timeout_ms: 500,
+            request_timeout_ms: 1000,
+            max_index_bytes: 512 << 20,
+            upload_queue_layers: upload.queue_layers,
+            upload_attempts: upload.attempts,
+        }
+    }
+}
+
+impl RemoteConfig {
+    /// The part that concerns uploads.
+    pub fn upload_options(&self) -> UploadOptions {
+        UploadOptions {
+            queue_layers: self.upload_queue_layers,
+            attempts: self.upload_attempts,
+        }
+    }
+}
+
+fn secret<'de, D: Deserializer<'de>>(input: D) -> Result<Option<Secret<String>>, D::Error> {
+    Ok(Option::<String>::deserialize(input)?.map(Secret::new))
+}
+
+/// Says why the remote content cache cannot be used as configured, and what to do.
+#[derive(Debug, thiserror::Error)]
+pub enum RemoteConfigError {
+    /// The engine needs a setting that is not there.
+    #[error("remote.kind = {kind:?} needs remote.{setting}: set it")]
+    Missing {
+        /// The engine, as configured.
+        kind: &'static str,
+        /// The setting.
+        setting: &'static str,
+    },
+    /// A setting has a value that cannot work.
+    #[error("remote.{setting} must not be 0")]
+    Zero {
+        /// The setting.
+        setting: &'static str,
+    },
+    /// The URL cannot be used. It is not quoted, because it may hold a password.
+    #[error(
+        "remote.url is malformed: it must be redis://[user[:password]@]host[:port][/db] or \
+         unix:///path (TLS, rediss://, is not supported)"
+    )]
+    Url,
+    /// A file with a secret cannot be read.
+    #[error("reading remote.{setting} {path}: check that the secret is mounted there")]
+    Secret {
+        /// The setting that names the file.
+        setting: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+    /// The key is too short to be safe.
+    #[error(
+        "remote.hmac_key_file {path} has {len} bytes: it must have at least {min}; make one with \
+         `openssl rand -hex 32`, the same for all nodes"
+    )]
+    ShortKey {
+        /// The file.
+        path: PathBuf,
+        /// Its length.
+        len: usize,
+        /// The least length.
+        min: usize,
+    },
+}
+
+/// Opens the remote content cache that `config` names, if it names one.
+///
+/// Reads the files with secrets, and nothing else: whether the remote is there is found out by the
+/// first request, because the driver must start without it.
+///
+/// # Errors
+/// Those of [`RemoteConfigError`].
+///
+/// # Blocking
+/// Reads two small files.
+pub fn open(
+    config: &RemoteConfig,
+    metrics: &Metrics,
+    clock: &Arc<dyn Clock>,
+) -> Result<Option<ContentCache>, RemoteConfigError> {
+    let request_timeout = positive("request_timeout_ms", config.request_timeout_ms)?;
+    let backend: Arc<dyn LayerCache> = match config.kind {
+        RemoteKind::None => return Ok(None),
+        RemoteKind::Dir => {
+            let path = config.path.as_deref();
+            let path = path.ok_or(RemoteConfigError::Missing {
+                kind: "dir",
+                setting: "path",
+            })?;
+            Arc::new(DirCache::new(path, request_timeout))
+        }
+        RemoteKind::Redis => {
+            let url = config.url.as_ref().ok_or(RemoteConfigError::Missing {
+                kind: "redis",
+                setting: "url",
+            })?;
+            let password = match &config.password_file {
+                Some(path) => Some(password(path)?),
+                None => None,
+            };
+            let ttl = config.chunk_ttl_seconds;
+            let options = RedisOptions {
+                connect_timeout: positive("connect_timeout_ms", config.connect_timeout_ms)?,
+                request_timeout,
+                chunk_ttl: (ttl != 0).then(|| Duration::from_secs(ttl)),
+            };
+            Arc::new(RedisCache::connect(url, password.as_ref(), options)?)
+        }
+    };
+    let key = match &config.hmac_key_file {
+        Some(path) => Some(integrity_key(path)?),
+        None => {
+            warn!(
+                engine = backend.engine(),
+                "remote cache has no key: whole layers are fetched and checked before their first \
+                 byte is served; set remote.hmac_key_file"
+            );
+            None
+        }
+    };
+    let options = ContentOptions {
+        key,
+        max_index_bytes: config.max_index_bytes,
+        back_off: BackOff::default(),
+    };
+    Ok(Some(ContentCache::new(
+        backend,
+        options,
+        metrics.clone(),
+        Arc::clone(clock),
+    )))
+}
+
+fn positive(setting: &'static str, milliseconds: u64) -> Result<Duration, RemoteConfigError> {
+    match milliseconds {
+        0 => Err(RemoteConfigError::Zero { setting }),
+        _ => Ok(Duration::from_millis(milliseconds)),
+    }
+}
+
+fn password(path: &Path) -> Result<Secret<String>, RemoteConfigError> {
+    let setting = "password_file";
+    let bytes = secret_file(setting, path)?;
+    match String::from_utf8(bytes) {
+        Ok(text) => Ok(Secret::new(text)),
+        Err(_) => Err(RemoteConfigError::Secret {
+            setting,
+            path: path.to_owned(),
+            source: io::Error::new(io::ErrorKind::InvalidData, "it is not UTF-8"),
+        }),
+    }
+}
+
+fn integrity_key(path: &Path) -> Result<IntegrityKey, RemoteConfigError> {
+    let bytes = secret_file("hmac_key_file", path)?;
+    IntegrityKey::new(&bytes).ok_or_else(|| RemoteConfigError::ShortKey {
+        path: path.to_owned(),
+        len: bytes.len(),
+        min: IntegrityKey::MIN_BYTES,
+    })
+}
+
+/// Reads a file with a secret, without the line end that editors add.
+fn secret_file(setting: &'static str, path: &Path) -> Result<Vec<u8>, RemoteConfigError> {
+    let failed = |source| RemoteConfigError::Secret {
+        setting,
+        path: path.to_owned(),
+        source,
+    };
+    let mut bytes = Vec::new();
+    let file = File::open(path).map_err(failed)?;
+    let read = file.take(MAX_SECRET_BYTES + 1).read_to_end(&mut bytes);
+    if u64::try_from(read.map_err(failed)?).unwrap_or(u64::MAX) > MAX_SECRET_BYTES {
+        let text = format!("it has more than {MAX_SECRET_BYTES} bytes");
+        return Err(failed(io::Error::new(io::ErrorKind::InvalidData, text)));
+    }
+    while bytes.last().is_some_and(|it| matches!(it, b'\n' | b'\r')) {
+        bytes.pop();
+    }
+    Ok(bytes)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,256 @@
+//! Answers for layers: fetches manifests, indices and chunks, and lets nothing wrong pass.
+//!
+//! No function here returns an error. A remote that is down, slow, lying or full is a miss: the
+//! caller goes on to the registry, and the fault is in the metrics and the log.
+
+use std::{
+    collections::HashSet,
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use bytes::Bytes;
+use tracing::{debug, info, warn};
+
+use crate::{
+    clock::Clock,
+    digest::{ChunkDigest, DiffId},
+    metrics::{Metrics, Tier},
+    tier::{CacheKey, LayerCache},
+};
+
+use super::{
+    breaker::BackOff,
+    format::{self, INDEX_HEADER_BYTES, IntegrityKey, MAX_MANIFEST_BYTES, RemoteManifest, Trust},
+    gate::{Gate, Refusal},
+};
+
+/// Layers whose wrong manifest was logged, at most, before they are logged anew.
+const REMEMBERED_WARNINGS: usize = 1024;
+
+/// What a [`ContentCache`] can be told.
+#[derive(Debug, Clone)]
+pub struct ContentOptions {
+    /// The installation's key; without it manifests are [`Trust::Unverified`].
+    pub key: Option<IntegrityKey>,
+    /// Bytes of an index at most, decompressed: as many are held in memory.
+    pub max_index_bytes: u64,
+    /// How long a remote that is down is left alone.
+    pub back_off: BackOff,
+}
+
+/// The remote content cache, as the layer store uses it. Cheap to clone; all clones share one
+/// state.
+#[derive(Debug, Clone)]
+pub struct ContentCache(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    gate: Gate,
+    options: ContentOptions,
+    metrics: Metrics,
+    clock: Arc<dyn Clock>,
+    /// std Mutex: held for a lookup, never across an await.
+    warned: Mutex<HashSet<DiffId>>,
+}
+
+impl ContentCache {
+    /// Puts the layout, the verification and the breaker on top of an engine. Does no I/O.
+    pub fn new(
+        backend: Arc<dyn LayerCache>,
+        options: ContentOptions,
+        metrics: Metrics,
+        clock: Arc<dyn Clock>,
+    ) -> Self {
+        Self(Arc::new(Inner {
+            gate: Gate::new(
+                backend,
+                options.back_off,
+                metrics.clone(),
+                Arc::clone(&clock),
+            ),
+            options,
+            metrics,
+            clock,
+            warned: Mutex::default(),
+        }))
+    }
+
+    /// The engine's name.
+    pub fn engine(&self) -> &'static str {
+        self.0.gate.engine()
+    }
+
+    /// Fetches the manifest of a complete layer; ask once per layer and keep it.
+    ///
+    /// With a key configured, one that is not authenticated by it is a miss. Without a key, read
+    /// [`Trust::Unverified`] before using it.
+    ///
+    /// # Cancellation
+    /// Safe.
+    pub async fn manifest(&self, diff_id: &DiffId) -> Option<Arc<RemoteManifest>> {
+        let manifest = match self.stored_manifest(diff_id).await {
+            Ok(found) => found?,
+            Err(refusal) => {
+                self.missed(CacheKey::Manifest(*diff_id), refusal);
+                return None;
+            }
+        };
+        info!(
+            layer.diff_id = %diff_id,
+            bytes = manifest.layer_bytes,
+            chunks = manifest.chunk_digests.len(),
+            verified = manifest.trust == Trust::Authenticated,
+            "remote cache hit"
+        );
+        Some(Arc::new(manifest))
+    }
+
+    /// Fetches the layer's index, verified against its manifest.
+    ///
+    /// # Cancellation
+    /// Safe.
+    pub async fn index(&self, manifest: &RemoteManifest) -> Option<Bytes> {
+        let key = CacheKey::Index(manifest.diff_id);
+        // A manifest is only made by decoding one, which checked this against the limit.
+        let len = usize::try_from(manifest.index_bytes).ok()?;
+        let digest = manifest.index_digest;
+        let decode = move |value| format::decode_index(value, len, &digest);
+        let max_bytes = len.saturating_add(INDEX_HEADER_BYTES);
+        match self.0.gate.get(key, max_bytes, decode).await {
+            Ok(Some(index)) => {
+                info!(
+                    layer.diff_id = %manifest.diff_id,
+                    bytes = manifest.layer_bytes,
+                    index_bytes = len,
+                    "loaded from remote cache"
+                );
+                Some(index)
+            }
+            Ok(None) => None,
+            // Not deleted: an upload replaces it, and during one a reader may see the new index
+            // with the old manifest.
+            Err(refusal) => {
+                self.missed(key, refusal);
+                None
+            }
+        }
+    }
+
+    /// Fetches chunk `n`, which must have `expected_len` bytes and the digest `expect`.
+    ///
+    /// A chunk that is anything else is deleted from the store.
+    ///
+    /// # Cancellation
+    /// Safe.
+    pub async fn chunk(
+        &self,
+        diff_id: &DiffId,
+        n: u32,
+        expected_len: usize,
+        expect: &ChunkDigest,
+    ) -> Option<Bytes> {
+        let key = CacheKey::Chunk(*diff_id, n);
+        let expect = *expect;
+        let decode = move |value| format::decode_chunk(value, expected_len, &expect);
+        // No writer stores more than the raw chunk and its codec.
+        let max_bytes = expected_len.saturating_add(1);
+        match self.0.gate.get(key, max_bytes, decode).await {
+            Ok(Some(content)) => {
+                debug!(layer.diff_id = %diff_id, chunk = n, bytes = expected_len, "remote cache hit");
+                Some(content)
+            }
+            Ok(None) => None,
+            Err(refusal) => {
+                let is_wrong = matches!(refusal, Refusal::Wrong(_));
+                self.missed(key, refusal);
+                if is_wrong {
+                    self.delete(key).await;
+                }
+                None
+            }
+        }
+    }
+
+    /// Takes a layer's manifest out of the store, because its chunks turned out not to be the
+    /// layer: for callers who were given a [`Trust::Unverified`] one.
+    pub async fn reject(&self, diff_id: &DiffId) {
+        let key = CacheKey::Manifest(*diff_id);
+        let reason = "the chunks it names are not those of the layer".to_owned();
+        self.missed(key, Refusal::Wrong(reason));
+        self.delete(key).await;
+    }
+
+    /// The manifest, or why there is none; nothing is logged.
+    pub(super) async fn stored_manifest(
+        &self,
+        diff_id: &DiffId,
+    ) -> Result<Option<RemoteManifest>, Refusal> {
+        let layer = *diff_id;
+        let this = Arc::clone(&self.0);
+        let decode = move |value: Bytes| {
+            let options = &this.options;
+            let (key, max) = (options.key.as_ref(), options.max_index_bytes);
+            RemoteManifest::decode(&value, &layer, key, max)
+        };
+        let key = CacheKey::Manifest(layer);
+        let found = self.0.gate.get(key, MAX_MANIFEST_BYTES, decode).await?;
+        Ok(found.flatten())
+    }
+
+    pub(super) fn gate(&self) -> &Gate {
+        &self.0.gate
+    }
+
+    pub(super) fn key(&self) -> Option<&IntegrityKey> {
+        self.0.options.key.as_ref()
+    }
+
+    pub(super) fn metrics(&self) -> &Metrics {
+        &self.0.metrics
+    }
+
+    pub(super) fn clock(&self) -> &dyn Clock {
+        self.0.clock.as_ref()
+    }
+
+    async fn delete(&self, key: CacheKey) {
+        match self.0.gate.delete(key).await {
+            Ok(()) => {}
+            // The next reader finds the same and tries again.
+            Err(refusal) => debug!(%key, ?refusal, "wrong value was not deleted from remote cache"),
+        }
+    }
+
+    /// Counts and logs why there was no answer; the gate has done it for a broken remote.
+    fn missed(&self, key: CacheKey, refusal: Refusal) {
+        let Refusal::Wrong(error) = refusal else {
+            return;
+        };
+        self.0
+            .metrics
+            .verify_failures
+            .with_label_values(&[Tier::ContentCache.label()])
+            .inc();
+        if self.is_news(key) {
+            let engine = self.engine();
+            warn!(%key, engine, error, "remote cache holds a wrong value, not using it");
+        } else {
+            debug!(%key, error, "remote cache holds a wrong value, not using it");
+        }
+    }
+
+    /// Whether a wrong value at `key` is to be logged: manifests once per layer, because they stay
+    /// until somebody uploads the layer; chunks always, because they are deleted.
+    fn is_news(&self, key: CacheKey) -> bool {
+        let layer = match key {
+            CacheKey::Manifest(layer) | CacheKey::Index(layer) => layer,
+            CacheKey::Chunk(..) => return true,
+        };
+        // Nothing panics with the lock held.
+        let mut warned = self.0.warned.lock().unwrap_or_else(PoisonError::into_inner);
+        if warned.len() >= REMEMBERED_WARNINGS {
+            warned.clear();
+        }
+        warned.insert(layer)
+    }
+}

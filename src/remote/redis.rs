@@ -1,0 +1,359 @@
+//! Keeps values in Redis or Valkey: one server, one multiplexed connection, made when first needed.
+//!
+//! Chunks expire; manifests and indices do not, so that `maxmemory-policy volatile-lfu` evicts
+//! chunks only. Commands used: `GETRANGE`, `STRLEN`, `EXISTS`, `SET`, `DEL`, and what opens a
+//! connection (`HELLO`, `AUTH`, `SELECT`).
+//!
+//! # Cancellation
+//! redis-rs matches replies to requests by order inside its own task: a request that is given up
+//! has its reply thrown away there. After a timeout the connection is replaced, so that a server
+//! that hangs does not pile up requests.
+
+use std::{
+    sync::{Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use ::redis::{
+    AsyncConnectionConfig, Client, Cmd, ErrorKind, FromRedisValue, IntoConnectionInfo, RedisError,
+    aio::MultiplexedConnection,
+};
+use bytes::Bytes;
+use tokio::time::{Instant, timeout};
+
+use crate::{
+    secret::Secret,
+    tier::{BoxFuture, CacheKey, LayerCache, Put, TierError},
+};
+
+use super::{config::RemoteConfigError, gate::time_for};
+
+/// A value that may be longer than this is measured before it is fetched: to give it the time that
+/// it needs, and no more time than that to one that is short.
+const MEASURED_BYTES: usize = 4 << 20;
+
+/// What a [`RedisCache`] can be told.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RedisOptions {
+    /// Time to connect and log in.
+    pub connect_timeout: Duration,
+    /// Time for a request for a chunk; one for a larger value gets more in proportion.
+    pub request_timeout: Duration,
+    /// Time after which chunks expire; `None` for never.
+    pub chunk_ttl: Option<Duration>,
+}
+
+/// A remote content cache in Redis or Valkey.
+pub struct RedisCache {
+    client: Client,
+    options: RedisOptions,
+    /// std Mutex: held to copy or replace a handle, never across an await.
+    slot: Mutex<Slot>,
+    /// tokio Mutex, held across the await: of many that need a connection, one makes it.
+    /// Taken before `slot`.
+    connecting: tokio::sync::Mutex<()>,
+}
+
+#[derive(Default)]
+struct Slot {
+    current: Option<Connection>,
+    n_made: u64,
+    /// When the last attempt to connect failed, and how.
+    failure: Option<(Instant, TierError)>,
+}
+
+#[derive(Clone)]
+struct Connection {
+    number: u64,
+    handle: MultiplexedConnection,
+}
+
+impl std::fmt::Debug for RedisCache {
+    /// Shows the address only: the rest of the URL may hold a password.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("RedisCache")
+            .field("address", &self.address())
+            .field("options", &self.options)
+            .finish_non_exhaustive()
+    }
+}
+
+impl RedisCache {
+    /// Wraps the server at `url`: `redis://[user[:password]@]host[:port][/db]`, or `unix:///path`.
+    ///
+    /// `password` replaces the one in the URL. Does no I/O: a server that is down is found out by
+    /// the first request.
+    ///
+    /// # Errors
+    /// [`RemoteConfigError::Url`] if the URL is not of that kind. The error does not contain it.
+    pub fn connect(
+        url: &Secret<String>,
+        password: Option<&Secret<String>>,
+        options: RedisOptions,
+    ) -> Result<Self, RemoteConfigError> {
+        // The cause is dropped, because it may quote the URL with its password.
+        let parsed = url.expose().as_str().into_connection_info();
+        let mut info = parsed.map_err(|_| RemoteConfigError::Url)?;
+        if let Some(password) = password {
+            let settings = info.redis_settings().clone();
+            info = info.set_redis_settings(settings.set_password(password.expose()));
+        }
+        let client = Client::open(info).map_err(|_| RemoteConfigError::Url)?;
+        Ok(Self {
+            client,
+            options,
+            slot: Mutex::default(),
+            connecting: tokio::sync::Mutex::new(()),
+        })
+    }
+
+    fn address(&self) -> String {
+        self.client.get_connection_info().addr().to_string()
+    }
+
+    fn slot(&self) -> MutexGuard<'_, Slot> {
+        // Nothing panics with the lock held.
+        self.slot.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn unavailable(&self, error: &RedisError) -> TierError {
+        let address = self.address();
+        let hint = match error.kind() {
+            ErrorKind::AuthenticationFailed => " (check the user and the password file)",
+            _ => "",
+        };
+        TierError::Unavailable {
+            reason: format!("{address}: {error}{hint}"),
+        }
+    }
+
+    /// Returns the connection, made anew if there is none; and whether it is new.
+    async fn connection(&self) -> Result<(Connection, bool), TierError> {
+        let asked = Instant::now();
+        if let Some(current) = self.slot().current.clone() {
+            return Ok((current, false));
+        }
+        let _connecting = self.connecting.lock().await;
+        {
+            let slot = self.slot();
+            if let Some(current) = slot.current.clone() {
+                return Ok((current, false));
+            }
+            // Whoever waited for an attempt that failed does not make another one.
+            match &slot.failure {
+                Some((at, error)) if asked < *at => return Err(error.clone()),
+                _ => {}
+            }
+        }
+        let after = self.options.connect_timeout;
+        // redis-rs' own timeouts are off: ours cover the login as well.
+        let config = AsyncConnectionConfig::new()
+            .set_connection_timeout(None)
+            .set_response_timeout(None);
+        let made = self
+            .client
+            .get_multiplexed_async_connection_with_config(&config);
+        let made = match timeout(after, made).await {
+            Ok(made) => made.map_err(|error| self.unavailable(&error)),
+            Err(_) => Err(TierError::Timeout { after }),
+        };
+        let mut slot = self.slot();
+        match made {
+            Ok(handle) => {
+                slot.n_made += 1;
+                let number = slot.n_made;
+                let connection = Connection { number, handle };
+                slot.current = Some(connection.clone());
+                slot.failure = None;
+                Ok((connection, true))
+            }
+            Err(error) => {
+                slot.failure = Some((Instant::now(), error.clone()));
+                Err(error)
+            }
+        }
+    }
+
+    /// Forgets a connection that is broken, unless another one has replaced it already.
+    fn discard(&self, number: u64) {
+        let mut slot = self.slot();
+        if slot.current.as_ref().is_some_and(|it| it.number == number) {
+            slot.current = None;
+        }
+    }
+
+    /// Sends one command that transfers about `bytes`.
+    ///
+    /// A connection that turns out to be broken is replaced once, because the server may have
+    /// closed it long ago (idle timeout, restart): that is no failure of this request. All
+    /// commands of this engine may be repeated.
+    async fn request<T: FromRedisValue>(
+        &self,
+        key: CacheKey,
+        command: &Cmd,
+        bytes: usize,
+    ) -> Result<T, TierError> {
+        let after = time_for(self.options.request_timeout, bytes);
+        let (mut connection, mut fresh) = self.connection().await?;
+        loop {
+            let answer = timeout(after, command.query_async(&mut connection.handle)).await;
+            let error = match answer {
+                Ok(Ok(value)) => return Ok(value),
+                Ok(Err(error)) => error,
+                Err(_) => {
+                    self.discard(connection.number);
+                    return Err(TierError::Timeout { after });
+                }
+            };
+            if !error.is_unrecoverable_error() && !error.is_io_error() {
+                return Err(self.answered(key, &error));
+            }
+            self.discard(connection.number);
+            if fresh {
+                return Err(self.unavailable(&error));
+            }
+            (connection, _) = self.connection().await?;
+            fresh = true;
+        }
+    }
+
+    /// Converts an error that the server itself answered with.
+    fn answered(&self, key: CacheKey, error: &RedisError) -> TierError {
+        match error.code() {
+            Some("OOM") => TierError::Full {
+                reason: format!("{} (raise maxmemory or set an eviction policy)", error),
+            },
+            Some("WRONGTYPE") => TierError::Corrupt {
+                key,
+                reason: "not a string".to_owned(),
+            },
+            _ => TierError::Io {
+                reason: format!("{} answered: {error}", self.address()),
+            },
+        }
+    }
+
+    async fn get_value(&self, key: CacheKey, max_bytes: usize) -> Result<Option<Bytes>, TierError> {
+        let name = key.to_string();
+        let too_long = || TierError::Corrupt {
+            key,
+            reason: format!("it has more than the {max_bytes} bytes that are expected"),
+        };
+        let mut expected = max_bytes;
+        if max_bytes > MEASURED_BYTES {
+            expected = self
+                .request(key, ::redis::cmd("STRLEN").arg(&name), 0)
+                .await?;
+            if expected > max_bytes {
+                return Err(too_long());
+            }
+        }
+        // One byte more than allowed, to see whether there is one: the end is inclusive. No longer
+        // value ever crosses the network, whatever the server holds.
+        let mut command = ::redis::cmd("GETRANGE");
+        command.arg(&name).arg(0).arg(expected.min(max_bytes));
+        let value: Vec<u8> = self.request(key, &command, expected).await?;
+        if value.len() > max_bytes {
+            return Err(too_long());
+        }
+        if !value.is_empty() {
+            return Ok(Some(value.into()));
+        }
+        // Redis does not tell an absent value from an empty one, but an empty one is a wrong one,
+        // which must be deleted before it can be put again.
+        let exists: bool = self
+            .request(key, ::redis::cmd("EXISTS").arg(&name), 0)
+            .await?;
+        Ok(exists.then(Bytes::new))
+    }
+}
+
+impl LayerCache for RedisCache {
+    fn engine(&self) -> &'static str {
+        "redis"
+    }
+
+    fn get(
+        &self,
+        key: CacheKey,
+        max_bytes: usize,
+    ) -> BoxFuture<'_, Result<Option<Bytes>, TierError>> {
+        Box::pin(self.get_value(key, max_bytes))
+    }
+
+    fn put(&self, key: CacheKey, value: Bytes, put: Put) -> BoxFuture<'_, Result<(), TierError>> {
+        let bytes = value.len();
+        let mut command = ::redis::cmd("SET");
+        command.arg(key.to_string()).arg(&value[..]);
+        // The command has its own copy.
+        drop(value);
+        match put {
+            Put::IfAbsent => {
+                command.arg("NX");
+            }
+            Put::Replace => {}
+        }
+        match (key, self.options.chunk_ttl) {
+            (CacheKey::Chunk(..), Some(ttl)) => {
+                command.arg("EX").arg(ttl.as_secs().max(1));
+            }
+            (CacheKey::Manifest(_) | CacheKey::Index(_), _) | (CacheKey::Chunk(..), None) => {}
+        }
+        Box::pin(async move {
+            // "OK", or nil if NX found a value: both are what was asked for.
+            let _: Option<String> = self.request(key, &command, bytes).await?;
+            Ok(())
+        })
+    }
+
+    fn delete(&self, key: CacheKey) -> BoxFuture<'_, Result<(), TierError>> {
+        Box::pin(async move {
+            let mut command = ::redis::cmd("DEL");
+            command.arg(key.to_string());
+            let _: u64 = self.request(key, &command, 0).await?;
+            Ok(())
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn options() -> RedisOptions {
+        RedisOptions {
+            connect_timeout: Duration::from_millis(500),
+            request_timeout: Duration::from_secs(1),
+            chunk_ttl: None,
+        }
+    }
+
+    #[test]
+    fn no_password_is_printed() {
+        let url = Secret::new("redis://user:hunter2@127.0.0.1:1/3".to_owned());
+        let other = Secret::new("swordfish".to_owned());
+        for password in [None, Some(&other)] {
+            let cache = RedisCache::connect(&url, password, options()).unwrap();
+            let shown = format!("{cache:?}");
+            assert!(shown.contains("127.0.0.1:1"), "{shown}");
+            assert!(!shown.contains("hunter2"), "{shown}");
+            assert!(!shown.contains("swordfish"), "{shown}");
+        }
+    }
+
+    #[test]
+    fn malformed_urls_are_refused_without_quoting_them() {
+        for url in [
+            "",
+            "127.0.0.1:6379",
+            "http://127.0.0.1/hunter2",
+            "redis://user:hunter2@/notadb",
+            "rediss://user:hunter2@127.0.0.1:6379",
+        ] {
+            let refused = RedisCache::connect(&Secret::new(url.to_owned()), None, options());
+            let error = refused.unwrap_err().to_string();
+            assert!(!error.contains("hunter2"), "{error}");
+            assert!(error.contains("redis://"), "says what is expected: {error}");
+        }
+    }
+}

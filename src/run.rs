@@ -1,1 +1,0 @@
-//! Puts the parts together for each run mode.

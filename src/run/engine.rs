@@ -1,0 +1,134 @@
+//! What every run mode shares: registry client, layer store, indexer.
+
+use std::{path::PathBuf, sync::Arc, time::Duration};
+
+use anyhow::Context;
+use tokio::runtime::Handle;
+
+use crate::{
+    cli::ImageArgs,
+    clock::{Clock, SystemClock},
+    config::Config,
+    indexer::{Indexer, OpenImage},
+    layer::store::{LayerStore, Remote},
+    metrics::Metrics,
+    registry::{Credentials, DockerConfig, ImageRef, Platform, RegistryClient, ResolvedImage},
+    remote::{self, Uploader},
+};
+
+/// Opens images.
+#[derive(Debug)]
+pub(super) struct Engine {
+    pub(super) registry: RegistryClient,
+    pub(super) store: LayerStore,
+    pub(super) indexer: Indexer,
+    pub(super) metrics: Metrics,
+}
+
+/// Which image is wanted, parsed.
+#[derive(Debug, Clone)]
+pub(super) struct Wanted {
+    pub(super) image: ImageRef,
+    pub(super) platform: Platform,
+    pub(super) credentials: Credentials,
+}
+
+impl Engine {
+    /// Puts the parts together. Reads configured files; the registry and the remote may be down.
+    pub(super) fn start(config: &Config, metrics: Metrics) -> anyhow::Result<Self> {
+        // One provider of cryptography for every TLS connection; a second call changes nothing.
+        let _ = rustls::crypto::ring::default_provider().install_default();
+        let clock: Arc<dyn Clock> = Arc::new(SystemClock::new());
+        let registry = RegistryClient::new(config.registry.clone(), metrics.clone())?;
+        let remote = remote::open(&config.remote, &metrics, &clock)?.map(|cache| {
+            let options = config.remote.upload_options();
+            let uploader = Arc::new(Uploader::start(cache.clone(), options));
+            Remote { cache, uploader }
+        });
+        let store = LayerStore::open(
+            config.cache.clone(),
+            remote,
+            metrics.clone(),
+            Handle::current(),
+        )?;
+        let max_index_nodes = config.cache.max_index_nodes;
+        let indexer = Indexer::new(store.clone(), metrics.clone(), max_index_nodes);
+        Ok(Self {
+            registry,
+            store,
+            indexer,
+            metrics,
+        })
+    }
+
+    /// Resolves the image and opens it.
+    pub(super) async fn open(&self, wanted: &Wanted) -> anyhow::Result<(ResolvedImage, OpenImage)> {
+        let Wanted {
+            image,
+            platform,
+            credentials,
+        } = wanted;
+        let cannot = || format!("image {image}");
+        let resolved = self
+            .registry
+            .resolve(image, platform, credentials)
+            .await
+            .with_context(cannot)?;
+        let blobs = self.registry.blobs(image, credentials);
+        let opened = self
+            .indexer
+            .open(&resolved, &blobs)
+            .await
+            .with_context(cannot)?;
+        Ok((resolved, opened))
+    }
+
+    /// Ends uploads, at most until `deadline`, and all other work.
+    pub(super) async fn stop(&self, deadline: Duration) {
+        self.store.shutdown(deadline).await;
+    }
+}
+
+impl Wanted {
+    /// Parses what a person typed, and applies their options to `config`.
+    pub(super) fn from_args(args: &ImageArgs, config: &mut Config) -> anyhow::Result<Self> {
+        for host in &args.plain_http {
+            config
+                .registry
+                .hosts
+                .entry(host.clone())
+                .or_default()
+                .plain_http = true;
+        }
+        let image: ImageRef = args.image.parse()?;
+        let platform = match &args.platform {
+            Some(text) => text.parse()?,
+            None => Platform::host(),
+        };
+        let credentials = credentials(args, &image)?;
+        Ok(Self {
+            image,
+            platform,
+            credentials,
+        })
+    }
+}
+
+/// Finds a person's credentials for `image` in their docker config, if they have one.
+fn credentials(args: &ImageArgs, image: &ImageRef) -> anyhow::Result<Credentials> {
+    let path = match (&args.docker_config, std::env::var_os("HOME")) {
+        (Some(path), _) => path.clone(),
+        (None, Some(home)) => {
+            let path = PathBuf::from(home).join(".docker/config.json");
+            if !path.exists() {
+                return Ok(Credentials::Anonymous);
+            }
+            path
+        }
+        (None, None) => return Ok(Credentials::Anonymous),
+    };
+    let content = std::fs::read(&path).with_context(|| format!("reading {}", path.display()))?;
+    let config =
+        DockerConfig::parse(&content).with_context(|| format!("reading {}", path.display()))?;
+    Ok(config.for_image(image))
+}

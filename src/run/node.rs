@@ -1,0 +1,113 @@
+//! `clip-csi node`: serves CSI, fetches and mounts, all in one process.
+
+use std::{path::PathBuf, process::ExitCode, sync::Arc, time::Duration};
+
+use anyhow::{Context, bail};
+use tokio::{
+    net::TcpListener,
+    signal::unix::{SignalKind, signal},
+    sync::watch,
+};
+use tracing::{info, warn};
+
+use super::{engine::Engine, mounter::InProcess};
+use crate::{
+    admin::{self, Ready},
+    cli::NodeArgs,
+    config::Config,
+    csi::{CsiConfig, PluginName, Server, bind_private},
+    metrics::Metrics,
+    mount::{ImageMounter, MountTable, MountTableConfig},
+};
+
+/// Serves until a signal asks for the end.
+pub(super) async fn run(args: NodeArgs, config: Config) -> anyhow::Result<ExitCode> {
+    info!(version = env!("CARGO_PKG_VERSION"), "clip-csi node starts");
+    let socket = socket_path(&args.endpoint)?;
+    let plugin_name: PluginName = args.driver_name.parse()?;
+    let metrics = Metrics::new();
+    // Listening for signals begins before there is anything that they could leave behind.
+    let stop = stop_signal()?;
+    let ready = Arc::new(Ready::not_yet("starting"));
+    let admin = match args.metrics_addr {
+        Some(address) => {
+            let listener = TcpListener::bind(address)
+                .await
+                .with_context(|| format!("binding --metrics-addr {address}"))?;
+            info!(address = %listener.local_addr()?, "serving /metrics, /healthz and /readyz");
+            let (metrics, ready) = (metrics.clone(), Arc::clone(&ready));
+            Some(tokio::spawn(admin::serve(
+                listener,
+                metrics,
+                ready,
+                stopped(stop.clone()),
+            )))
+        }
+        None => None,
+    };
+    let engine = Engine::start(&config, metrics.clone())?;
+    let mounter = Arc::new(InProcess::new(engine, config.fuse.clone())?);
+    let table_config = MountTableConfig {
+        state_dir: args.state_dir,
+        prepare_wait: Duration::from_secs(config.node.publish_wait_seconds),
+    };
+    let seam: Arc<dyn ImageMounter> = Arc::clone(&mounter) as _;
+    let (table, _recovered) = MountTable::recover(table_config, seam, &metrics)?;
+    let csi_config = CsiConfig {
+        plugin_name,
+        node_id: args.node_id,
+    };
+    let server = Server::new(csi_config, table.clone(), &metrics);
+    let listener = bind_private(&socket).with_context(|| format!("socket {}", socket.display()))?;
+    info!(path = %socket.display(), "serving CSI Identity and Node");
+    ready.set();
+    let served = server.serve(listener, stopped(stop)).await;
+    ready.unset("stopping");
+    // This process serves the mounts: pods that still use them see them end with it.
+    warn!("stopping: mounts that pods still use end with this process");
+    mounter
+        .engine()
+        .stop(Duration::from_secs(config.node.drain_seconds))
+        .await;
+    drop(table);
+    if let Some(admin) = admin {
+        admin.await.context("serving /metrics")?;
+    }
+    served?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// The path of a CSI endpoint, which is a Unix socket.
+fn socket_path(endpoint: &str) -> anyhow::Result<PathBuf> {
+    let path = endpoint
+        .strip_prefix("unix://")
+        .or_else(|| endpoint.strip_prefix("unix:"));
+    match path.map(PathBuf::from) {
+        Some(path) if path.is_absolute() => Ok(path),
+        _ => bail!("endpoint {endpoint:?}: a Unix socket is wanted, such as unix:///csi/csi.sock"),
+    }
+}
+
+/// Turns SIGTERM and SIGINT into a value that all parts watch.
+fn stop_signal() -> anyhow::Result<watch::Receiver<bool>> {
+    let (sender, receiver) = watch::channel(false);
+    let (mut terminate, mut interrupt) = (
+        signal(SignalKind::terminate())?,
+        signal(SignalKind::interrupt())?,
+    );
+    // Owned by the runtime, and ends with it: there is nothing to await.
+    tokio::spawn(async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+        sender.send_replace(true);
+    });
+    Ok(receiver)
+}
+
+/// Is ready when the process is to stop.
+async fn stopped(mut stop: watch::Receiver<bool>) {
+    // The sender goes only after it has sent.
+    let _ = stop.wait_for(|it| *it).await;
+}

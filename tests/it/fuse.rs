@@ -1,0 +1,703 @@
+//! A real mount of an image in memory: what the kernel shows, and how reads wait and fail.
+
+use std::{
+    collections::BTreeMap,
+    fs::{self, File},
+    io::{self, Read},
+    os::unix::{
+        ffi::OsStrExt,
+        fs::{FileExt, MetadataExt, OpenOptionsExt},
+    },
+    path::Path,
+    sync::{Arc, atomic::Ordering},
+    time::{Duration, Instant},
+};
+
+use clip_csi::{
+    chunk::CHUNK_BYTES,
+    fuse::{
+        pool::{PoolConfig, ReadPool},
+        session::Unmounted,
+    },
+    index::image::ImageIndex,
+    metrics::Metrics,
+    sys::{self, MappedFile},
+    tar::TarKind,
+};
+use rustix::fs::{XattrFlags, lgetxattr, llistxattr, lsetxattr};
+
+use crate::fuse_fakes::{
+    DEADLINE, LayerText, Mode, Mounted, build, mount_image, mount_index, noise, within_deadline,
+};
+
+/// Bytes of the file that spans several chunks.
+const BIG: usize = 5_000_003;
+
+/// A layer with one file, `big`.
+fn big_file(seed: u64) -> (LayerText, Vec<u8>) {
+    let content = noise(BIG, seed);
+    let mut layer = LayerText::default();
+    layer.file("big", &content);
+    (layer, content)
+}
+
+fn errno(result: io::Result<impl Sized>) -> Option<i32> {
+    result.err().and_then(|it| it.raw_os_error())
+}
+
+/// Asks again until it is so.
+fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !holds() {
+        assert!(start.elapsed() < DEADLINE, "{what}");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+/// Waits until a request of this kind has reached the provider of a layer.
+fn await_request(mounted: &Mounted, layer: usize) {
+    let asked = &mounted.layers[layer].n_requests;
+    eventually("the provider was asked", || 0 < *asked.lock().unwrap());
+}
+
+#[test]
+fn the_tree_is_what_the_image_says() {
+    let mut base = LayerText::default();
+    base.push(".", TarKind::Directory).mode = 0o1777;
+    base.push("etc", TarKind::Directory).mode = 0o2750;
+    let file = base.file("etc/passwd", b"root");
+    (file.mode, file.uid, file.gid) = (0o4640, 70_000, 4_000_000_000);
+    (file.mtime_seconds, file.mtime_nanoseconds) = (-5, 999_999_999);
+    file.xattrs = vec![
+        (b"user.note".to_vec(), b"hello".to_vec()),
+        (b"user.empty".to_vec(), vec![]),
+        (
+            b"security.capability".to_vec(),
+            vec![1, 0, 0, 2, 0, 4, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0],
+        ),
+    ];
+    base.push("etc/hard", TarKind::HardLink(b"etc/passwd".to_vec()));
+    base.push("link", TarKind::Symlink(b"etc/passwd".to_vec()));
+    base.push("null", TarKind::CharDevice { major: 1, minor: 3 });
+    base.push(
+        "disk",
+        TarKind::BlockDevice {
+            major: 259,
+            minor: 70_000,
+        },
+    );
+    base.push("pipe", TarKind::Fifo).mode = 0o600;
+    base.file("empty", b"");
+    let name: Vec<u8> = (1..=255).filter(|it| *it != b'/').collect();
+    base.file("x", b"named by bytes").path = name.clone();
+    let mut upper = LayerText::default();
+    upper.file("etc/upper", b"from the upper layer");
+    let Some(mounted) = mount_image("the_tree_is_what_the_image_says", vec![base, upper]) else {
+        return;
+    };
+    let stat = |path: &str| fs::symlink_metadata(mounted.path(path)).unwrap();
+    // The modes with their file types; sizes; link counts.
+    let expected: &[(&str, u32, u64, u64)] = &[
+        ("", 0o041_777, 4096, 3),
+        ("etc", 0o042_750, 4096, 2),
+        ("etc/passwd", 0o104_640, 4, 2),
+        ("etc/hard", 0o104_640, 4, 2),
+        ("etc/upper", 0o100_755, 20, 1),
+        ("link", 0o120_755, 10, 1),
+        ("null", 0o020_755, 0, 1),
+        ("disk", 0o060_755, 0, 1),
+        ("pipe", 0o010_600, 0, 1),
+        ("empty", 0o100_755, 0, 1),
+    ];
+    for (path, mode, size, n_links) in expected {
+        let found = stat(path);
+        let found = (found.mode(), found.size(), found.nlink());
+        assert_eq!(found, (*mode, *size, *n_links), "{path}");
+    }
+    let passwd = stat("etc/passwd");
+    assert_eq!((passwd.uid(), passwd.gid()), (70_000, 4_000_000_000));
+    assert_eq!((passwd.blocks(), passwd.blksize()), (1, 4096));
+    for (seconds, nanoseconds) in [
+        (passwd.mtime(), passwd.mtime_nsec()),
+        (passwd.ctime(), passwd.ctime_nsec()),
+        (passwd.atime(), passwd.atime_nsec()),
+    ] {
+        assert_eq!((seconds, nanoseconds), (-5, 999_999_999));
+    }
+    assert_eq!(stat("etc/hard").ino(), passwd.ino());
+    assert_eq!(stat("").ino(), 1);
+    assert_eq!(stat("null").rdev(), libc::makedev(1, 3));
+    assert_eq!(stat("disk").rdev(), libc::makedev(259, 70_000));
+    assert_eq!(
+        fs::read_link(mounted.path("link")).unwrap(),
+        Path::new("etc/passwd")
+    );
+    assert_eq!(fs::read(mounted.path("link")).unwrap(), b"root");
+    assert_eq!(
+        fs::read(mounted.path("etc/upper")).unwrap(),
+        b"from the upper layer"
+    );
+    let odd = mounted.mount.dir().join(std::ffi::OsStr::from_bytes(&name));
+    assert_eq!(fs::read(odd).unwrap(), b"named by bytes");
+
+    let mut buf = [0; 256];
+    let passwd = mounted.path("etc/passwd");
+    let note = lgetxattr(&passwd, "user.note", &mut buf).unwrap();
+    assert_eq!(&buf[..note], b"hello");
+    assert_eq!(lgetxattr(&passwd, "user.empty", &mut buf), Ok(0));
+    assert_eq!(lgetxattr(&passwd, "security.capability", &mut buf), Ok(20));
+    assert_eq!(
+        lgetxattr(&passwd, "user.note", &mut [0; 4]),
+        Err(rustix::io::Errno::RANGE)
+    );
+    assert_eq!(
+        lgetxattr(&passwd, "user.none", &mut buf),
+        Err(rustix::io::Errno::NODATA)
+    );
+    let names = llistxattr(&passwd, &mut buf).unwrap();
+    let mut names: Vec<_> = buf[..names].split_inclusive(|it| *it == 0).collect();
+    names.sort_unstable();
+    assert_eq!(
+        names,
+        [
+            &b"security.capability\0"[..],
+            b"user.empty\0",
+            b"user.note\0"
+        ]
+    );
+    assert_eq!(llistxattr(mounted.path("empty"), &mut buf), Ok(0));
+
+    let statfs = rustix::fs::statvfs(mounted.mount.dir()).unwrap();
+    assert_eq!(
+        (statfs.f_bsize, statfs.f_blocks, statfs.f_bfree),
+        (4096, 1, 0)
+    );
+    assert_eq!((statfs.f_files, statfs.f_namemax), (10, 255));
+    let mountinfo = fs::read_to_string("/proc/self/mountinfo").unwrap();
+    let dir = mounted.mount.dir().to_str().unwrap();
+    let line = mountinfo.lines().find(|it| it.contains(dir)).unwrap();
+    assert!(line.contains(" ro,nosuid,nodev,"), "{line}");
+    assert!(
+        line.contains(" - fuse.clip registry.example:5000/a,b:latest ro,"),
+        "{line}"
+    );
+    assert!(line.contains("default_permissions,allow_other"), "{line}");
+}
+
+#[test]
+fn a_large_directory_lists_every_name_once() {
+    let mut layer = LayerText::default();
+    let mut expected = BTreeMap::new();
+    for at in 0..5000 {
+        let name = format!("name-{at}-{}", "x".repeat(at % 200));
+        layer.file(&format!("d/{name}"), &noise(at % 7, 1));
+        expected.insert(name, (at % 7) as u64);
+    }
+    let Some(mounted) = mount_image("a_large_directory_lists_every_name_once", vec![layer]) else {
+        return;
+    };
+    for round in 0..2 {
+        let mut found = BTreeMap::new();
+        for entry in fs::read_dir(mounted.path("d")).unwrap() {
+            let entry = entry.unwrap();
+            let metadata = entry.metadata().unwrap();
+            assert_eq!(metadata.ino(), std::os::unix::fs::DirEntryExt::ino(&entry));
+            let name = entry.file_name().into_string().unwrap();
+            assert_eq!(found.insert(name, metadata.size()), None, "twice");
+        }
+        assert_eq!(found, expected, "round {round}");
+    }
+    // Attributes came with the names, and nobody was asked twice.
+    assert!(mounted.n_requests("getattr", "ok") < 10);
+    assert!(mounted.n_requests("lookup", "ok") < 10);
+}
+
+#[test]
+fn bytes_are_those_of_the_layer() {
+    let (mut layer, content) = big_file(7);
+    let hole = 3 * (CHUNK_BYTES as usize);
+    let (head, tail) = (noise(1000, 2), noise(70_000, 3));
+    let mut sparse = vec![0; hole + 100_000];
+    sparse[500..1500].copy_from_slice(&head);
+    sparse[hole..hole + 70_000].copy_from_slice(&tail);
+    let size = sparse.len() as u64;
+    layer.sparse_file("sparse", size, &[(500, &head), (hole as u64, &tail)]);
+    let Some(mounted) = mount_image("bytes_are_those_of_the_layer", vec![layer]) else {
+        return;
+    };
+    for (on_disk, fill) in [(false, false), (true, true)] {
+        mounted.layers[0].on_disk.store(on_disk, Ordering::Relaxed);
+        if fill {
+            mounted.layers[0].fill_all();
+        }
+        for (name, expected) in [("big", &content), ("sparse", &sparse)] {
+            // Drops the pages that the round before has left.
+            let file = File::open(mounted.path(name)).unwrap();
+            rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed).unwrap();
+            let seeds = noise(800, 11);
+            for pair in seeds.chunks_exact(4) {
+                let at = u32::from_le_bytes(pair.try_into().unwrap()) as usize;
+                let offset = at % (expected.len() + 10_000);
+                let mut buf = vec![0xee; at % 300_000];
+                let n = file.read_at(&mut buf, offset as u64).unwrap();
+                let start = offset.min(expected.len());
+                let end = (start + buf.len()).min(expected.len());
+                assert!(
+                    buf[..n] == expected[start..end],
+                    "{name} at {offset} + {}",
+                    buf.len()
+                );
+            }
+            assert!(
+                fs::read(mounted.path(name)).unwrap() == *expected,
+                "{name} in order"
+            );
+            let map = MappedFile::new(&file).unwrap();
+            assert!(*map == expected[..], "{name} mapped");
+            // Past the page cache: the kernel passes our byte counts on as they are.
+            let direct = File::options()
+                .read(true)
+                .custom_flags(libc::O_DIRECT)
+                .open(mounted.path(name))
+                .unwrap();
+            let mut buf = vec![0xee; 1 << 21];
+            for offset in [0, 1 << 20, expected.len() - 1, expected.len()] {
+                let n = direct.read_at(&mut buf, offset as u64).unwrap();
+                let end = (offset + buf.len()).min(expected.len());
+                assert!(
+                    buf[..n] == expected[offset..end],
+                    "{name} direct at {offset}"
+                );
+            }
+        }
+    }
+    let metadata = fs::metadata(mounted.path("sparse")).unwrap();
+    assert_eq!(
+        (metadata.size(), metadata.blocks()),
+        (size, 71_000_u64.div_ceil(512))
+    );
+    assert_eq!(mounted.n_requests("read", "error"), 0);
+}
+
+#[test]
+fn nothing_can_be_changed() {
+    let mut layer = LayerText::default();
+    layer.file("file", b"abc").mode = 0o666;
+    layer
+        .push("null", TarKind::CharDevice { major: 1, minor: 3 })
+        .mode = 0o666;
+    let Some(mounted) = mount_image("nothing_can_be_changed", vec![layer]) else {
+        return;
+    };
+    let (file, other) = (mounted.path("file"), mounted.path("other"));
+    let mode = <fs::Permissions as std::os::unix::fs::PermissionsExt>::from_mode(0o600);
+    let xattr = lsetxattr(&file, "user.a", b"1", XattrFlags::empty());
+    for (what, result) in [
+        (
+            "open for writing",
+            File::options().write(true).open(&file).map(drop),
+        ),
+        ("truncate", File::create(&file).map(drop)),
+        ("create", File::create(&other).map(drop)),
+        ("unlink", fs::remove_file(&file)),
+        ("mkdir", fs::create_dir(&other)),
+        ("symlink", std::os::unix::fs::symlink("file", &other)),
+        ("link", fs::hard_link(&file, &other)),
+        ("rename", fs::rename(&file, &other)),
+        ("chmod", fs::set_permissions(&file, mode)),
+        ("chown", std::os::unix::fs::chown(&file, Some(1), None)),
+        ("setxattr", xattr.map_err(io::Error::from)),
+    ] {
+        assert_eq!(errno(result), Some(libc::EROFS), "{what}");
+    }
+    let device = File::open(mounted.path("null"));
+    assert_eq!(errno(device), Some(libc::EACCES), "devices are not opened");
+    assert_eq!(fs::read(&file).unwrap(), b"abc");
+}
+
+#[test]
+fn a_failed_fetch_is_eio_once_and_not_for_ever() {
+    let (layer, content) = big_file(1);
+    let Some(mounted) = mount_image("a_failed_fetch_is_eio_once", vec![layer]) else {
+        return;
+    };
+    mounted.layers[0].set_mode(Mode::Fail);
+    let mut buf = [0; 100];
+    let file = File::open(mounted.path("big")).unwrap();
+    for _ in 0..2 {
+        assert_eq!(errno(file.read_at(&mut buf, 10)), Some(libc::EIO));
+    }
+    assert!(2 <= mounted.n_requests("read", "error"));
+    mounted.layers[0].set_mode(Mode::Fill);
+    assert_eq!(file.read_at(&mut buf, 10).unwrap(), 100);
+    assert_eq!(buf, content[10..110]);
+    assert!(fs::read(mounted.path("big")).unwrap() == content);
+}
+
+#[test]
+fn chunks_that_vanish_again_are_given_up() {
+    let (layer, content) = big_file(1);
+    let Some(mounted) = mount_image("chunks_that_vanish_again_are_given_up", vec![layer]) else {
+        return;
+    };
+    mounted.layers[0].set_mode(Mode::Vanish);
+    let direct = File::options()
+        .read(true)
+        .custom_flags(libc::O_DIRECT)
+        .open(mounted.path("big"))
+        .unwrap();
+    let mut buf = [0; 4096];
+    assert_eq!(errno(direct.read_at(&mut buf, 0)), Some(libc::EIO));
+    assert_eq!(*mounted.layers[0].n_requests.lock().unwrap(), 3);
+    mounted.layers[0].set_mode(Mode::Fill);
+    assert_eq!(direct.read_at(&mut buf, 0).unwrap(), 4096);
+    assert_eq!(buf, content[..4096]);
+}
+
+#[test]
+fn cold_readers_of_one_file_share_its_chunks() {
+    let (layer, content) = big_file(1);
+    let Some(mounted) = mount_image("cold_readers_of_one_file_share_its_chunks", vec![layer])
+    else {
+        return;
+    };
+    let layer = &mounted.layers[0];
+    layer.set_mode(Mode::Slow(Duration::from_millis(5)));
+    layer.on_disk.store(true, Ordering::Relaxed);
+    let content = Arc::new(content);
+    let readers: Vec<_> = (0..8)
+        .map(|at| {
+            let (path, content) = (mounted.path("big"), content.clone());
+            within_deadline(move || {
+                let (mut file, mut found) = (File::open(path).unwrap(), Vec::new());
+                let mut rest = vec![0; BIG / 8 * at];
+                file.read_exact(&mut rest).unwrap();
+                file.read_to_end(&mut found).unwrap();
+                found == content[rest.len()..] && rest == content[..rest.len()]
+            })
+        })
+        .collect();
+    for reader in readers {
+        assert!(reader.recv_timeout(DEADLINE).unwrap());
+    }
+    let fills = layer.fills.lock().unwrap();
+    let expected = (0..layer.n_chunks()).map(|it| (it, 1)).collect();
+    assert_eq!(*fills, expected);
+}
+
+#[test]
+fn a_slow_layer_holds_up_nobody_else() {
+    let ((slow, slow_content), (_, fast_content)) = (big_file(1), big_file(2));
+    let mut fast = LayerText::default();
+    fast.file("fast", &fast_content);
+    let Some(mounted) = mount_image("a_slow_layer_holds_up_nobody_else", vec![slow, fast]) else {
+        return;
+    };
+    mounted.layers[0].set_mode(Mode::Hold);
+    // More readers than there are read threads and buffers.
+    let waiting: Vec<_> = (0..20)
+        .map(|at| {
+            let path = mounted.path("big");
+            within_deadline(move || {
+                let mut buf = vec![0; 1000];
+                let file = File::open(path).unwrap();
+                file.read_exact_at(&mut buf, at * 200_000).unwrap();
+                buf
+            })
+        })
+        .collect();
+    await_request(&mounted, 0);
+    let path = mounted.path("fast");
+    let fast = within_deadline(move || fs::read(path).unwrap());
+    assert!(fast.recv_timeout(DEADLINE).unwrap() == fast_content);
+    assert!(
+        fs::metadata(mounted.path("nothing")).is_err(),
+        "lookups go on"
+    );
+    for reader in &waiting {
+        assert!(
+            reader.try_recv().is_err(),
+            "nothing came from the layer that holds"
+        );
+    }
+    mounted.layers[0].set_mode(Mode::Fill);
+    for (at, reader) in waiting.into_iter().enumerate() {
+        let found = reader.recv_timeout(DEADLINE).unwrap();
+        assert_eq!(found, slow_content[at * 200_000..][..1000]);
+    }
+}
+
+#[test]
+fn an_unmount_lets_pending_reads_finish() {
+    let (layer, content) = big_file(1);
+    let Some(mounted) = mount_image("an_unmount_lets_pending_reads_finish", vec![layer]) else {
+        return;
+    };
+    mounted.layers[0].set_mode(Mode::Hold);
+    let path = mounted.path("big");
+    let reader = within_deadline(move || {
+        let mut buf = vec![0; 1000];
+        let file = File::open(path).unwrap();
+        file.read_exact_at(&mut buf, 0).map(|()| buf)
+    });
+    await_request(&mounted, 0);
+    let Mounted {
+        mount, layers, dir, ..
+    } = mounted;
+    let path = mount.dir().to_owned();
+    assert_eq!(mount.unmount(), Unmounted::InUse);
+    assert_eq!(
+        fs::read_dir(&path).unwrap().count(),
+        0,
+        "it has no name any more"
+    );
+    assert!(reader.try_recv().is_err());
+    layers[0].set_mode(Mode::Fill);
+    let found = reader.recv_timeout(DEADLINE).unwrap().unwrap();
+    assert_eq!(found, content[..1000]);
+    // The session drops its file system, which drops the layer.
+    eventually("the session ended", || Arc::strong_count(&layers[0]) == 1);
+    drop(dir);
+}
+
+#[test]
+fn an_unmount_ends_the_session() {
+    let Some(mounted) = mount_image("an_unmount_ends_the_session", vec![big_file(1).0]) else {
+        return;
+    };
+    fs::read(mounted.path("big")).unwrap();
+    let dir = mounted.mount.dir().to_owned();
+    assert_eq!(mounted.mount.unmount(), Unmounted::Ended);
+    eventually("the session dropped its layer", || {
+        Arc::strong_count(&mounted.layers[0]) == 1
+    });
+
+    // Unmounted by hand, and mounted anew at the same place: the first must leave that alone.
+    let first = mount_image("an_unmount_ends_the_session", vec![big_file(1).0]).unwrap();
+    let place = first.mount.dir().to_owned();
+    let flags = rustix::mount::UnmountFlags::DETACH;
+    rustix::mount::unmount(&place, flags).unwrap();
+    first.mount.wait().unwrap();
+    let (index, layers) = build(vec![big_file(2).0]);
+    let (metrics, pool) = (
+        Metrics::new(),
+        ReadPool::new(PoolConfig::default()).unwrap(),
+    );
+    let index = ImageIndex::open(index).unwrap();
+    let second = mount_index("", index, &layers, &metrics, pool, &place).unwrap();
+    let Mounted {
+        mount, dir: _place, ..
+    } = first;
+    assert_eq!(mount.unmount(), Unmounted::Ended);
+    assert!(fs::read(place.join("big")).unwrap() == big_file(2).1);
+    drop(second);
+    assert_eq!(fs::read_dir(&place).unwrap().count(), 0);
+    assert_eq!(
+        fs::read_dir(&dir).unwrap_err().kind(),
+        io::ErrorKind::NotFound
+    );
+}
+
+#[test]
+fn the_kernel_asks_once() {
+    let mut layer = LayerText::default();
+    layer.file("d/file", b"abc");
+    layer.push("link", TarKind::Symlink(b"d/file".to_vec()));
+    let Some(mounted) = mount_image("the_kernel_asks_once", vec![layer]) else {
+        return;
+    };
+    for _ in 0..1000 {
+        assert_eq!(fs::read(mounted.path("d/file")).unwrap(), b"abc");
+        assert!(!mounted.path("d/nothing").exists());
+        assert_eq!(fs::read(mounted.path("link")).unwrap(), b"abc");
+        assert_eq!(fs::read_dir(mounted.path("d")).unwrap().count(), 1);
+        let xattr = lgetxattr(mounted.path("d"), "user.a", &mut [0; 9]);
+        assert_eq!(xattr, Err(rustix::io::Errno::OPNOTSUPP));
+    }
+    for (op, at_most) in [
+        ("open", 1),
+        ("opendir", 1),
+        ("read", 1),
+        ("readlink", 1),
+        ("getxattr", 1),
+        // d, d/file, d/nothing, link.
+        ("lookup", 4),
+        ("getattr", 4),
+        ("readdirplus", 4),
+        ("readdir", 4),
+        ("other", 2),
+    ] {
+        let n = mounted.n_requests(op, "ok");
+        assert!(n <= at_most, "{op}: {n}");
+    }
+    assert_eq!(mounted.n_requests("open", "ok"), 1, "the counter counts");
+}
+
+#[test]
+fn a_panic_is_eio_and_the_mount_lives_on() {
+    let (layer, content) = big_file(1);
+    let Some(mounted) = mount_image("a_panic_is_eio_and_the_mount_lives_on", vec![layer]) else {
+        return;
+    };
+    mounted.layers[0].set_mode(Mode::Panic);
+    let file = File::open(mounted.path("big")).unwrap();
+    let failed = file.read_at(&mut [0; 10], 0);
+    assert_eq!(errno(failed), Some(libc::EIO));
+    assert!(1 <= mounted.n_requests("read", "error"));
+    mounted.layers[0].set_mode(Mode::Fill);
+    assert!(fs::read(mounted.path("big")).unwrap() == content);
+}
+
+#[test]
+fn reads_are_counted_by_whether_the_disk_had_them() {
+    let (layer, content) = big_file(1);
+    let Some(mounted) = mount_image("reads_are_counted", vec![layer]) else {
+        return;
+    };
+    let direct = File::options()
+        .read(true)
+        .custom_flags(libc::O_DIRECT)
+        .open(mounted.path("big"))
+        .unwrap();
+    // Not 1 MiB, which is two requests where the buffer begins in the middle of a page.
+    let mut buf = vec![0; 1 << 19];
+    direct.read_exact_at(&mut buf, 0).unwrap();
+    let counts = |mounted: &Mounted| {
+        let bytes = mounted.metrics.tier_read_bytes.with_label_values(&["disk"]);
+        let duration = mounted
+            .metrics
+            .tier_read_duration
+            .with_label_values(&["disk"]);
+        (
+            mounted.n_disk_reads("miss"),
+            mounted.n_disk_reads("hit"),
+            bytes.get(),
+            duration.get_sample_count(),
+        )
+    };
+    assert_eq!(counts(&mounted), (1, 0, 0, 0));
+    direct.read_exact_at(&mut buf, 0).unwrap();
+    mounted.layers[0].on_disk.store(true, Ordering::Relaxed);
+    direct.read_exact_at(&mut buf[..4096], 8192).unwrap();
+    assert_eq!(counts(&mounted), (1, 2, (1 << 19) + 4096, 2));
+    assert_eq!(buf[..4096], content[8192..][..4096]);
+    assert_eq!(mounted.n_requests("read", "ok"), 3);
+}
+
+#[test]
+fn readahead_is_set() {
+    let Some(mounted) = mount_image("readahead_is_set", vec![big_file(1).0]) else {
+        return;
+    };
+    let (major, minor) = mounted.mount.device();
+    let path = format!("/sys/class/bdi/{major}:{minor}/read_ahead_kb");
+    match File::options().write(true).open(&path) {
+        Ok(_) => assert_eq!(fs::read_to_string(&path).unwrap(), "256\n"),
+        Err(error) => eprintln!("SKIP readahead_is_set: {path}: {error}"),
+    }
+}
+
+/// The process of this test runs twice: the child mounts and prints its memory, the parent judges.
+#[test]
+fn twenty_mounts_need_little_memory() {
+    const NAME: &str = "fuse::twenty_mounts_need_little_memory";
+    const CHILD: &str = "CLIP_CSI_TEST_MEMORY_CHILD";
+    /// Of this, 5 MiB are the test program itself before it mounts anything.
+    const MAX_BYTES: u64 = 14 << 20;
+    if std::env::var_os(CHILD).is_some() {
+        return use_twenty_mounts();
+    }
+    let child = std::process::Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", NAME, "--nocapture", "--test-threads=1"])
+        .env(CHILD, "1")
+        .output()
+        .unwrap();
+    let text = String::from_utf8(child.stderr).unwrap();
+    assert!(child.status.success(), "{text}");
+    let field = |name: &str| {
+        text.lines()
+            .find_map(|it| it.strip_prefix(name)?.parse::<u64>().ok())
+    };
+    let (Some(before), Some(after)) = (field("before="), field("after=")) else {
+        eprintln!("SKIP {NAME}: the child could not mount");
+        return;
+    };
+    eprintln!(
+        "{NAME}: VmHWM {} KiB, before the mounts {} KiB",
+        after >> 10,
+        before >> 10
+    );
+    assert!(
+        after < MAX_BYTES,
+        "{} KiB, before {} KiB",
+        after >> 10,
+        before >> 10
+    );
+}
+
+fn use_twenty_mounts() {
+    sys::tune_allocator();
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("index");
+    // The index is made in a process of its own, because making it needs memory that serving it
+    // does not.
+    if std::env::var_os("CLIP_CSI_TEST_INDEX").is_some() {
+        return write_index(Path::new(&std::env::var_os("CLIP_CSI_TEST_INDEX").unwrap()));
+    }
+    let made = std::process::Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "fuse::twenty_mounts_need_little_memory"])
+        .env("CLIP_CSI_TEST_INDEX", &path)
+        .output()
+        .unwrap();
+    assert!(made.status.success());
+    let (_, layers) = build(vec![memory_layer(0)]);
+    layers[0].fill_all();
+    let before = sys::memory().highwater_bytes;
+    let pool = ReadPool::new(PoolConfig::default()).unwrap();
+    let metrics = Metrics::new();
+    let mut mounts = Vec::new();
+    for at in 0..20 {
+        let dir = dir.path().join(format!("mount-{at}"));
+        fs::create_dir(&dir).unwrap();
+        let index = MappedFile::new(&File::open(&path).unwrap()).unwrap();
+        let index = ImageIndex::open(index).unwrap();
+        let mounted = mount_index("", index, &layers, &metrics, pool.clone(), &dir);
+        let Some(mounted) = mounted else { return };
+        mounts.push(mounted);
+    }
+    let mut buf = vec![0; 64 << 10];
+    for mounted in &mounts {
+        let mut n_files = 0;
+        for directory in fs::read_dir(mounted.dir()).unwrap() {
+            for file in fs::read_dir(directory.unwrap().path()).unwrap() {
+                let file = file.unwrap();
+                n_files += u32::from(file.metadata().unwrap().is_file());
+                if n_files % 100 == 0 {
+                    let file = File::open(file.path()).unwrap();
+                    assert_eq!(file.read_at(&mut buf, 0).unwrap(), buf.len());
+                }
+            }
+        }
+        assert_eq!(n_files, 5000);
+    }
+    eprintln!("before={before}");
+    eprintln!("after={}", sys::memory().highwater_bytes);
+}
+
+/// A layer of `n_directories` times 100 files that share their bytes.
+fn memory_layer(n_directories: u32) -> LayerText {
+    let mut layer = LayerText::default();
+    layer.file("0/0", &noise(300_000, 1));
+    let kind = layer.entries.pop().unwrap().kind;
+    for at in 0..n_directories * 100 {
+        let path = format!("{}/a-name-of-usual-length-{at}", at / 100);
+        layer.push(&path, kind.clone());
+    }
+    layer
+}
+
+fn write_index(path: &Path) {
+    let (index, _) = build(vec![memory_layer(50)]);
+    let mut file = File::create(path).unwrap();
+    io::Write::write_all(&mut file, &index).unwrap();
+}

@@ -1,0 +1,687 @@
+//! The layer store over real files: tiers, single flight, verification, restarts.
+
+use std::{
+    io::Write as _,
+    path::Path,
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
+    time::Duration,
+};
+
+use bytes::Bytes;
+use clip_csi::{
+    chunk::CHUNK_BYTES,
+    clock::SystemClock,
+    digest::{BlobDigest, DiffId},
+    layer::{
+        CacheConfig,
+        disk::DiskWait,
+        store::{Layer, LayerStore, Remote},
+    },
+    metrics::Metrics,
+    remote::{self, RemoteConfig, UploadOptions, Uploader},
+    tier::{BlobSource, BlobStream, BoxFuture, LayerDesc, MakePresent, PresentError, SourceError},
+};
+use futures_util::{StreamExt, future, stream};
+use tokio::{runtime::Handle, sync::Semaphore};
+
+/// Whole chunks and a part of the image that most tests use.
+const CONTENT_BYTES: usize = 3 * CHUNK_BYTES as usize + 12_345;
+
+/// A layer with one file of bytes that compress a little.
+struct Fixture {
+    tar: Vec<u8>,
+    blob: Vec<u8>,
+    desc: LayerDesc,
+}
+
+impl Fixture {
+    fn new(seed: u64) -> Self {
+        let mut state = seed;
+        let content: Vec<u8> = (0..CONTENT_BYTES)
+            .map(|_| {
+                // xorshift64; the low bits of each byte are left out, so that it compresses.
+                state ^= state << 13;
+                state ^= state >> 7;
+                state ^= state << 17;
+                u8::try_from(state & 0x1f).unwrap()
+            })
+            .collect();
+        let tar = tarball(&[("file", &content)]);
+        let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+        gzip.write_all(&tar).unwrap();
+        let blob = gzip.finish().unwrap();
+        let desc = LayerDesc {
+            diff_id: DiffId::of(&tar),
+            blob: BlobDigest::of(&blob),
+            blob_bytes: blob.len() as u64,
+        };
+        Self { tar, blob, desc }
+    }
+
+    fn source(&self) -> Arc<FakeSource> {
+        FakeSource::new(self.blob.clone())
+    }
+
+    /// Reads the whole layer through the store and compares it.
+    async fn expect_all(&self, store: &LayerStore, layer: &Arc<Layer>) {
+        let n_chunks = layer.file().n_chunks();
+        present(store, self.desc.diff_id, 0..n_chunks)
+            .await
+            .unwrap();
+        let mut read = vec![0; self.tar.len()];
+        assert!(layer.file().has(0..n_chunks));
+        assert!(
+            layer
+                .file()
+                .read_at(&mut read, 0, DiskWait::Allowed)
+                .unwrap()
+        );
+        assert!(read == self.tar, "the layer has wrong bytes");
+    }
+}
+
+/// Writes a ustar archive of regular files.
+fn tarball(files: &[(&str, &[u8])]) -> Vec<u8> {
+    let mut out = Vec::new();
+    for (name, content) in files {
+        let mut header = [0u8; 512];
+        header[..name.len()].copy_from_slice(name.as_bytes());
+        header[100..107].copy_from_slice(b"0000644");
+        header[108..115].copy_from_slice(b"0000000");
+        header[116..123].copy_from_slice(b"0000000");
+        header[124..135].copy_from_slice(format!("{:011o}", content.len()).as_bytes());
+        header[136..147].copy_from_slice(b"00000000000");
+        header[148..156].copy_from_slice(b"        ");
+        header[156] = b'0';
+        header[257..265].copy_from_slice(b"ustar\x0000");
+        let sum: u32 = header.iter().map(|it| u32::from(*it)).sum();
+        header[148..155].copy_from_slice(format!("{sum:06o}\0").as_bytes());
+        out.extend_from_slice(&header);
+        out.extend_from_slice(content);
+        out.resize(out.len().next_multiple_of(512), 0);
+    }
+    out.resize(out.len() + 1024, 0);
+    out
+}
+
+/// A registry in memory that counts, and that can be held up or made to lie.
+#[derive(Debug)]
+struct FakeSource {
+    blob: Vec<u8>,
+    n_opened: AtomicU32,
+    /// Pieces of 64 KiB that may still be delivered.
+    pieces: Semaphore,
+    failure: Option<SourceError>,
+}
+
+impl FakeSource {
+    fn new(blob: Vec<u8>) -> Arc<Self> {
+        Arc::new(Self {
+            blob,
+            n_opened: AtomicU32::new(0),
+            pieces: Semaphore::new(Semaphore::MAX_PERMITS),
+            failure: None,
+        })
+    }
+
+    fn n_opened(&self) -> u32 {
+        self.n_opened.load(Ordering::SeqCst)
+    }
+}
+
+impl BlobSource for FakeSource {
+    fn open<'a>(
+        &'a self,
+        _blob: &'a BlobDigest,
+        _blob_bytes: u64,
+        offset: u64,
+    ) -> BoxFuture<'a, Result<BlobStream, SourceError>> {
+        self.n_opened.fetch_add(1, Ordering::SeqCst);
+        let rest = &self.blob[usize::try_from(offset).unwrap()..];
+        let pieces: Vec<Bytes> = rest.chunks(64 << 10).map(Bytes::copy_from_slice).collect();
+        let failure = self.failure.clone();
+        // The stream takes its permits from a semaphore of its own, filled as ours allows.
+        let allowed = self.pieces.available_permits();
+        Box::pin(async move {
+            let items = pieces.into_iter().map(Ok).chain(failure.map(Err));
+            let stream = stream::iter(items).take(allowed.min(1 << 30));
+            Ok(if allowed < 1 << 30 {
+                Box::pin(stream.chain(stream::pending())) as BlobStream
+            } else {
+                Box::pin(stream) as BlobStream
+            })
+        })
+    }
+}
+
+fn config(dir: &Path) -> CacheConfig {
+    CacheConfig {
+        dir: dir.to_owned(),
+        min_free_bytes: 0,
+        ..CacheConfig::default()
+    }
+}
+
+fn open(dir: &Path, remote: Option<Remote>, metrics: &Metrics) -> LayerStore {
+    LayerStore::open(config(dir), remote, metrics.clone(), Handle::current()).unwrap()
+}
+
+/// A remote content cache in a directory, with or without a key.
+fn remote_in(dir: &Path, key: Option<&Path>, metrics: &Metrics) -> Option<Remote> {
+    let key = key.map(|it| format!("hmac_key_file = {:?}", it.to_str().unwrap()));
+    let text = format!(
+        "kind = \"dir\"\npath = {dir:?}\n{}",
+        key.unwrap_or_default()
+    );
+    let config: RemoteConfig = toml::from_str(&text).unwrap();
+    let clock: Arc<dyn clip_csi::clock::Clock> = Arc::new(SystemClock::new());
+    let cache = remote::open(&config, metrics, &clock).unwrap().unwrap();
+    let uploader = Arc::new(Uploader::start(cache.clone(), UploadOptions::default()));
+    Some(Remote { cache, uploader })
+}
+
+fn key_file(dir: &Path) -> std::path::PathBuf {
+    let path = dir.join("key");
+    clip_csi::disk::publish(&path, &[7; 32]).unwrap();
+    path
+}
+
+async fn present(
+    store: &LayerStore,
+    layer: DiffId,
+    chunks: std::ops::Range<u32>,
+) -> Result<(), PresentError> {
+    let (sender, receiver) = tokio::sync::oneshot::channel();
+    store.make_present(
+        layer,
+        chunks,
+        Box::new(|outcome| drop(sender.send(outcome))),
+    );
+    receiver.await.unwrap()
+}
+
+fn decompressions(metrics: &Metrics) -> u64 {
+    metrics
+        .layer_decompressions
+        .with_label_values(&["ok"])
+        .get()
+}
+
+/// The names in a directory of the cache.
+fn names(dir: &Path) -> Vec<String> {
+    let entries = std::fs::read_dir(dir).unwrap();
+    entries
+        .map(|it| it.unwrap().file_name().into_string().unwrap())
+        .collect()
+}
+
+#[tokio::test]
+async fn many_first_accesses_decompress_once() {
+    let (dir, metrics, fixture) = (
+        tempfile::tempdir().unwrap(),
+        Metrics::new(),
+        Fixture::new(1),
+    );
+    let source = fixture.source();
+    // Two stores on one directory stand for two processes: flock knows no difference.
+    let stores = [
+        open(dir.path(), None, &metrics),
+        open(dir.path(), None, &metrics),
+    ];
+    let wanted = stores
+        .iter()
+        .flat_map(|store| (0..5).map(|_| store.layer(&fixture.desc, source.clone())));
+    let layers = future::try_join_all(wanted).await.unwrap();
+    assert_eq!((decompressions(&metrics), source.n_opened()), (1, 1));
+    fixture.expect_all(&stores[0], &layers[0]).await;
+    fixture.expect_all(&stores[1], &layers[9]).await;
+    assert_eq!(
+        names(&stores[0].paths().layers()),
+        [fixture.desc.diff_id.hex()]
+    );
+    assert_eq!(names(&dir.path().join("tmp")), [""; 0]);
+}
+
+#[tokio::test]
+async fn a_restarted_store_has_what_it_had() {
+    let (dir, metrics, fixture) = (
+        tempfile::tempdir().unwrap(),
+        Metrics::new(),
+        Fixture::new(2),
+    );
+    let source = fixture.source();
+    open(dir.path(), None, &metrics)
+        .layer(&fixture.desc, source.clone())
+        .await
+        .unwrap();
+    let leftover = dir
+        .path()
+        .join("tmp")
+        .join(format!("{}.1-2-3.tmp", fixture.desc.diff_id.hex()));
+    std::fs::create_dir(&leftover).unwrap();
+    let store = open(dir.path(), None, &metrics);
+    assert!(!leftover.exists());
+    let layer = store.layer(&fixture.desc, source.clone()).await.unwrap();
+    fixture.expect_all(&store, &layer).await;
+    assert_eq!(source.n_opened(), 1);
+    let expected = i64::try_from(fixture.tar.len()).unwrap();
+    assert_eq!(metrics.layer_cache_bytes.get(), expected);
+}
+
+#[tokio::test]
+async fn layers_that_lie_are_refused_and_leave_nothing() {
+    let fixture = Fixture::new(3);
+    let truncated = &fixture.blob[..fixture.blob.len() / 2];
+    let other_tar = Fixture::new(4);
+    let mut flipped = fixture.blob.clone();
+    let middle = flipped.len() / 2;
+    flipped[middle] ^= 1;
+    let garbage = vec![0x5a; 4096];
+    let describe = |blob: &[u8], diff_id| LayerDesc {
+        diff_id,
+        blob: BlobDigest::of(blob),
+        blob_bytes: blob.len() as u64,
+    };
+    let diff_id = fixture.desc.diff_id;
+    for (what, blob, desc, expected) in [
+        (
+            "truncated",
+            truncated,
+            describe(truncated, diff_id),
+            "decompressed",
+        ),
+        (
+            "lying about its DiffID",
+            &other_tar.blob,
+            describe(&other_tar.blob, diff_id),
+            "DiffID",
+        ),
+        ("not the blob", &flipped, fixture.desc.clone(), ""),
+        (
+            "not a tar",
+            &garbage,
+            describe(&garbage, DiffId::of(&garbage)),
+            "",
+        ),
+    ] {
+        let (dir, metrics) = (tempfile::tempdir().unwrap(), Metrics::new());
+        let store = open(dir.path(), None, &metrics);
+        let source = FakeSource::new(blob.to_vec());
+        let error = store.layer(&desc, source).await.unwrap_err();
+        let PresentError::Refused { layer, reason } = &error else {
+            panic!("{what}: {error}")
+        };
+        assert_eq!(*layer, desc.diff_id, "{what}");
+        assert!(reason.contains(expected), "{what}: {reason}");
+        assert_eq!(names(&store.paths().layers()), [""; 0], "{what}");
+        assert_eq!(names(&dir.path().join("tmp")), [""; 0], "{what}");
+        assert_eq!(
+            metrics
+                .layer_decompressions
+                .with_label_values(&["error"])
+                .get(),
+            1,
+            "{what}"
+        );
+    }
+}
+
+#[tokio::test]
+async fn limits_stop_a_bomb() {
+    let (dir, metrics, fixture) = (
+        tempfile::tempdir().unwrap(),
+        Metrics::new(),
+        Fixture::new(5),
+    );
+    for (config, limit) in [
+        (
+            CacheConfig {
+                max_layer_bytes: 1 << 20,
+                ..config(dir.path())
+            },
+            "cache.max_layer_bytes",
+        ),
+        (
+            CacheConfig {
+                max_layer_entries: 0,
+                ..config(dir.path())
+            },
+            "cache.max_layer_entries",
+        ),
+    ] {
+        let store = LayerStore::open(config, None, metrics.clone(), Handle::current()).unwrap();
+        let error = store
+            .layer(&fixture.desc, fixture.source())
+            .await
+            .unwrap_err();
+        assert!(
+            matches!(error, PresentError::Limit { limit: it, .. } if it == limit),
+            "{error}"
+        );
+    }
+    let config = CacheConfig {
+        min_free_bytes: u64::MAX,
+        ..config(dir.path())
+    };
+    let store = LayerStore::open(config, None, metrics, Handle::current()).unwrap();
+    let error = store
+        .layer(&fixture.desc, fixture.source())
+        .await
+        .unwrap_err();
+    assert!(matches!(error, PresentError::NoSpace { .. }), "{error}");
+    assert_eq!(names(&dir.path().join("tmp")), [""; 0]);
+}
+
+#[tokio::test]
+async fn a_failing_source_is_told_and_tried_anew() {
+    let (dir, metrics, fixture) = (
+        tempfile::tempdir().unwrap(),
+        Metrics::new(),
+        Fixture::new(6),
+    );
+    let store = open(dir.path(), None, &metrics);
+    let failing = Arc::new(FakeSource {
+        blob: fixture.blob[..100_000].to_vec(),
+        n_opened: AtomicU32::new(0),
+        pieces: Semaphore::new(Semaphore::MAX_PERMITS),
+        failure: Some(SourceError::Unavailable {
+            registry: "r".into(),
+            reason: "down".into(),
+        }),
+    });
+    let error = store.layer(&fixture.desc, failing).await.unwrap_err();
+    assert!(matches!(error, PresentError::Origin { .. }), "{error}");
+    let layer = store.layer(&fixture.desc, fixture.source()).await.unwrap();
+    fixture.expect_all(&store, &layer).await;
+}
+
+#[tokio::test]
+async fn another_node_reads_by_chunk_from_the_remote() {
+    let (dir, metrics, fixture) = (
+        tempfile::tempdir().unwrap(),
+        Metrics::new(),
+        Fixture::new(7),
+    );
+    let (shared, key) = (dir.path().join("remote"), key_file(dir.path()));
+    let source = fixture.source();
+    let a = open(
+        &dir.path().join("a"),
+        remote_in(&shared, Some(&key), &metrics),
+        &metrics,
+    );
+    a.layer(&fixture.desc, source.clone()).await.unwrap();
+    a.shutdown(Duration::from_secs(20)).await;
+    let marker = a.paths().layer(fixture.desc.diff_id).join("upload");
+    assert!(
+        !marker.exists(),
+        "the layer is uploaded, its mark should be gone"
+    );
+
+    let b_metrics = Metrics::new();
+    let b = open(
+        &dir.path().join("b"),
+        remote_in(&shared, Some(&key), &b_metrics),
+        &b_metrics,
+    );
+    let layer = b.layer(&fixture.desc, source.clone()).await.unwrap();
+    assert!(
+        !layer.file().has(0..1),
+        "an index from the remote brings no chunks"
+    );
+    present(&b, fixture.desc.diff_id, 2..3).await.unwrap();
+    assert!(layer.file().has(2..3) && !layer.file().has(1..2));
+    fixture.expect_all(&b, &layer).await;
+    assert_eq!((source.n_opened(), decompressions(&b_metrics)), (1, 0));
+    assert_eq!(
+        b_metrics
+            .tier_reads
+            .with_label_values(&["content_cache", "hit"])
+            .get(),
+        2
+    );
+}
+
+#[tokio::test]
+async fn without_a_key_the_whole_layer_is_checked_first() {
+    let (dir, metrics, fixture) = (
+        tempfile::tempdir().unwrap(),
+        Metrics::new(),
+        Fixture::new(8),
+    );
+    let shared = dir.path().join("remote");
+    let source = fixture.source();
+    let a = open(
+        &dir.path().join("a"),
+        remote_in(&shared, None, &metrics),
+        &metrics,
+    );
+    a.layer(&fixture.desc, source.clone()).await.unwrap();
+    a.shutdown(Duration::from_secs(20)).await;
+
+    let b_metrics = Metrics::new();
+    let b = open(
+        &dir.path().join("b"),
+        remote_in(&shared, None, &b_metrics),
+        &b_metrics,
+    );
+    let layer = b.layer(&fixture.desc, source.clone()).await.unwrap();
+    assert!(layer.file().is_complete());
+    fixture.expect_all(&b, &layer).await;
+    assert_eq!((source.n_opened(), decompressions(&b_metrics)), (1, 0));
+}
+
+#[tokio::test]
+async fn chunks_that_the_remote_lost_come_from_the_registry_and_go_back() {
+    let (dir, metrics, fixture) = (
+        tempfile::tempdir().unwrap(),
+        Metrics::new(),
+        Fixture::new(9),
+    );
+    let (shared, key) = (dir.path().join("remote"), key_file(dir.path()));
+    let source = fixture.source();
+    let a = open(
+        &dir.path().join("a"),
+        remote_in(&shared, Some(&key), &metrics),
+        &metrics,
+    );
+    a.layer(&fixture.desc, source.clone()).await.unwrap();
+    a.shutdown(Duration::from_secs(20)).await;
+    let remote = remote_in(&shared, Some(&key), &metrics).unwrap();
+    let digest = {
+        let store = open(&dir.path().join("a"), None, &metrics);
+        let layer = store.layer(&fixture.desc, source.clone()).await.unwrap();
+        layer.file().index().chunk_digest(1).unwrap()
+    };
+    // A wrong chunk is deleted by whoever meets it.
+    let id = fixture.desc.diff_id;
+    let mut n_files = 0;
+    for path in files_below(&shared) {
+        let name = path.to_string_lossy().into_owned();
+        if name.contains(":o:1") || name.ends_with("o-1") || name.ends_with("o.1") {
+            std::fs::remove_file(&path).unwrap();
+            n_files += 1;
+        }
+    }
+    assert_eq!(n_files, 1, "{:?}", files_below(&shared));
+    let len = usize::try_from(CHUNK_BYTES).unwrap();
+    assert!(remote.cache.chunk(&id, 1, len, &digest).await.is_none());
+
+    let b_metrics = Metrics::new();
+    let b = open(
+        &dir.path().join("b"),
+        remote_in(&shared, Some(&key), &b_metrics),
+        &b_metrics,
+    );
+    let layer = b.layer(&fixture.desc, source.clone()).await.unwrap();
+    fixture.expect_all(&b, &layer).await;
+    assert_eq!(source.n_opened(), 2);
+    // Readers are served before the stream ends, and it is counted when it has.
+    while decompressions(&b_metrics) == 0 {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    b.shutdown(Duration::from_secs(20)).await;
+    assert!(
+        remote.cache.chunk(&id, 1, len, &digest).await.is_some(),
+        "the chunk was put again"
+    );
+}
+
+fn files_below(dir: &Path) -> Vec<std::path::PathBuf> {
+    let mut files = Vec::new();
+    for entry in std::fs::read_dir(dir).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            files.extend(files_below(&path));
+        } else {
+            files.push(path);
+        }
+    }
+    files
+}
+
+#[tokio::test]
+async fn an_upload_that_a_stop_cut_short_is_made_after_the_restart() {
+    let (dir, metrics, fixture) = (
+        tempfile::tempdir().unwrap(),
+        Metrics::new(),
+        Fixture::new(10),
+    );
+    let (shared, key) = (dir.path().join("remote"), key_file(dir.path()));
+    let source = fixture.source();
+    let a = open(
+        &dir.path().join("a"),
+        remote_in(&shared, Some(&key), &metrics),
+        &metrics,
+    );
+    a.layer(&fixture.desc, source.clone()).await.unwrap();
+    a.shutdown(Duration::ZERO).await;
+    assert!(
+        a.paths()
+            .layer(fixture.desc.diff_id)
+            .join("upload")
+            .exists()
+    );
+    drop(a);
+    let again = open(
+        &dir.path().join("a"),
+        remote_in(&shared, Some(&key), &metrics),
+        &metrics,
+    );
+    again.shutdown(Duration::from_secs(20)).await;
+    let remote = remote_in(&shared, Some(&key), &metrics).unwrap();
+    assert!(remote.cache.manifest(&fixture.desc.diff_id).await.is_some());
+}
+
+#[tokio::test]
+async fn readers_are_served_behind_the_stream() {
+    let (dir, metrics, fixture) = (
+        tempfile::tempdir().unwrap(),
+        Metrics::new(),
+        Fixture::new(11),
+    );
+    let store = open(dir.path(), None, &metrics);
+    let layer = store.layer(&fixture.desc, fixture.source()).await.unwrap();
+    for chunk in 0..layer.file().n_chunks() {
+        layer.file().drop_chunk(chunk);
+    }
+    drop(layer);
+    // The blob's second half never comes.
+    let held = fixture.source();
+    let n_pieces = fixture.blob.len().div_ceil(64 << 10);
+    held.pieces
+        .forget_permits(Semaphore::MAX_PERMITS - n_pieces / 2);
+    let layer = store.layer(&fixture.desc, held.clone()).await.unwrap();
+    present(&store, fixture.desc.diff_id, 0..1).await.unwrap();
+    assert!(layer.file().has(0..1) && !layer.file().has(3..4));
+    let mut read = vec![0; 1 << 20];
+    read.truncate(usize::try_from(CHUNK_BYTES).unwrap());
+    layer
+        .file()
+        .read_at(&mut read, 0, DiskWait::Allowed)
+        .unwrap();
+    assert!(read == fixture.tar[..read.len()]);
+    store.shutdown(Duration::ZERO).await;
+}
+
+#[tokio::test]
+async fn a_blob_that_changed_is_never_served() {
+    let (dir, metrics, fixture) = (
+        tempfile::tempdir().unwrap(),
+        Metrics::new(),
+        Fixture::new(12),
+    );
+    let store = open(dir.path(), None, &metrics);
+    let layer = store.layer(&fixture.desc, fixture.source()).await.unwrap();
+    layer.file().drop_chunk(1);
+    drop(layer);
+    let other = Fixture::new(99).source();
+    let layer = store.layer(&fixture.desc, other).await.unwrap();
+    let error = present(&store, fixture.desc.diff_id, 1..2)
+        .await
+        .unwrap_err();
+    assert!(matches!(error, PresentError::Refused { .. }), "{error}");
+    assert!(!layer.file().has(1..2) && layer.file().has(0..1));
+    drop(layer);
+    // The right blob repairs it: an error is not remembered.
+    let layer = store.layer(&fixture.desc, fixture.source()).await.unwrap();
+    fixture.expect_all(&store, &layer).await;
+}
+
+#[tokio::test]
+async fn after_an_unclean_stop_chunks_are_verified_not_fetched() {
+    let (dir, metrics, fixture) = (
+        tempfile::tempdir().unwrap(),
+        Metrics::new(),
+        Fixture::new(14),
+    );
+    let source = fixture.source();
+    let store = open(dir.path(), None, &metrics);
+    let layer = store.layer(&fixture.desc, source.clone()).await.unwrap();
+    let place = layer.file().dir().to_owned();
+    drop((layer, store));
+    // As if the bitmap had not reached the disk, and one chunk of the data neither.
+    std::fs::remove_file(place.join("state")).unwrap();
+    let data = std::fs::OpenOptions::new()
+        .write(true)
+        .open(place.join("data"))
+        .unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&data, b"torn", CHUNK_BYTES).unwrap();
+    let store = open(dir.path(), None, &metrics);
+    let layer = store.layer(&fixture.desc, source.clone()).await.unwrap();
+    assert!(!layer.file().has(0..1));
+    present(&store, fixture.desc.diff_id, 0..1).await.unwrap();
+    assert_eq!(source.n_opened(), 1, "the chunk on disk was right");
+    fixture.expect_all(&store, &layer).await;
+    assert_eq!(source.n_opened(), 2, "the torn chunk was not");
+}
+
+#[tokio::test]
+async fn a_damaged_index_is_made_anew() {
+    let (dir, metrics, fixture) = (
+        tempfile::tempdir().unwrap(),
+        Metrics::new(),
+        Fixture::new(15),
+    );
+    let source = fixture.source();
+    let store = open(dir.path(), None, &metrics);
+    store.layer(&fixture.desc, source.clone()).await.unwrap();
+    let index = store.paths().layer(fixture.desc.diff_id).join("index");
+    for damage in [&b""[..], b"CLIPLYIX garbage"] {
+        clip_csi::disk::publish(&index, damage).unwrap();
+        let store = open(dir.path(), None, &metrics);
+        let layer = store.layer(&fixture.desc, source.clone()).await.unwrap();
+        fixture.expect_all(&store, &layer).await;
+    }
+    assert_eq!(decompressions(&metrics), 3);
+}
+
+#[tokio::test]
+async fn an_unknown_layer_is_an_answer() {
+    let (dir, metrics) = (tempfile::tempdir().unwrap(), Metrics::new());
+    let store = open(dir.path(), None, &metrics);
+    let error = present(&store, DiffId::of(b"?"), 0..1).await.unwrap_err();
+    assert!(matches!(error, PresentError::Unknown { .. }), "{error}");
+}

@@ -1,0 +1,13 @@
+//! The remote content cache: engines against one conformance kit, and all of it against a store
+//! that lies, dies or fills up.
+
+#![expect(
+    clippy::unwrap_used,
+    reason = "clippy.toml allows it in #[test] only, not in helpers"
+)]
+
+mod conformance;
+mod content;
+mod fixture;
+mod redis_engine;
+mod upload;

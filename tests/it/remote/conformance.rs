@@ -1,0 +1,269 @@
+//! What every engine must do, plain and under faults.
+
+use std::{sync::Arc, time::Duration};
+
+use bytes::Bytes;
+use clip_csi::{
+    digest::DiffId,
+    tier::{CacheKey, LayerCache, Put, TierError},
+};
+use futures_util::future::join_all;
+
+use super::fixture::{Fault, Flaky, RedisServer, dir_cache};
+
+/// Runs the whole kit; each part has a layer of its own.
+async fn conforms(cache: &dyn LayerCache) {
+    misses_and_hits(cache).await;
+    is_binary_safe(cache).await;
+    refuses_oversize(cache).await;
+    keeps_or_replaces(cache).await;
+    deletes(cache).await;
+    fills_once(cache).await;
+    replaces_atomically(cache).await;
+    survives_cancelled_gets(cache).await;
+}
+
+const MAX: usize = 8 << 20;
+
+fn keys(layer: &str) -> [CacheKey; 4] {
+    let layer = DiffId::of(layer.as_bytes());
+    [
+        CacheKey::Manifest(layer),
+        CacheKey::Index(layer),
+        CacheKey::Chunk(layer, 0),
+        CacheKey::Chunk(layer, u32::MAX),
+    ]
+}
+
+async fn got(cache: &dyn LayerCache, key: CacheKey) -> Option<Bytes> {
+    cache.get(key, MAX).await.unwrap()
+}
+
+async fn put(cache: &dyn LayerCache, key: CacheKey, value: &[u8], put: Put) {
+    let value = Bytes::copy_from_slice(value);
+    cache.put(key, value, put).await.unwrap();
+}
+
+async fn misses_and_hits(cache: &dyn LayerCache) {
+    for key in keys("hits") {
+        assert_eq!(got(cache, key).await, None, "{key}");
+        assert_eq!(cache.get(key, 1).await.unwrap(), None, "{key}");
+        let value = key.to_string();
+        put(cache, key, value.as_bytes(), Put::IfAbsent).await;
+    }
+    for key in keys("hits") {
+        let value = Bytes::from(key.to_string());
+        assert_eq!(got(cache, key).await, Some(value), "{key}");
+    }
+}
+
+async fn is_binary_safe(cache: &dyn LayerCache) {
+    let all: Vec<u8> = (0..=255).collect();
+    let [_, _, key, _] = keys("binary");
+    for value in [&all[..], b"", b"\0", b"$-1\r\n", b"\r\n", &[0xff; 70_000]] {
+        put(cache, key, value, Put::Replace).await;
+        assert_eq!(got(cache, key).await.as_deref(), Some(value));
+    }
+}
+
+async fn refuses_oversize(cache: &dyn LayerCache) {
+    let [_, index, chunk, _] = keys("oversize");
+    // The second one is above what an engine may fetch without measuring.
+    for (key, len) in [(chunk, 1000), (index, 5 << 20)] {
+        let value = vec![7; len];
+        put(cache, key, &value, Put::Replace).await;
+        for max in [0, 1, len - 1] {
+            let refused = cache.get(key, max).await;
+            let is_right =
+                matches!(&refused, Err(TierError::Corrupt { key: it, .. }) if *it == key);
+            assert!(is_right, "{len} of {max}: {refused:?}");
+        }
+        for max in [len, len + 1, usize::MAX / 2] {
+            let value_got = cache.get(key, max).await.unwrap().unwrap();
+            assert!(value_got == value, "{len} of {max}");
+        }
+    }
+}
+
+async fn keeps_or_replaces(cache: &dyn LayerCache) {
+    for key in keys("replace") {
+        put(cache, key, b"first", Put::IfAbsent).await;
+        put(cache, key, b"second", Put::IfAbsent).await;
+        assert_eq!(got(cache, key).await.as_deref(), Some(&b"first"[..]));
+        put(cache, key, b"3", Put::Replace).await;
+        assert_eq!(got(cache, key).await.as_deref(), Some(&b"3"[..]));
+    }
+}
+
+async fn deletes(cache: &dyn LayerCache) {
+    for key in keys("delete") {
+        cache.delete(key).await.unwrap();
+        put(cache, key, b"value", Put::IfAbsent).await;
+        cache.delete(key).await.unwrap();
+        cache.delete(key).await.unwrap();
+        assert_eq!(got(cache, key).await, None);
+        put(cache, key, b"again", Put::IfAbsent).await;
+        assert_eq!(got(cache, key).await.as_deref(), Some(&b"again"[..]));
+    }
+}
+
+/// A value that shows its writer in every byte.
+fn uniform(writer: u8) -> Bytes {
+    vec![writer; 200_000].into()
+}
+
+fn writer_of(value: &Bytes) -> u8 {
+    assert_eq!(value.len(), 200_000, "a part was seen");
+    assert!(value.iter().all(|it| *it == value[0]), "values were mixed");
+    value[0]
+}
+
+async fn fills_once(cache: &dyn LayerCache) {
+    let [_, _, key, _] = keys("fill");
+    let writers = join_all((1..=8).map(|writer| cache.put(key, uniform(writer), Put::IfAbsent)));
+    let readers = join_all((0..8).map(|_| async {
+        let mut seen = Vec::new();
+        for _ in 0..5 {
+            seen.extend(got(cache, key).await.as_ref().map(writer_of));
+        }
+        seen
+    }));
+    let (written, mut seen) = tokio::join!(writers, readers);
+    for result in written {
+        result.unwrap();
+    }
+    let winner = writer_of(&got(cache, key).await.unwrap());
+    seen.push(vec![winner]);
+    assert!(seen.iter().flatten().all(|it| *it == winner), "{seen:?}");
+}
+
+async fn replaces_atomically(cache: &dyn LayerCache) {
+    let [_, _, key, _] = keys("atomic");
+    put(cache, key, &uniform(1), Put::Replace).await;
+    let writers = async {
+        for writer in 2..12 {
+            put(cache, key, &uniform(writer), Put::Replace).await;
+        }
+    };
+    let readers = join_all((0..4).map(|_| async {
+        let mut last = 1;
+        for _ in 0..10 {
+            let writer = writer_of(&got(cache, key).await.unwrap());
+            assert!(last <= writer, "{writer} came after {last}");
+            last = writer;
+        }
+    }));
+    tokio::join!(writers, readers);
+    assert_eq!(writer_of(&got(cache, key).await.unwrap()), 11);
+}
+
+async fn survives_cancelled_gets(cache: &dyn LayerCache) {
+    let layer = DiffId::of(b"cancel");
+    let key = |n: u8| CacheKey::Chunk(layer, u32::from(n));
+    for n in 1..=4 {
+        put(cache, key(n), &uniform(n), Put::Replace).await;
+    }
+    let mut n_cancelled = 0;
+    for round in 0..100u8 {
+        // Given up after some turns of the scheduler: before, amid and after the answer.
+        let turns = async {
+            for _ in 0..round % 20 {
+                tokio::task::yield_now().await;
+            }
+        };
+        tokio::select! {
+            biased;
+            value = cache.get(key(1 + round % 4), MAX) => {
+                assert_eq!(writer_of(&value.unwrap().unwrap()), 1 + round % 4);
+            }
+            () = turns => n_cancelled += 1,
+        }
+        let n = 1 + (round + 1) % 4;
+        assert_eq!(writer_of(&got(cache, key(n)).await.unwrap()), n);
+    }
+    assert!(5 <= n_cancelled, "{n_cancelled} gets were cancelled");
+}
+
+/// Delays some calls, so that they end in another order than they began.
+fn delayed<T: LayerCache>(cache: T) -> Flaky<T> {
+    (0..3000).step_by(7).fold(Flaky::new(cache), |flaky, nth| {
+        flaky.on(nth, Fault::Delay(Duration::from_millis(1)))
+    })
+}
+
+/// A call that fails on its way changes nothing, and the next one is right.
+async fn failures_change_nothing<T: LayerCache>(cache: T) {
+    let down = Fault::Fail(TierError::Unavailable {
+        reason: "test".to_owned(),
+    });
+    let cache = (1..4).fold(Flaky::new(cache), |it, nth| it.on(nth, down.clone()));
+    let [_, _, key, _] = keys("failures");
+    put(&cache, key, b"value", Put::IfAbsent).await;
+    assert!(cache.get(key, MAX).await.is_err());
+    let replaced = cache.put(key, Bytes::from_static(b"other"), Put::Replace);
+    assert!(replaced.await.is_err());
+    assert!(cache.delete(key).await.is_err());
+    assert_eq!(got(&cache, key).await.as_deref(), Some(&b"value"[..]));
+}
+
+#[tokio::test]
+async fn dir_conforms() {
+    let (cache, _dir) = dir_cache();
+    conforms(&cache).await;
+}
+
+#[tokio::test]
+async fn dir_conforms_under_faults() {
+    let (cache, _dir) = dir_cache();
+    conforms(&delayed(cache.clone())).await;
+    failures_change_nothing(cache).await;
+}
+
+#[tokio::test]
+async fn two_handles_of_one_dir_conform() {
+    let (first, dir) = dir_cache();
+    let second = clip_csi::remote::DirCache::new(dir.path(), super::fixture::PATIENCE);
+    let [_, _, key, _] = keys("nodes");
+    put(&first, key, b"of first", Put::IfAbsent).await;
+    put(&second, key, b"of second", Put::IfAbsent).await;
+    assert_eq!(got(&second, key).await.as_deref(), Some(&b"of first"[..]));
+}
+
+#[tokio::test]
+async fn redis_conforms() {
+    let Some(server) = RedisServer::start("redis_conforms", &[]).await else {
+        return;
+    };
+    conforms(&server.cache()).await;
+}
+
+#[tokio::test]
+async fn redis_conforms_under_faults() {
+    let Some(server) = RedisServer::start("redis_conforms_under_faults", &[]).await else {
+        return;
+    };
+    conforms(&delayed(server.cache())).await;
+    failures_change_nothing(server.cache()).await;
+}
+
+/// Threads of a runtime with several workers share one connection.
+#[tokio::test]
+async fn redis_answers_many_at_once_rightly() {
+    let name = "redis_answers_many_at_once_rightly";
+    let Some(server) = RedisServer::start(name, &[]).await else {
+        return;
+    };
+    let cache = Arc::new(server.cache());
+    let layer = DiffId::of(b"many");
+    let tasks = (1..=40u8).map(|n| {
+        let cache = Arc::clone(&cache);
+        tokio::spawn(async move {
+            let key = CacheKey::Chunk(layer, u32::from(n));
+            put(&*cache, key, &uniform(n), Put::IfAbsent).await;
+            assert_eq!(writer_of(&got(&*cache, key).await.unwrap()), n);
+        })
+    });
+    for task in join_all(tasks).await {
+        task.unwrap();
+    }
+}

@@ -1,0 +1,346 @@
+//! Uploads: in order, in bounded memory, through outages, and never of what is wrong.
+
+use std::{
+    sync::{Arc, Mutex, atomic::Ordering},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use clip_csi::{
+    clock::SystemClock,
+    metrics::Metrics,
+    remote::{
+        BackOff, ContentCache, ContentOptions, Enqueued, Repair, UploadOptions, UploadOutcome,
+        UploadSource, Uploader,
+    },
+    tier::{CacheKey, LayerCache, Put, TierError},
+};
+
+use super::fixture::{Fault, Flaky, Layer, PATIENCE, RedisServer, dir_cache, key, until};
+
+/// Starts an uploader whose back-off is short.
+fn uploader<T: LayerCache + 'static>(
+    engine: &Arc<T>,
+    options: UploadOptions,
+) -> (Uploader, ContentCache, Metrics) {
+    let metrics = Metrics::new();
+    let content = ContentOptions {
+        key: Some(key(1)),
+        max_index_bytes: 1 << 20,
+        back_off: BackOff {
+            first: Duration::from_millis(10),
+            longest: Duration::from_millis(50),
+        },
+    };
+    let engine = Arc::clone(engine) as Arc<dyn LayerCache>;
+    let clock = Arc::new(SystemClock::new());
+    let cache = ContentCache::new(engine, content, metrics.clone(), clock);
+    let uploader = Uploader::start(cache.clone(), options);
+    (uploader, cache, metrics)
+}
+
+fn options() -> UploadOptions {
+    UploadOptions {
+        queue_layers: 100,
+        attempts: 4,
+    }
+}
+
+fn uploads(metrics: &Metrics, outcome: &str) -> u64 {
+    metrics.remote_uploads.with_label_values(&[outcome]).get()
+}
+
+/// Asserts that all of `layer` can be had.
+async fn is_whole(cache: &ContentCache, layer: &Layer) {
+    let manifest = cache.manifest(&layer.diff_id()).await.unwrap();
+    assert_eq!(cache.index(&manifest).await, Some(layer.index.clone()));
+    for n in 0..layer.n_chunks() {
+        assert!(layer.fetch(cache, n).await, "chunk {n}");
+    }
+}
+
+fn unavailable() -> Fault {
+    Fault::Fail(TierError::Unavailable {
+        reason: "test".to_owned(),
+    })
+}
+
+async fn puts_the_manifest_last<T: LayerCache + 'static>(engine: T) {
+    let engine = Arc::new(Flaky::new(engine));
+    let layer = Arc::new(Layer::new(1, 3));
+    let id = layer.diff_id();
+    let (uploader, cache, metrics) = uploader(&engine, options());
+    assert_eq!(uploader.enqueue(layer.clone()), Enqueued::Accepted);
+    until("the layer is uploaded", || !layer.outcomes().is_empty()).await;
+    let everything = [
+        CacheKey::Chunk(id, 0),
+        CacheKey::Chunk(id, 1),
+        CacheKey::Chunk(id, 2),
+        CacheKey::Index(id),
+        CacheKey::Manifest(id),
+    ];
+    assert_eq!(engine.puts(), everything);
+    is_whole(&cache, &layer).await;
+    let sent_bytes = metrics.remote_upload_bytes.get();
+    assert_eq!(layer.outcomes(), [UploadOutcome::Uploaded { sent_bytes }]);
+    // Every other chunk is noise, the others are next to nothing.
+    assert!((1_044_480..1_060_000).contains(&sent_bytes), "{sent_bytes}");
+    assert_eq!(uploads(&metrics, "ok"), 1);
+
+    // Once more: found out with one request, and nothing is read or sent.
+    let before = (engine.n_calls(), layer.n_reads.load(Ordering::SeqCst));
+    uploader.enqueue(layer.clone());
+    uploader.drain(PATIENCE).await;
+    assert_eq!(layer.outcomes()[1..], [UploadOutcome::AlreadyThere]);
+    let after = (engine.n_calls(), layer.n_reads.load(Ordering::SeqCst));
+    assert_eq!(after, (before.0 + 1, before.1));
+    assert_eq!(uploads(&metrics, "ok"), 1);
+}
+
+#[tokio::test]
+async fn the_manifest_comes_last_in_a_dir() {
+    let (engine, _dir) = dir_cache();
+    puts_the_manifest_last(engine).await;
+}
+
+#[tokio::test]
+async fn the_manifest_comes_last_in_redis() {
+    let name = "the_manifest_comes_last_in_redis";
+    if let Some(server) = RedisServer::start(name, &[]).await {
+        puts_the_manifest_last(server.cache()).await;
+    }
+}
+
+#[tokio::test]
+async fn an_upload_outlives_a_killed_redis() {
+    let name = "an_upload_outlives_a_killed_redis";
+    let Some(server) = RedisServer::start(name, &[]).await else {
+        return;
+    };
+    let engine = Arc::new(server.cache());
+    let server = Arc::new(Mutex::new(Some(server)));
+    let killed = Arc::new(Mutex::new(None));
+    let mut layer = Layer::new(1, 6);
+    let (from, to) = (Arc::clone(&server), Arc::clone(&killed));
+    // Killed before the fourth chunk is put; the three that were there are lost.
+    layer.hook = Some(Box::new(move |n| {
+        if n == 3
+            && let Some(mut server) = from.lock().unwrap().take()
+        {
+            server.kill();
+            *to.lock().unwrap() = Some(server);
+        }
+    }));
+    let layer = Arc::new(layer);
+    let patient = UploadOptions {
+        attempts: 10_000,
+        ..options()
+    };
+    let (uploader, cache, metrics) = uploader(&engine, patient);
+    uploader.enqueue(layer.clone());
+    until("the remote is found to be down", || {
+        metrics.remote_up.get() == 0
+    })
+    .await;
+    assert_eq!(layer.outcomes(), []);
+    let mut server = killed.lock().unwrap().take().unwrap();
+    server.restart().await;
+    until("the layer is uploaded", || !layer.outcomes().is_empty()).await;
+    assert!(
+        matches!(layer.outcomes()[..], [UploadOutcome::Uploaded { .. }]),
+        "{:?}",
+        layer.outcomes()
+    );
+    is_whole(&cache, &layer).await;
+    assert_eq!(metrics.remote_up.get(), 1);
+    // Chunks 0 to 2 twice, 3 perhaps twice, 4 and 5 once.
+    let n_reads = layer.n_reads.load(Ordering::SeqCst);
+    assert!((9..=10).contains(&n_reads), "{n_reads}");
+}
+
+#[tokio::test]
+async fn chunks_that_are_there_are_not_sent_again() {
+    let (engine, _dir) = dir_cache();
+    // Manifest, then per chunk whether it is there and the put: the second put fails.
+    let engine = Arc::new(Flaky::new(engine).on(4, unavailable()));
+    let layer = Arc::new(Layer::new(1, 3));
+    let (uploader, cache, _) = uploader(&engine, options());
+    uploader.enqueue(layer.clone());
+    uploader.drain(PATIENCE).await;
+    is_whole(&cache, &layer).await;
+    let id = layer.diff_id();
+    let expected = [
+        CacheKey::Chunk(id, 0),
+        CacheKey::Chunk(id, 1),
+        CacheKey::Chunk(id, 1),
+        CacheKey::Chunk(id, 2),
+        CacheKey::Index(id),
+        CacheKey::Manifest(id),
+    ];
+    assert_eq!(engine.puts(), expected);
+}
+
+#[tokio::test]
+async fn a_layer_is_given_up_after_some_attempts() {
+    let (engine, _dir) = dir_cache();
+    let engine = Arc::new(Flaky::new(engine));
+    engine.always(Some(unavailable()));
+    let layer = Arc::new(Layer::new(1, 1));
+    let (uploader, _, metrics) = uploader(&engine, options());
+    uploader.enqueue(layer.clone());
+    uploader.drain(PATIENCE).await;
+    assert_eq!(layer.outcomes(), [UploadOutcome::Failed]);
+    assert_eq!(uploads(&metrics, "error"), 1);
+    assert!((1..=4).contains(&engine.n_calls()), "{}", engine.n_calls());
+}
+
+#[tokio::test]
+async fn a_full_store_is_left_alone() {
+    let (engine, _dir) = dir_cache();
+    let engine = Arc::new(Flaky::new(engine));
+    let full = TierError::Full {
+        reason: "test".to_owned(),
+    };
+    let (uploader, cache, metrics) = uploader(&engine, options());
+    let layers: Vec<_> = (0..3).map(|seed| Arc::new(Layer::new(seed, 2))).collect();
+    uploader.enqueue(layers[0].clone());
+    until("one is there", || !layers[0].outcomes().is_empty()).await;
+    let n_puts = engine.puts().len();
+    // The next call is the manifest, then comes the question for the chunk, then the put.
+    engine.fault(engine.n_calls() + 2, Fault::Fail(full));
+    uploader.enqueue(layers[1].clone());
+    until("the store is full", || !layers[1].outcomes().is_empty()).await;
+    assert_eq!(layers[1].outcomes(), [UploadOutcome::Failed]);
+    uploader.enqueue(layers[2].clone());
+    uploader.drain(Duration::from_millis(50)).await;
+    assert_eq!(layers[2].outcomes(), [UploadOutcome::Stopped]);
+    assert_eq!(engine.puts().len(), n_puts + 1, "no further put");
+    assert_eq!(metrics.remote_up.get(), 1, "it is asked for reads");
+    is_whole(&cache, &layers[0]).await;
+}
+
+#[tokio::test]
+async fn local_rot_is_not_spread() {
+    let (engine, _dir) = dir_cache();
+    let engine = Arc::new(Flaky::new(engine));
+    let mut layer = Layer::new(1, 2);
+    layer.is_rotten = true;
+    let layer = Arc::new(layer);
+    let (uploader, _, metrics) = uploader(&engine, options());
+    uploader.enqueue(layer.clone());
+    uploader.drain(PATIENCE).await;
+    assert_eq!(layer.outcomes(), [UploadOutcome::Failed]);
+    assert_eq!(engine.puts(), []);
+    assert_eq!(uploads(&metrics, "error"), 1);
+    assert_eq!(layer.n_reads.load(Ordering::SeqCst), 1, "no retry");
+}
+
+#[tokio::test]
+async fn a_repair_puts_what_it_names() {
+    let (engine, _dir) = dir_cache();
+    let engine = Arc::new(Flaky::new(engine));
+    let layer = Arc::new(Layer::new(1, 4));
+    let id = layer.diff_id();
+    let (uploader, cache, _) = uploader(&engine, options());
+    uploader.enqueue(layer.clone());
+    until("the layer is uploaded", || layer.outcomes().len() == 1).await;
+    let n_puts = engine.puts().len();
+    engine.delete(CacheKey::Chunk(id, 1)).await.unwrap();
+    let wrong = Bytes::from_static(b"wrong");
+    for key in [CacheKey::Chunk(id, 2), CacheKey::Index(id)] {
+        engine.put(key, wrong.clone(), Put::Replace).await.unwrap();
+    }
+    let repair = |chunks: &[u32], index| Repair {
+        chunks: chunks.to_vec(),
+        index,
+    };
+    // Three requests before the worker runs: one upload. Chunk 99 does not exist.
+    uploader.enqueue_repair(layer.clone(), repair(&[2, 1, 99], false));
+    uploader.enqueue_repair(layer.clone(), repair(&[2], true));
+    uploader.enqueue(layer.clone());
+    uploader.drain(PATIENCE).await;
+    let merged = UploadOutcome::Merged;
+    assert_eq!(layer.outcomes()[1..3], [merged, merged]);
+    let expected = [
+        CacheKey::Chunk(id, 1),
+        CacheKey::Chunk(id, 2),
+        CacheKey::Index(id),
+        CacheKey::Manifest(id),
+    ];
+    // Two of the puts were the test's own.
+    assert_eq!(engine.puts()[n_puts + 2..], expected);
+    is_whole(&cache, &layer).await;
+}
+
+#[tokio::test]
+async fn a_manifest_that_lies_is_replaced() {
+    let (engine, _dir) = dir_cache();
+    let engine = Arc::new(engine);
+    let layer = Arc::new(Layer::new(1, 2));
+    let at = CacheKey::Manifest(layer.diff_id());
+    let lie = Bytes::from_static(b"not a manifest");
+    engine.put(at, lie, Put::IfAbsent).await.unwrap();
+    let (uploader, cache, _) = uploader(&engine, options());
+    uploader.enqueue(layer.clone());
+    uploader.drain(PATIENCE).await;
+    is_whole(&cache, &layer).await;
+}
+
+/// However many layers wait and however slow the remote is, one chunk is in memory.
+#[tokio::test]
+async fn the_queue_is_bounded_and_holds_no_data() {
+    let (engine, _dir) = dir_cache();
+    // The manifest is absent, so is the chunk, and the first put never ends.
+    let engine = Arc::new(Flaky::new(engine).on(2, Fault::Hang));
+    let (uploader, _, metrics) = uploader(
+        &engine,
+        UploadOptions {
+            queue_layers: 10,
+            ..options()
+        },
+    );
+    let layers: Vec<_> = (0..12).map(|seed| Arc::new(Layer::new(seed, 2))).collect();
+    assert_eq!(uploader.enqueue(layers[0].clone()), Enqueued::Accepted);
+    until("the put hangs", || engine.puts().len() == 1).await;
+    for layer in &layers[1..11] {
+        assert_eq!(uploader.enqueue(layer.clone()), Enqueued::Accepted);
+    }
+    assert_eq!(uploader.enqueue(layers[11].clone()), Enqueued::Refused);
+    assert_eq!(uploads(&metrics, "dropped"), 1);
+    // One that waits already takes no further place.
+    assert_eq!(uploader.enqueue(layers[5].clone()), Enqueued::Accepted);
+    let n_reads: usize = layers
+        .iter()
+        .map(|it| it.n_reads.load(Ordering::SeqCst))
+        .sum();
+    assert_eq!(n_reads, 1, "only the chunk that is being put was read");
+
+    // The deadline passes: whatever is left is told.
+    uploader.drain(Duration::from_millis(20)).await;
+    assert_eq!(layers[0].outcomes(), [UploadOutcome::Stopped]);
+    let both = [UploadOutcome::Merged, UploadOutcome::Stopped];
+    assert_eq!(layers[5].outcomes(), both);
+    assert_eq!(layers[10].outcomes(), [UploadOutcome::Stopped]);
+    assert_eq!(layers[11].outcomes(), []);
+    assert_eq!(uploader.enqueue(layers[11].clone()), Enqueued::Refused);
+    assert_eq!(engine.puts().len(), 1);
+}
+
+#[tokio::test]
+async fn a_dropped_uploader_tells_those_that_waited() {
+    let (engine, _dir) = dir_cache();
+    let engine = Arc::new(Flaky::new(engine).on(0, Fault::Hang));
+    let layers: Vec<_> = (0..2).map(|seed| Arc::new(Layer::new(seed, 1))).collect();
+    let (uploader, _, _) = uploader(&engine, options());
+    for layer in &layers {
+        uploader.enqueue(layer.clone());
+    }
+    until("the first has begun", || engine.n_calls() == 1).await;
+    drop(uploader);
+    for layer in layers {
+        until("it is told", || {
+            layer.outcomes() == [UploadOutcome::Stopped]
+        })
+        .await;
+    }
+}
