@@ -10,7 +10,6 @@ from harness.environment import Case
 
 # Codes after which kubelet gives up: nothing that it could try again would help.
 FINAL = {"INVALID_ARGUMENT", "NOT_FOUND", "FAILED_PRECONDITION", "DATA_LOSS", "OUT_OF_RANGE"}
-CORRUPT = {"DATA_LOSS", "FAILED_PRECONDITION"}
 # What a pod's events show well.
 MAX_MESSAGE_BYTES = 600
 
@@ -32,6 +31,8 @@ class BadInput(Case):
         self.assertGreater(len(message), 10, "an error without a sentence")
         self.assertLess(len(message), MAX_MESSAGE_BYTES, message)
         self.assertNotRegex(message, r"\n|panicked|RUST_BACKTRACE|Error \{|Some\(|\w+Error\(", "for people, not for debuggers")
+        parts = message.split(": ")
+        self.assertFalse([it for it, following in zip(parts, parts[1:]) if it == following], f"says one thing twice: {message}")
         for words in says:
             self.assertIn(words.lower(), message.lower(), f"the message must name {words!r}")
 
@@ -79,8 +80,8 @@ class BadInput(Case):
     def test_wrong_platform(self):
         worker = self.worker()
         # Which platforms there are helps who has to choose another image.
-        self.refuse(worker, {"NOT_FOUND", "FAILED_PRECONDITION"}, ["amd64" if os.uname().machine == "x86_64" else "arm64", "s390x"], self.env.push("foreign"))
-        self.refuse(worker, {"NOT_FOUND", "FAILED_PRECONDITION"}, ["riscv64"], self.env.push("multi-arch"), platform="linux/riscv64")
+        self.refuse(worker, {"NOT_FOUND"}, ["amd64" if os.uname().machine == "x86_64" else "arm64", "s390x"], self.env.push("foreign"))
+        self.refuse(worker, {"NOT_FOUND"}, ["riscv64"], self.env.push("multi-arch"), platform="linux/riscv64")
 
     def test_registry_down(self):
         worker = self.worker(config=self.config(plain_http=[f"127.0.0.1:{(port := process.free_port())}"], registry={"retries": 1, "max_backoff_seconds": 1}))
@@ -90,7 +91,8 @@ class BadInput(Case):
         worker = self.worker()
         for name in ("lying", "truncated", "bad-crc", "not-a-tar", "not-gzip", "odd-media-type", "fewer-diff-ids"):
             with self.subTest(name):
-                self.refuse(worker, CORRUPT, [f"e2e/{name}"], self.env.push(name))
+                # A type that nobody knows is not damage: another image has to be named.
+                self.refuse(worker, {"INVALID_ARGUMENT"} if name == "odd-media-type" else {"DATA_LOSS"}, [f"e2e/{name}"], self.env.push(name))
                 self.assertEqual(worker.metric("layer_decompressions_total", outcome="ok"), 0, "nothing of it counts as a layer")
         # None of it was kept.
         self.assertEqual(worker.metric("layer_cache_layers"), 0)
@@ -99,7 +101,7 @@ class BadInput(Case):
 
     def test_bomb(self):
         worker = self.worker(config=self.config(cache={"max_layer_bytes": 100 << 20}))
-        self.refuse(worker, {"FAILED_PRECONDITION", "RESOURCE_EXHAUSTED", "DATA_LOSS"}, ["max_layer_bytes"], self.env.push("bomb"))
+        self.refuse(worker, {"FAILED_PRECONDITION"}, ["max_layer_bytes"], self.env.push("bomb"))
         used = int(process.run("du", "-s", "--block-size=1", worker.cache_dir).stdout.split()[0])
         self.assertLess(used, 10 << 20, "what was unpacked before the limit is not kept")
         self.assertLess(worker.memory()["VmHWM"], 40e6)

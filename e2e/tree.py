@@ -11,6 +11,7 @@ The root of the tree is ".". Access times and change times are left out: no imag
 
 import argparse
 import concurrent.futures
+import errno
 import hashlib
 import os
 import stat
@@ -48,7 +49,14 @@ def sha256(path: bytes) -> str:
 def xattrs(path: bytes) -> str:
     """All extended attributes, by name; the values in hex."""
     pairs = []
-    for name in sorted(os.listxattr(path, follow_symlinks=False), key=os.fsencode):
+    try:
+        names = os.listxattr(path, follow_symlinks=False)
+    except OSError as error:
+        # A file system may say once that it keeps none at all, which spares the kernel asking.
+        if error.errno != errno.EOPNOTSUPP:
+            raise
+        names = []
+    for name in sorted(names, key=os.fsencode):
         value = os.getxattr(path, name, follow_symlinks=False)
         pairs.append(f"{escape(os.fsencode(name))}={value.hex()}")
     return ",".join(pairs)

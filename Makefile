@@ -1,0 +1,63 @@
+# The project's commands. `make help` lists them; each says what it does while it does it.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.ONESHELL:
+MAKEFLAGS += --no-print-directory
+
+# Where rustup and Go's archive put programs that a fresh shell does not find yet.
+export PATH := $(PATH):$(HOME)/.cargo/bin:/usr/local/go/bin
+
+# One profile everywhere: a second one would double a cold build.
+CARGO_FLAGS := --release --locked
+
+say = @printf '\n==> %s\n' "$(1)"
+
+.DEFAULT_GOAL := help
+.PHONY: help install build check unit e2e test demo bench
+
+help: ## List these commands
+	@grep -hE '^[a-z0-9]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9]+):.*## /\1\t/' | while IFS=$$'\t' read -r name text; do printf '  make %-8s %s\n' "$$name" "$$text"; done
+
+demo: ## Play the three stories on real services and print the table (root; installs what is missing; about 10 minutes the first time)
+	$(call say,Installing what is missing)
+	@./e2e/install.sh demo
+	$(call say,Building clip-csi and the CSI client)
+	@cargo build $(CARGO_FLAGS)
+	./e2e/tools.sh >/dev/null
+	$(call say,Making the image: five layers of 30 MB of real files)
+	@python3 e2e/images.py build demo5 demo1
+	$(call say,Playing the three stories)
+	@python3 e2e/demo.py
+
+test: ## Everything that continuous integration runs (root; installs what is missing; about 20 minutes the first time)
+	$(call say,1/4 Installing what is missing)
+	@$(MAKE) install
+	$(call say,2/4 Format and lints and documentation)
+	@$(MAKE) check
+	$(call say,3/4 Unit and integration tests)
+	@$(MAKE) unit
+	$(call say,4/4 End-to-end tests with a real registry and real images)
+	@$(MAKE) e2e
+
+install: ## Install what the tests need and this machine lacks (root)
+	@./e2e/install.sh test
+
+build: ## Build the program
+	@cargo build $(CARGO_FLAGS)
+
+check: ## Format, clippy and rustdoc, each without a warning
+	@cargo fmt --check
+	cargo clippy $(CARGO_FLAGS) --all-targets -- -D warnings
+	RUSTDOCFLAGS="-D warnings" cargo doc $(CARGO_FLAGS) --no-deps
+
+unit: ## Unit and integration tests
+	@cargo test $(CARGO_FLAGS)
+
+e2e: build ## End-to-end tests alone (root; E2E="-k NAME" picks some)
+	@./e2e/tools.sh >/dev/null
+	python3 e2e/images.py build
+	python3 e2e/run.py $(E2E)
+
+bench: ## Benchmarks
+	@cargo bench --locked
