@@ -228,11 +228,14 @@ impl<I: IndexBytes> ClipFs<I> {
                 });
             }
         }
-        Ok(Self {
+        let fs = Self {
             index,
             layers,
             metrics,
-        })
+        };
+        // Opening an index maps most of a small one: nothing for one mount, megabytes for fifty.
+        fs.trim();
+        Ok(fs)
     }
 
     /// The index that answers.

@@ -471,6 +471,7 @@ fn an_unmount_ends_the_session() {
     eventually("the session dropped its layer", || {
         Arc::strong_count(&mounted.layers[0]) == 1
     });
+    assert_eq!(fs::read_dir(&dir).unwrap().count(), 0);
 
     // Unmounted by hand, and mounted anew at the same place: the first must leave that alone.
     let first = mount_image("an_unmount_ends_the_session", vec![big_file(1).0]).unwrap();
@@ -492,10 +493,6 @@ fn an_unmount_ends_the_session() {
     assert!(fs::read(place.join("big")).unwrap() == big_file(2).1);
     drop(second);
     assert_eq!(fs::read_dir(&place).unwrap().count(), 0);
-    assert_eq!(
-        fs::read_dir(&dir).unwrap_err().kind(),
-        io::ErrorKind::NotFound
-    );
 }
 
 #[test]
@@ -602,8 +599,9 @@ fn readahead_is_set() {
 fn twenty_mounts_need_little_memory() {
     const NAME: &str = "fuse::twenty_mounts_need_little_memory";
     const CHILD: &str = "CLIP_CSI_TEST_MEMORY_CHILD";
-    /// Of this, 5 MiB are the test program itself before it mounts anything.
-    const MAX_BYTES: u64 = 14 << 20;
+    /// Measured: 2.5 MiB for threads, buffers and counters. The indexes alone are 9 MiB, and one
+    /// read buffer of fuser that is touched is 16 MiB.
+    const MAX_BYTES: u64 = 5 << 20;
     if std::env::var_os(CHILD).is_some() {
         return use_twenty_mounts();
     }
@@ -627,12 +625,7 @@ fn twenty_mounts_need_little_memory() {
         after >> 10,
         before >> 10
     );
-    assert!(
-        after < MAX_BYTES,
-        "{} KiB, before {} KiB",
-        after >> 10,
-        before >> 10
-    );
+    assert!(after - before < MAX_BYTES);
 }
 
 fn use_twenty_mounts() {
