@@ -1,5 +1,7 @@
 //! A real mount of an image in memory: what the kernel shows, and how reads wait and fail.
 
+#![expect(clippy::unwrap_used, reason = "helpers of tests fail the test")]
+
 use std::{
     collections::BTreeMap,
     fs::{self, File},
@@ -215,7 +217,7 @@ fn a_large_directory_lists_every_name_once() {
 #[test]
 fn bytes_are_those_of_the_layer() {
     let (mut layer, content) = big_file(7);
-    let hole = 3 * (CHUNK_BYTES as usize);
+    let hole = usize::try_from(3 * CHUNK_BYTES).unwrap();
     let (head, tail) = (noise(1000, 2), noise(70_000, 3));
     let mut sparse = vec![0; hole + 100_000];
     sparse[500..1500].copy_from_slice(&head);
