@@ -35,7 +35,7 @@ pub struct Common {
     )]
     pub log_format: LogFormat,
     /// What to log: `error`, `warn`, `info`, `debug` or `trace`, also per module, as in
-    /// `info,clip_csi::registry=debug`.
+    /// `info,clip_csi=debug`.
     #[arg(long, global = true, env = "CLIP_CSI_LOG_LEVEL", value_name = "LEVEL")]
     pub log_level: Option<String>,
 }

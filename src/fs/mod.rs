@@ -28,7 +28,7 @@ use crate::{
 const BLOCK_BYTES: u32 = 4096;
 
 /// Longest name (limits.h, `NAME_MAX`).
-const MAX_NAME_BYTES: u32 = 255;
+const MAX_NAME_BYTES: u8 = u8::MAX;
 
 /// Local data of one layer, as far as it is present.
 pub trait LayerData: Send + Sync + fmt::Debug {
@@ -229,11 +229,14 @@ impl<I: IndexBytes> ClipFs<I> {
                 });
             }
         }
-        Ok(Self {
+        let fs = Self {
             index,
             layers,
             metrics,
-        })
+        };
+        // Opening an index maps most of a small one: nothing for one mount, megabytes for fifty.
+        fs.trim();
+        Ok(fs)
     }
 
     /// The index that answers.
@@ -269,7 +272,7 @@ impl<I: IndexBytes> ClipFs<I> {
         if directory.file_type != FileType::Directory {
             return Err(FsError::NotDir);
         }
-        if (MAX_NAME_BYTES as usize) < name.len() {
+        if usize::from(MAX_NAME_BYTES) < name.len() {
             return Err(FsError::NameTooLong);
         }
         let ino = match name {
@@ -372,8 +375,7 @@ impl<I: IndexBytes> ClipFs<I> {
             blocks: self.index.content_bytes().div_ceil(u64::from(BLOCK_BYTES)),
             inodes: self.index.n_nodes(),
             block_bytes: BLOCK_BYTES,
-            // 255 fits.
-            max_name_bytes: MAX_NAME_BYTES,
+            max_name_bytes: u32::from(MAX_NAME_BYTES),
         }
     }
 

@@ -1,8 +1,8 @@
 //! Mounts a [`ClipFs`] and serves it to the kernel.
 //!
 //! [`mount`](session::mount) makes a [`FuseMount`](session::FuseMount); all mounts of the process
-//! share one [`ReadPool`](pool::ReadPool). One FUSE thread per mount answers metadata and cached
-//! reads; [`read`] shows the way of the others.
+//! share one [`ReadPool`]. One FUSE thread per mount answers metadata and cached
+//! reads; `read.rs` shows the way of the others.
 //!
 //! fuser is used for the protocol only. The mount itself is made and taken down here, because
 //! fuser unmounts by path when its session ends, even if another mount stands there by then, and

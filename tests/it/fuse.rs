@@ -1,5 +1,7 @@
 //! A real mount of an image in memory: what the kernel shows, and how reads wait and fail.
 
+#![expect(clippy::unwrap_used, reason = "helpers of tests fail the test")]
+
 use std::{
     collections::BTreeMap,
     fs::{self, File},
@@ -215,7 +217,7 @@ fn a_large_directory_lists_every_name_once() {
 #[test]
 fn bytes_are_those_of_the_layer() {
     let (mut layer, content) = big_file(7);
-    let hole = 3 * (CHUNK_BYTES as usize);
+    let hole = usize::try_from(3 * CHUNK_BYTES).unwrap();
     let (head, tail) = (noise(1000, 2), noise(70_000, 3));
     let mut sparse = vec![0; hole + 100_000];
     sparse[500..1500].copy_from_slice(&head);
@@ -471,6 +473,7 @@ fn an_unmount_ends_the_session() {
     eventually("the session dropped its layer", || {
         Arc::strong_count(&mounted.layers[0]) == 1
     });
+    assert_eq!(fs::read_dir(&dir).unwrap().count(), 0);
 
     // Unmounted by hand, and mounted anew at the same place: the first must leave that alone.
     let first = mount_image("an_unmount_ends_the_session", vec![big_file(1).0]).unwrap();
@@ -492,10 +495,6 @@ fn an_unmount_ends_the_session() {
     assert!(fs::read(place.join("big")).unwrap() == big_file(2).1);
     drop(second);
     assert_eq!(fs::read_dir(&place).unwrap().count(), 0);
-    assert_eq!(
-        fs::read_dir(&dir).unwrap_err().kind(),
-        io::ErrorKind::NotFound
-    );
 }
 
 #[test]
@@ -602,8 +601,9 @@ fn readahead_is_set() {
 fn twenty_mounts_need_little_memory() {
     const NAME: &str = "fuse::twenty_mounts_need_little_memory";
     const CHILD: &str = "CLIP_CSI_TEST_MEMORY_CHILD";
-    /// Of this, 5 MiB are the test program itself before it mounts anything.
-    const MAX_BYTES: u64 = 14 << 20;
+    /// Measured: 2.5 MiB for threads, buffers and counters. The indexes alone are 9 MiB, and one
+    /// read buffer of fuser that is touched is 16 MiB.
+    const MAX_BYTES: u64 = 5 << 20;
     if std::env::var_os(CHILD).is_some() {
         return use_twenty_mounts();
     }
@@ -627,12 +627,7 @@ fn twenty_mounts_need_little_memory() {
         after >> 10,
         before >> 10
     );
-    assert!(
-        after < MAX_BYTES,
-        "{} KiB, before {} KiB",
-        after >> 10,
-        before >> 10
-    );
+    assert!(after - before < MAX_BYTES);
 }
 
 fn use_twenty_mounts() {

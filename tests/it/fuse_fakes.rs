@@ -1,5 +1,7 @@
 //! An image in memory, layers of which any chunk can be absent, slow or broken, and a mount of it.
 
+#![expect(clippy::unwrap_used, reason = "helpers of tests fail the test")]
+
 use std::{
     collections::{BTreeSet, HashMap},
     io,

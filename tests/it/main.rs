@@ -6,8 +6,7 @@
 )]
 #![expect(
     clippy::cast_possible_truncation,
-    clippy::single_range_in_vec_init,
-    reason = "tests run on 64-bit machines; a list of one range of chunks is meant"
+    reason = "tests run on 64-bit machines"
 )]
 
 mod admin;
@@ -16,6 +15,7 @@ mod csi;
 mod fs;
 mod fuse;
 mod fuse_fakes;
+mod layer_fixture;
 mod layering;
 mod layers;
 mod metrics_doc;

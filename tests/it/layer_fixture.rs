@@ -1,0 +1,218 @@
+//! Layers, registries in memory, and stores on directories, for the tests of the layer store.
+
+use std::{
+    io::Write as _,
+    path::Path,
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
+};
+
+use bytes::Bytes;
+use clip_csi::{
+    chunk::CHUNK_BYTES,
+    clock::SystemClock,
+    digest::{BlobDigest, DiffId},
+    layer::{
+        CacheConfig,
+        disk::DiskWait,
+        store::{Layer, LayerStore, Remote},
+    },
+    metrics::Metrics,
+    remote::{self, RemoteConfig, UploadOptions, Uploader},
+    tier::{BlobSource, BlobStream, BoxFuture, LayerDesc, MakePresent, PresentError, SourceError},
+};
+use futures_util::{StreamExt, stream};
+use tokio::{runtime::Handle, sync::Semaphore};
+
+/// Whole chunks and a part of the image that most tests use.
+const CONTENT_BYTES: usize = 3 * CHUNK_BYTES as usize + 12_345;
+
+/// A layer with one file of bytes that compress a little.
+pub(crate) struct Fixture {
+    pub(crate) tar: Vec<u8>,
+    pub(crate) blob: Vec<u8>,
+    pub(crate) desc: LayerDesc,
+}
+
+impl Fixture {
+    pub(crate) fn new(seed: u64) -> Self {
+        let mut state = seed;
+        let content: Vec<u8> = (0..CONTENT_BYTES)
+            .map(|_| {
+                // xorshift64; the low bits of each byte are left out, so that it compresses.
+                state ^= state << 13;
+                state ^= state >> 7;
+                state ^= state << 17;
+                u8::try_from(state & 0x1f).unwrap()
+            })
+            .collect();
+        let tar = tarball(&[("file", &content)]);
+        let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+        gzip.write_all(&tar).unwrap();
+        let blob = gzip.finish().unwrap();
+        let desc = LayerDesc {
+            diff_id: DiffId::of(&tar),
+            blob: BlobDigest::of(&blob),
+            blob_bytes: blob.len() as u64,
+        };
+        Self { tar, blob, desc }
+    }
+
+    pub(crate) fn source(&self) -> Arc<FakeSource> {
+        FakeSource::new(self.blob.clone())
+    }
+
+    /// Reads the whole layer through the store and compares it.
+    pub(crate) async fn expect_all(&self, store: &LayerStore, layer: &Arc<Layer>) {
+        let n_chunks = layer.file().n_chunks();
+        present(store, self.desc.diff_id, 0..n_chunks)
+            .await
+            .unwrap();
+        let mut read = vec![0; self.tar.len()];
+        assert!(layer.file().has(0..n_chunks));
+        assert!(
+            layer
+                .file()
+                .read_at(&mut read, 0, DiskWait::Allowed)
+                .unwrap()
+        );
+        assert!(read == self.tar, "the layer has wrong bytes");
+    }
+}
+
+/// Writes a ustar archive of regular files.
+fn tarball(files: &[(&str, &[u8])]) -> Vec<u8> {
+    let mut out = Vec::new();
+    for (name, content) in files {
+        let mut header = [0u8; 512];
+        header[..name.len()].copy_from_slice(name.as_bytes());
+        header[100..107].copy_from_slice(b"0000644");
+        header[108..115].copy_from_slice(b"0000000");
+        header[116..123].copy_from_slice(b"0000000");
+        header[124..135].copy_from_slice(format!("{:011o}", content.len()).as_bytes());
+        header[136..147].copy_from_slice(b"00000000000");
+        header[148..156].copy_from_slice(b"        ");
+        header[156] = b'0';
+        header[257..265].copy_from_slice(b"ustar\x0000");
+        let sum: u32 = header.iter().map(|it| u32::from(*it)).sum();
+        header[148..155].copy_from_slice(format!("{sum:06o}\0").as_bytes());
+        out.extend_from_slice(&header);
+        out.extend_from_slice(content);
+        out.resize(out.len().next_multiple_of(512), 0);
+    }
+    out.resize(out.len() + 1024, 0);
+    out
+}
+
+/// A registry in memory that counts, and that can be held up or made to lie.
+#[derive(Debug)]
+pub(crate) struct FakeSource {
+    pub(crate) blob: Vec<u8>,
+    pub(crate) n_opened: AtomicU32,
+    /// Pieces of 64 KiB that may still be delivered.
+    pub(crate) pieces: Semaphore,
+    pub(crate) failure: Option<SourceError>,
+}
+
+impl FakeSource {
+    pub(crate) fn new(blob: Vec<u8>) -> Arc<Self> {
+        Arc::new(Self {
+            blob,
+            n_opened: AtomicU32::new(0),
+            pieces: Semaphore::new(Semaphore::MAX_PERMITS),
+            failure: None,
+        })
+    }
+
+    pub(crate) fn n_opened(&self) -> u32 {
+        self.n_opened.load(Ordering::SeqCst)
+    }
+}
+
+impl BlobSource for FakeSource {
+    fn open<'a>(
+        &'a self,
+        _blob: &'a BlobDigest,
+        _blob_bytes: u64,
+        offset: u64,
+    ) -> BoxFuture<'a, Result<BlobStream, SourceError>> {
+        self.n_opened.fetch_add(1, Ordering::SeqCst);
+        let rest = &self.blob[usize::try_from(offset).unwrap()..];
+        let pieces: Vec<Bytes> = rest.chunks(64 << 10).map(Bytes::copy_from_slice).collect();
+        let failure = self.failure.clone();
+        // The stream takes its permits from a semaphore of its own, filled as ours allows.
+        let allowed = self.pieces.available_permits();
+        Box::pin(async move {
+            let items = pieces.into_iter().map(Ok).chain(failure.map(Err));
+            let stream = stream::iter(items).take(allowed.min(1 << 30));
+            Ok(if allowed < 1 << 30 {
+                Box::pin(stream.chain(stream::pending())) as BlobStream
+            } else {
+                Box::pin(stream) as BlobStream
+            })
+        })
+    }
+}
+
+pub(crate) fn config(dir: &Path) -> CacheConfig {
+    CacheConfig {
+        dir: dir.to_owned(),
+        min_free_bytes: 0,
+        ..CacheConfig::default()
+    }
+}
+
+pub(crate) fn open(dir: &Path, remote: Option<Remote>, metrics: &Metrics) -> LayerStore {
+    LayerStore::open(config(dir), remote, metrics.clone(), Handle::current()).unwrap()
+}
+
+/// A remote content cache in a directory, with or without a key.
+pub(crate) fn remote_in(dir: &Path, key: Option<&Path>, metrics: &Metrics) -> Option<Remote> {
+    let key = key.map(|it| format!("hmac_key_file = {:?}", it.to_str().unwrap()));
+    let text = format!(
+        "kind = \"dir\"\npath = {dir:?}\n{}",
+        key.unwrap_or_default()
+    );
+    let config: RemoteConfig = toml::from_str(&text).unwrap();
+    let clock: Arc<dyn clip_csi::clock::Clock> = Arc::new(SystemClock::new());
+    let cache = remote::open(&config, metrics, &clock).unwrap().unwrap();
+    let uploader = Arc::new(Uploader::start(cache.clone(), UploadOptions::default()));
+    Some(Remote { cache, uploader })
+}
+
+pub(crate) fn key_file(dir: &Path) -> std::path::PathBuf {
+    let path = dir.join("key");
+    clip_csi::disk::publish(&path, &[7; 32]).unwrap();
+    path
+}
+
+pub(crate) async fn present(
+    store: &LayerStore,
+    layer: DiffId,
+    chunks: std::ops::Range<u32>,
+) -> Result<(), PresentError> {
+    let (sender, receiver) = tokio::sync::oneshot::channel();
+    store.make_present(
+        layer,
+        chunks,
+        Box::new(|outcome| drop(sender.send(outcome))),
+    );
+    receiver.await.unwrap()
+}
+
+pub(crate) fn decompressions(metrics: &Metrics) -> u64 {
+    metrics
+        .layer_decompressions
+        .with_label_values(&["ok"])
+        .get()
+}
+
+/// The names in a directory of the cache.
+pub(crate) fn names(dir: &Path) -> Vec<String> {
+    let entries = std::fs::read_dir(dir).unwrap();
+    entries
+        .map(|it| it.unwrap().file_name().into_string().unwrap())
+        .collect()
+}
