@@ -6,7 +6,7 @@
 //!
 //! A failure of the input passes through unchanged; what is wrong with the data comes as an
 //! [`io::Error`] around a [`CodecError`], see [`CodecError::of`]. Both codecs are pure state machines
-//! ([`Step`]) that never see the input.
+//! (`Step`) that never see the input.
 
 mod gzip;
 mod zstd;

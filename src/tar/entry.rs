@@ -155,9 +155,6 @@ impl Parser {
             }
             SparseForm::InData { size } => {
                 let map = SparseMap::new(self.limits.max_sparse_segments);
-                if data_len < BLOCK_LEN {
-                    return Err(Fault::Malformed("a sparse file without its map"));
-                }
                 self.state = State::PaxSparseMap(Box::new(sparse_entry(entry, size, map)));
                 Ok(())
             }

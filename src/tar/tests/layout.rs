@@ -293,8 +293,8 @@ fn limits_hold() {
         ),
         (
             "bytes of an extended header",
-            pax(b'g', &[(b"c", &[b'x'; 90])]),
-            pax(b'g', &[(b"c", &[b'x'; 96])]),
+            pax(b'g', &[(b"c", &[b'x'; 93])]),
+            pax(b'g', &[(b"c", &[b'x'; 94])]),
             0,
             100,
         ),
