@@ -8,6 +8,9 @@ use std::{
 /// Lines that a source file may have: more is two jobs.
 const MAX_LINES: usize = 600;
 
+/// Lines that a file of tests may have: tables are long.
+const MAX_TEST_LINES: usize = 750;
+
 /// Files whose errors become codes of a protocol: every variant is decided on its own.
 const EXHAUSTIVE: &[&str] = &["src/fuse/errno.rs", "src/csi/status.rs"];
 
@@ -51,7 +54,12 @@ fn every_file_says_what_it_does() {
 fn no_file_has_grown_past_one_job() {
     for (path, text) in sources("src").into_iter().chain(sources("tests")) {
         let n_lines = text.lines().count();
-        assert!(n_lines <= MAX_LINES, "{}: {n_lines} lines", path.display());
+        let max_lines = if path.starts_with("src") {
+            MAX_LINES
+        } else {
+            MAX_TEST_LINES
+        };
+        assert!(n_lines <= max_lines, "{}: {n_lines} lines", path.display());
     }
 }
 
