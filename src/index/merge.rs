@@ -13,7 +13,10 @@
 //! - The way to an entry leads through symbolic links, as it does for those who unpack; `..` and
 //!   absolute targets stop at the root.
 
-use std::{collections::HashMap, ops::Deref};
+use std::{
+    collections::{HashMap, HashSet},
+    ops::Deref,
+};
 
 use super::{
     IndexError,
@@ -37,8 +40,16 @@ pub(super) struct LayerRecord {
     pub(super) chunk_digests: Box<[u8]>,
 }
 
-/// What the hard links of one layer mean in the layers below, by target path.
-type LinksDown = HashMap<Box<[u8]>, NodeId>;
+/// What one layer refers to in the layers below, noted before its whiteouts hide anything.
+#[derive(Debug, Default)]
+struct Below {
+    /// What its hard links name, by target path.
+    linked: HashMap<Box<[u8]>, NodeId>,
+    /// Clean paths of symbolic links that it replaces by directories.
+    ///
+    /// Its whiteouts below such a path are about the directory, not about what the link led to.
+    replaced_links: HashSet<Vec<u8>>,
+}
 
 /// Merges the layers of one image.
 #[derive(Debug)]
@@ -67,12 +78,12 @@ impl Merge {
         blob_bytes: u64,
     ) -> Result<(), IndexError> {
         let number = super::wire::count("layers", self.layers.len())?;
-        let mut below = LinksDown::new();
+        let mut below = Below::default();
         for entry in layer.entries() {
-            self.note_link(&entry?, &mut below)?;
+            self.note(&entry?, &mut below)?;
         }
         for entry in layer.entries() {
-            self.hide(entry?.path)?;
+            self.hide(entry?.path, &below)?;
         }
         for entry in layer.entries() {
             self.apply(&entry?, number, &below)?;
@@ -95,24 +106,39 @@ impl Merge {
         writer::write(&self.tree, &self.layers, manifest)
     }
 
-    /// Remembers what a hard link's target is in the layers below, before whiteouts hide it.
-    fn note_link(&mut self, entry: &EntryRef<'_>, below: &mut LinksDown) -> Result<(), IndexError> {
-        if let EntryKind::HardLink(target) = entry.kind
-            && let Some(node) = self.lookup(target, entry.path)?
-        {
-            below.insert(target.into(), node);
+    /// Notes what the entry refers to in the layers below.
+    fn note(&mut self, entry: &EntryRef<'_>, below: &mut Below) -> Result<(), IndexError> {
+        match entry.kind {
+            EntryKind::HardLink(target) => {
+                if let Some(node) = self.lookup(target, entry.path)? {
+                    below.linked.insert(target.into(), node);
+                }
+            }
+            EntryKind::Directory => {
+                let node = self.lookup(entry.path, entry.path)?;
+                if node.is_some_and(|it| matches!(self.tree.node(it).body, Body::Symlink(_))) {
+                    below
+                        .replaced_links
+                        .insert(path::components(entry.path)?.join(&b'/'));
+                }
+            }
+            _ => {}
         }
         Ok(())
     }
 
     /// Applies the entry at `path` if it is a whiteout or an opaque marker.
-    fn hide(&mut self, path: &[u8]) -> Result<(), IndexError> {
+    fn hide(&mut self, path: &[u8], below: &Below) -> Result<(), IndexError> {
         let components = path::components(path)?;
         let Some((name, parents)) = components.split_last() else {
             return Ok(());
         };
         let kind = path::name_kind(name);
         if !matches!(kind, NameKind::Whiteout(_) | NameKind::Opaque) {
+            return Ok(());
+        }
+        let is_new = |len| below.replaced_links.contains(&parents[..len].join(&b'/'));
+        if !below.replaced_links.is_empty() && (1..=parents.len()).any(is_new) {
             return Ok(());
         }
         let Some(directory) = self.tree.directory(parents, Missing::Leave, path)? else {
@@ -129,12 +155,7 @@ impl Merge {
     }
 
     /// Applies the entry if it is a file of the layer.
-    fn apply(
-        &mut self,
-        entry: &EntryRef<'_>,
-        layer: u32,
-        below: &LinksDown,
-    ) -> Result<(), IndexError> {
+    fn apply(&mut self, entry: &EntryRef<'_>, layer: u32, below: &Below) -> Result<(), IndexError> {
         let components = path::components(entry.path)?;
         let Some((name, parents)) = components.split_last() else {
             return self.apply_root(entry);
@@ -185,11 +206,11 @@ impl Merge {
         &mut self,
         target: &[u8],
         path: &[u8],
-        below: &LinksDown,
+        below: &Below,
     ) -> Result<NodeId, IndexError> {
         let node = self
             .lookup(target, path)?
-            .or_else(|| below.get(target).copied());
+            .or_else(|| below.linked.get(target).copied());
         let node = node
             .ok_or_else(|| entry_error(path, "it is a hard link to a file that does not exist"))?;
         if self.tree.children(node).is_some() {
