@@ -7,6 +7,7 @@ digests, several platforms under one tag, odd media types) is written here.
 import gzip
 import hashlib
 import json
+import os
 import pathlib
 import urllib.error
 import urllib.parse
@@ -101,12 +102,20 @@ class Layout:
 
     # --- what tests ask of an image ---
 
+    def manifest(self, tag: str) -> dict:
+        """The manifest under a tag; of an image index, the one for this machine."""
+        content = self.read_json(self.find(tag)["digest"])
+        here = {"x86_64": "amd64", "aarch64": "arm64"}[os.uname().machine]
+        for below in content.get("manifests", []):
+            if (below["platform"]["os"], below["platform"]["architecture"]) == ("linux", here):
+                return self.read_json(below["digest"])
+        return content
+
     def layers(self, tag: str) -> list[dict]:
-        return self.read_json(self.find(tag)["digest"])["layers"]
+        return self.manifest(tag)["layers"]
 
     def diff_ids(self, tag: str) -> list[str]:
-        manifest = self.read_json(self.find(tag)["digest"])
-        return self.read_json(manifest["config"]["digest"])["rootfs"]["diff_ids"]
+        return self.read_json(self.manifest(tag)["config"]["digest"])["rootfs"]["diff_ids"]
 
 
 class NoRedirect(urllib.request.HTTPRedirectHandler):
