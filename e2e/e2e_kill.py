@@ -50,8 +50,8 @@ class Kill(Case):
         worker.must_unpublish("v")
         hit = {"before": 0, "after": 0}
         for number in range(KILLS):
-            # Half of the time all is cold, else it goes on with what the last kill left.
-            if self.dice.random() < 0.5:
+            # Mostly all is cold, else it goes on with what the last kill left.
+            if self.dice.random() < 0.7:
                 worker.kill()
                 shutil.rmtree(worker.cache_dir)
                 if self.dice.random() < 0.5:
