@@ -44,14 +44,14 @@ class Kill(Case):
         worker = self.worker("a", config=config)
         # How long an undisturbed cold access takes, so that kills fall into it and shortly after.
         begin = time.monotonic()
-        worker.must_publish("v", reference)
+        publish = worker.must_publish("v", reference).milliseconds / 1000
         self.assert_tree(name, worker.target("v"))
+        whole = time.monotonic() - begin
         worker.must_unpublish("v")
-        whole = (time.monotonic() - begin) * 0.5
         hit = {"before": 0, "after": 0}
         for number in range(KILLS):
-            # Half of the time all is cold, else it goes on with what the last kill left.
-            if self.dice.random() < 0.5:
+            # Mostly all is cold, else it goes on with what the last kill left.
+            if self.dice.random() < 0.7:
                 worker.kill()
                 shutil.rmtree(worker.cache_dir)
                 if self.dice.random() < 0.5:
@@ -63,8 +63,8 @@ class Kill(Case):
                 stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
             stop = threading.Event()
             reader = self.readers(worker, self.dice.sample(files, 200), stop)
-            # More often early than late: there is more to break.
-            time.sleep(whole * self.dice.random() ** 2)
+            # Mostly during a cold publish, else among the reads and uploads that follow.
+            time.sleep(self.dice.uniform(0, publish * 1.2 if self.dice.random() < 0.7 else whole))
             hit["before" if publishing.poll() is None else "after"] += 1
             worker.kill()
             stop.set()

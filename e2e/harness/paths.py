@@ -9,7 +9,7 @@ REPO = E2E.parent
 
 def cache() -> pathlib.Path:
     """What is expensive to make and the same for every run: images, tools."""
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.environ.get("HOME", "/root"), ".cache")
+    base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
     path = pathlib.Path(os.environ.get("CLIP_E2E_CACHE") or os.path.join(base, "clip-csi-e2e"))
     path.mkdir(parents=True, exist_ok=True)
     return path
