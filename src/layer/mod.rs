@@ -75,9 +75,14 @@ impl Default for CacheConfig {
             max_layer_index_bytes: 1 << 30,
             max_index_nodes: 20_000_000,
             min_free_bytes: 256 << 20,
-            // Each takes two threads and about 2 MiB: more would not be faster on small nodes.
-            max_decompressions: 2,
+            max_decompressions: default_decompressions(),
             stall_timeout_seconds: 60,
         }
     }
+}
+
+/// One for two cores, since each takes two threads: more at once would take memory, not less time.
+fn default_decompressions() -> usize {
+    let n_cores = std::thread::available_parallelism().map_or(2, usize::from);
+    (n_cores / 2).clamp(1, 4)
 }
