@@ -15,11 +15,11 @@
 //!
 //! - A layer directory appears by rename, with a valid index, or not at all.
 //! - A chunk's bit is set only after its bytes matched their digest and were written
-//!   ([`disk::LayerFile::write_chunk`] and the end of a first fill are the only places).
+//!   (`disk::LayerFile::write_chunk` and the end of a first fill are the only places).
 //! - Bits written in an earlier boot of the machine count only if the data was flushed before;
 //!   otherwise chunks are verified on first use.
 //! - A layer is decompressed once per node, however many mounts, readers and processes want it: one
-//!   flight per layer in a process ([`flight`]), one lock file between processes ([`lock`]).
+//!   flight per layer in a process (`flight`), one lock file between processes (`lock`).
 //! - A broken cache never fails a reader: only the origin's last word does.
 //!
 //! Deliberately absent: eviction. What is here stays until `clip-csi cache rm`.

@@ -78,13 +78,16 @@ fn walk(root: &Path) -> BTreeSet<PathBuf> {
     found
 }
 
-/// Returns the attributes that the tree was given.
+/// Returns the attributes that the tree was given, but the empty one: in a PAX record an empty value
+/// is none, and Go's tools, which unpack images, read it so.
 fn xattrs_of(path: &Path) -> Vec<(Vec<u8>, Vec<u8>)> {
     let mut xattrs = Vec::new();
     for name in ["user.empty", "user.raw"] {
         let mut value = [0; 64];
         if let Ok(len) = rustix::fs::lgetxattr(path, name, &mut value) {
-            xattrs.push((name.into(), value[..len].to_vec()));
+            if 0 < len {
+                xattrs.push((name.into(), value[..len].to_vec()));
+            }
         }
     }
     xattrs
