@@ -14,7 +14,7 @@ CARGO_FLAGS := --release --locked
 say = @printf '\n==> %s\n' "$(1)"
 
 .DEFAULT_GOAL := help
-.PHONY: help install build check unit e2e test demo bench
+.PHONY: help install build check unit e2e test demo
 
 help: ## List these commands
 	@grep -hE '^[a-z0-9]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9]+):.*## /\1\t/' | while IFS=$$'\t' read -r name text; do printf '  make %-8s %s\n' "$$name" "$$text"; done
@@ -58,6 +58,3 @@ e2e: build ## End-to-end tests alone (root; E2E="-k NAME" picks some)
 	@./e2e/tools.sh >/dev/null
 	python3 e2e/images.py build
 	python3 e2e/run.py $(E2E)
-
-bench: ## Benchmarks
-	@cargo bench --locked

@@ -80,7 +80,8 @@ pub struct NodeConfig {
     ///
     /// Kubelet gives a call two minutes.
     pub publish_wait_seconds: u64,
-    /// How long the end waits for uploads under way, in seconds.
+    /// How long the end waits for uploads under way, in seconds; what is left is uploaded by the
+    /// next start.
     pub drain_seconds: u64,
 }
 
@@ -88,7 +89,7 @@ impl Default for NodeConfig {
     fn default() -> Self {
         Self {
             publish_wait_seconds: 100,
-            drain_seconds: 20,
+            drain_seconds: 5,
         }
     }
 }
