@@ -118,6 +118,18 @@ pub fn init(format: LogFormat, filter: LogFilter) -> Result<(), TryInitError> {
         .try_init()
 }
 
+/// Writes an error with all its causes, in one line.
+pub fn error_chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text.push_str(": ");
+        text.push_str(&error.to_string());
+        cause = error.source();
+    }
+    text
+}
+
 #[cfg(test)]
 mod tests {
     use tracing::Level;
@@ -174,5 +186,14 @@ mod tests {
             err.to_string(),
             "log format \"yaml\" is unknown: use text or json"
         );
+    }
+
+    #[test]
+    fn the_chain_names_every_cause() {
+        #[derive(Debug, thiserror::Error)]
+        #[error("reading layer 7")]
+        struct Outer(#[source] std::io::Error);
+        let error = Outer(std::io::Error::other("cable cut"));
+        assert_eq!(error_chain(&error), "reading layer 7: cable cut");
     }
 }

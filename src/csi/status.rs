@@ -8,11 +8,9 @@
 //! - Any other code is *final*: the volume is not there. Kubelet removes the directory, calls again
 //!   with back-off while the pod exists, and may never unpublish. So everything is undone before.
 
-use std::error::Error;
-
 use tonic::{Code, Status};
 
-use crate::mount::MountError;
+use crate::{mount::MountError, telemetry::error_chain};
 
 /// Longest message: it travels percent-encoded in an HTTP/2 header, where 8 KiB are a common limit
 /// in all, and ends in a pod's event, which shows 1 KiB.
@@ -84,13 +82,7 @@ pub(super) fn name(code: Code) -> &'static str {
 
 /// The error and its causes, joined.
 fn message(err: &MountError) -> String {
-    let mut message = err.to_string();
-    let mut cause = err.source();
-    while let Some(err) = cause {
-        message.push_str(": ");
-        message.push_str(&err.to_string());
-        cause = err.source();
-    }
+    let mut message = error_chain(err);
     if MAX_MESSAGE_BYTES < message.len() {
         message.truncate(message.floor_char_boundary(MAX_MESSAGE_BYTES));
         message.push('…');

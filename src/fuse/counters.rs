@@ -2,7 +2,6 @@
 
 use std::{
     collections::HashMap,
-    error::Error,
     sync::{Mutex, PoisonError},
     time::{Duration, Instant},
 };
@@ -156,17 +155,6 @@ impl FailureLog {
     }
 }
 
-/// Writes an error with all its causes.
-pub(super) fn chain(error: &dyn Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text = format!("{text}: {error}");
-        cause = error.source();
-    }
-    text
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -193,16 +181,5 @@ mod tests {
         assert_eq!(at(layer, 59), None);
         assert_eq!(at(layer, 60), Some(2));
         assert_eq!(at(layer, 61), None);
-    }
-
-    #[test]
-    fn the_chain_names_every_cause() {
-        let source = std::io::Error::other("cable cut");
-        let error = crate::fs::FsError::Io {
-            layer: DiffId::of(b""),
-            offset: 7,
-            source,
-        };
-        assert!(chain(&error).ends_with("at 7 from the local disk: cable cut"));
     }
 }

@@ -22,12 +22,13 @@ use std::{
 use tracing::{error, warn};
 
 use self::{
-    counters::{Counters, FailureLog, Op, Subject, chain},
+    counters::{Counters, FailureLog, Op, Subject},
     errno::is_failure,
     pool::ReadPool,
 };
 use crate::{
     fs::{ClipFs, FsError, IndexBytes},
+    telemetry::error_chain,
     tier::MakePresent,
 };
 
@@ -103,7 +104,7 @@ impl<I: IndexBytes> Served<I> {
             _ => Subject::Index,
         };
         if let Some(n_silent) = self.failures.admit(subject, Instant::now()) {
-            warn!(?op, n_silent, error = chain(error), "request failed");
+            warn!(?op, n_silent, error = error_chain(error), "request failed");
         }
     }
 }

@@ -24,7 +24,7 @@ use tracing::warn;
 
 use super::{
     Served,
-    counters::{Op, Subject, chain},
+    counters::{Op, Subject},
     errno::errno,
 };
 use crate::{
@@ -32,6 +32,7 @@ use crate::{
     fs::{FsError, IndexBytes, Wait, read::ReadOutcome},
     index::image::Ino,
     metrics::Outcome,
+    telemetry::error_chain,
     tier::PresentError,
 };
 
@@ -172,7 +173,7 @@ impl<I: IndexBytes> Waiting<I> {
             }
             Err(error) => {
                 if let Some(read) = self.take() {
-                    read.fail(layer, &chain(&error));
+                    read.fail(layer, &error_chain(&error));
                 }
             }
         }

@@ -11,13 +11,14 @@ use super::{
     feed, fill,
     lock::FillLock,
     pipeline::Encoding,
-    store::{Inner, Layer, Origin, Remote, crashed, error_chain},
+    store::{Inner, Layer, Origin, Remote, crashed},
 };
 use crate::{
     chunk,
     index::layer_index::LayerIndex,
     remote::{RemoteManifest, Repair, Trust},
     sys,
+    telemetry::error_chain,
     tier::{LayerDesc, PresentError, SourceError},
 };
 

@@ -12,11 +12,12 @@ use tracing::{debug, info, warn};
 
 use super::{
     feed, fill,
-    store::{Inner, Layer, OTHER_PROCESS_POLL, RefillState, crashed, error_chain},
+    store::{Inner, Layer, OTHER_PROCESS_POLL, RefillState, crashed},
 };
 use crate::{
     metrics::{Outcome, Tier},
     remote::Repair,
+    telemetry::error_chain,
     tier::PresentError,
 };
 

@@ -335,15 +335,3 @@ pub(super) fn crashed(layer: DiffId, err: &tokio::task::JoinError) -> PresentErr
         reason: format!("work on layer {layer} ended early: {err}"),
     }
 }
-
-/// The error and its causes in one line.
-pub(super) fn error_chain(err: &dyn std::error::Error) -> String {
-    let mut text = err.to_string();
-    let mut cause = err.source();
-    while let Some(err) = cause {
-        text.push_str(": ");
-        text.push_str(&err.to_string());
-        cause = err.source();
-    }
-    text
-}

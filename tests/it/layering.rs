@@ -29,8 +29,18 @@ const MODULES: &[(&str, &[&str])] = &[
     (
         "layer",
         &[
-            "chunk", "clock", "codec", "digest", "disk", "index", "metrics", "remote", "sys",
-            "tar", "tier",
+            "chunk",
+            "clock",
+            "codec",
+            "digest",
+            "disk",
+            "index",
+            "metrics",
+            "remote",
+            "sys",
+            "tar",
+            "telemetry",
+            "tier",
         ],
     ),
     (
@@ -45,7 +55,18 @@ const MODULES: &[(&str, &[&str])] = &[
             "chunk", "digest", "disk", "index", "layer", "metrics", "registry", "sys", "tier",
         ],
     ),
-    ("fuse", &["digest", "fs", "index", "metrics", "sys", "tier"]),
+    (
+        "fuse",
+        &[
+            "digest",
+            "fs",
+            "index",
+            "metrics",
+            "sys",
+            "telemetry",
+            "tier",
+        ],
+    ),
     (
         "mount",
         &["digest", "disk", "metrics", "registry", "secret", "tier"],
@@ -54,7 +75,14 @@ const MODULES: &[(&str, &[&str])] = &[
     (
         "csi",
         &[
-            "digest", "metrics", "mount", "pb", "registry", "secret", "tier",
+            "digest",
+            "metrics",
+            "mount",
+            "pb",
+            "registry",
+            "secret",
+            "telemetry",
+            "tier",
         ],
     ),
     ("admin", &["metrics"]),

@@ -84,10 +84,9 @@ fn xattrs_of(path: &Path) -> Vec<(Vec<u8>, Vec<u8>)> {
     let mut xattrs = Vec::new();
     for name in ["user.empty", "user.raw"] {
         let mut value = [0; 64];
-        if let Ok(len) = rustix::fs::lgetxattr(path, name, &mut value) {
-            if 0 < len {
-                xattrs.push((name.into(), value[..len].to_vec()));
-            }
+        match rustix::fs::lgetxattr(path, name, &mut value) {
+            Ok(0) | Err(_) => {}
+            Ok(len) => xattrs.push((name.into(), value[..len].to_vec())),
         }
     }
     xattrs
