@@ -47,9 +47,7 @@ impl Step for ZstdSteps {
             consumed: from.pos(),
             produced: to.pos(),
         };
-        if progress.consumed > 0 || progress.produced > 0 {
-            self.between_frames = hint == 0;
-        }
+        self.between_frames = hint == 0;
         Ok(progress)
     }
 

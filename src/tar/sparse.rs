@@ -222,11 +222,7 @@ impl SparseEntry {
                 (_, Some(offset)) => self.map.push(offset, number)?,
             }
         }
-        let more = self.numbers.n_segments != Some(self.map.n_pushed);
-        if more && self.data_len < BLOCK_LEN {
-            return Err(bad);
-        }
-        Ok(more)
+        Ok(self.numbers.n_segments != Some(self.map.n_pushed))
     }
 
     /// Returns the entry, now that its map is complete, and what follows it in the stream.

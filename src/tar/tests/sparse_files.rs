@@ -222,6 +222,16 @@ fn maps_out_of_form_are_refused() {
             "{text:?}"
         );
     }
+    // Right but for the length of a number, which would be kept in memory.
+    for (n_zeros, accepted) in [(31, true), (32, false)] {
+        let archive = sparse_1_0(
+            b"s",
+            10,
+            &format!("{}1\n5\n3\n", "0".repeat(n_zeros)),
+            b"abc",
+        );
+        assert_eq!(parse(&archive).is_ok(), accepted, "{n_zeros}");
+    }
     // The count says more than the data can hold: refused before the next header is taken for it.
     let long_map = format!("900\n{}", "1\n1\n".repeat(126));
     let archive = [sparse_1_0(b"s", 10, &long_map, b""), file(b"b", &[1; 4096])].concat();
