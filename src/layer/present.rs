@@ -93,6 +93,7 @@ impl Inner {
             }
             drop(flight);
         }
+        let started = Instant::now();
         let mut n_failures = 0;
         loop {
             let outcome = self.ride_refill(layer, chunk).await;
@@ -100,14 +101,19 @@ impl Inner {
                 return Ok(Tier::Registry);
             }
             n_failures += 1;
-            match outcome {
-                Err(err) if REFILLS_PER_READER <= n_failures || !is_transient(&err) => {
-                    self.metrics.tier_read(Tier::Registry, Outcome::Error);
-                    warn!(layer.diff_id = %file.diff_id(), chunk, error = %error_chain(&err),
-                        "no tier could give a chunk");
-                    return Err(err);
-                }
-                Ok(()) | Err(_) => {}
+            let err = match outcome {
+                Err(err) => err,
+                // The stream was stopped, or the chunk was dropped again behind it.
+                Ok(()) => PresentError::Timeout {
+                    layer: file.diff_id(),
+                    waited: started.elapsed(),
+                },
+            };
+            if REFILLS_PER_READER <= n_failures || !is_transient(&err) {
+                self.metrics.tier_read(Tier::Registry, Outcome::Error);
+                warn!(layer.diff_id = %file.diff_id(), chunk, error = %error_chain(&err),
+                    "no tier could give a chunk");
+                return Err(err);
             }
         }
     }

@@ -3,8 +3,10 @@
 
 use std::{
     collections::HashMap,
+    fs::DirBuilder,
     io,
     ops::Range,
+    os::unix::fs::DirBuilderExt,
     sync::{Arc, Mutex, PoisonError, Weak},
     time::Duration,
 };
@@ -136,6 +138,13 @@ impl LayerStore {
             let dir = config.dir.display();
             io::Error::new(err.kind(), format!("cache directory {dir}: {err}"))
         };
+        // Other users of the machine have no right to what pods need credentials for.
+        let mut private = DirBuilder::new();
+        private
+            .recursive(true)
+            .mode(0o700)
+            .create(&config.dir)
+            .map_err(in_dir)?;
         for dir in [paths.layers(), paths.images(), paths.temporary()] {
             std::fs::create_dir_all(dir).map_err(in_dir)?;
         }

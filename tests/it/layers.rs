@@ -481,6 +481,15 @@ async fn a_damaged_index_is_made_anew() {
 }
 
 #[tokio::test]
+async fn a_new_cache_directory_is_private() {
+    let (dir, metrics) = (tempfile::tempdir().unwrap(), Metrics::new());
+    let cache = dir.path().join("cache");
+    open(&cache, None, &metrics);
+    let mode = std::os::unix::fs::MetadataExt::mode(&std::fs::metadata(&cache).unwrap());
+    assert_eq!(mode & 0o777, 0o700);
+}
+
+#[tokio::test]
 async fn an_unknown_layer_is_an_answer() {
     let (dir, metrics) = (tempfile::tempdir().unwrap(), Metrics::new());
     let store = open(dir.path(), None, &metrics);
