@@ -102,7 +102,6 @@ impl PaxRecords {
     }
 
     fn read_xattr(&mut self, key: &[u8], value: &[u8]) -> Result<(), Fault> {
-        let takes_back = value.is_empty();
         let (name, value, xattrs) = if let Some(name) = key.strip_prefix(b"SCHILY.xattr.") {
             (name.to_vec(), value.to_vec(), &mut self.schily_xattrs)
         } else if let Some(name) = key.strip_prefix(b"LIBARCHIVE.xattr.") {
@@ -119,12 +118,7 @@ impl PaxRecords {
         if name.is_empty() || name.contains(&0) {
             return Err(Fault::Malformed("an extended attribute with a bad name"));
         }
-        if takes_back {
-            // As any empty record (POSIX pax, "extended header"); Go's tools read it so.
-            xattrs.remove(&name);
-        } else {
-            xattrs.insert(name, value);
-        }
+        xattrs.insert(name, value);
         Ok(())
     }
 }

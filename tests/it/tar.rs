@@ -78,15 +78,13 @@ fn walk(root: &Path) -> BTreeSet<PathBuf> {
     found
 }
 
-/// Returns the attributes that the tree was given, but the empty one: in a PAX record an empty value
-/// is none, and Go's tools, which unpack images, read it so.
+/// Returns the attributes that the tree was given.
 fn xattrs_of(path: &Path) -> Vec<(Vec<u8>, Vec<u8>)> {
     let mut xattrs = Vec::new();
     for name in ["user.empty", "user.raw"] {
         let mut value = [0; 64];
-        match rustix::fs::lgetxattr(path, name, &mut value) {
-            Ok(0) | Err(_) => {}
-            Ok(len) => xattrs.push((name.into(), value[..len].to_vec())),
+        if let Ok(len) = rustix::fs::lgetxattr(path, name, &mut value) {
+            xattrs.push((name.into(), value[..len].to_vec()));
         }
     }
     xattrs

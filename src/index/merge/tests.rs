@@ -397,6 +397,6 @@ fn extents_are_cut_to_the_range() {
     let xattrs: Vec<_> = index.xattrs(&node).collect();
     assert_eq!(
         xattrs,
-        [(&b"user.a"[..], &b"1"[..]), (&b"user.b"[..], &b""[..])]
+        [(&b"user.a"[..], &b"1"[..]), (&b"user.c"[..], &b"2"[..])]
     );
 }

@@ -240,8 +240,6 @@ fn xattrs_are_bytes_and_schily_wins() {
         (b"SCHILY.xattr.user.z", b"twice"),
         (b"SCHILY.xattr.user.z", b"a=b\n\0\xff"),
         (b"SCHILY.xattr.trusted.overlay.opaque", b"y"),
-        // An empty record takes the one before back.
-        (b"SCHILY.xattr.user.empty", b"gone"),
         (b"SCHILY.xattr.user.empty", b""),
         (b"SCHILY.xattr.user.large", &large),
         (b"LIBARCHIVE.xattr.user.z", b"AAAA"),
@@ -253,9 +251,10 @@ fn xattrs_are_bytes_and_schily_wins() {
         (b"RHT.security.selinux", b"x"),
     ];
     let xattrs = only(&behind(&[pax(b'x', records)])).xattrs;
-    let expected: [(&[u8], &[u8]); 5] = [
+    let expected: [(&[u8], &[u8]); 6] = [
         (b"trusted.overlay.opaque", b"y"),
         (b"user.b", b"\xfb\xff"),
+        (b"user.empty", b""),
         (b"user.large", &large),
         (b"user.z", b"a=b\n\0\xff"),
         (b"user.\xe4=", b"\x00\x01\x02\xff"),
