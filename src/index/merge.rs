@@ -246,11 +246,18 @@ fn meta(entry: &EntryRef<'_>) -> Meta {
     }
 }
 
+/// Whether an attribute is dropped, as tools do that unpack images: those about the machine that
+/// wrote the layer would mislead this one, and an empty PAX record takes an attribute back.
+fn is_dropped(name: &[u8], value: &[u8]) -> bool {
+    value.is_empty() || name == b"security.selinux" || name.starts_with(b"trusted.overlay.")
+}
+
 fn xattrs(entry: &EntryRef<'_>) -> super::tree::Xattrs {
-    entry
+    let kept = entry
         .xattrs
         .iter()
-        .map(|(name, value)| (Box::from(*name), Box::from(*value)))
+        .filter(|(name, value)| !is_dropped(name, value));
+    kept.map(|(name, value)| (Box::from(*name), Box::from(*value)))
         .collect()
 }
 

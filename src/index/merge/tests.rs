@@ -373,6 +373,8 @@ fn extents_are_cut_to_the_range() {
         xattrs: vec![
             (b"user.a".to_vec(), b"1".to_vec()),
             (b"user.b".to_vec(), vec![]),
+            (b"security.selinux".to_vec(), b"x".to_vec()),
+            (b"user.c".to_vec(), b"2".to_vec()),
         ],
     };
     builder.push_entry(&entry).unwrap();
