@@ -85,7 +85,8 @@ class Image:
         return frozenset(self.note().get("dirs_without_time", []))
 
     def layer_digests(self) -> list[str]:
-        return [layer["digest"] for layer in self.layout.layers(TAG)]
+        """The blobs of layers that have bytes to fetch: an empty one needs no request."""
+        return [layer["digest"] for layer in self.layout.layers(TAG) if layer["size"] > 0]
 
     def push(self, host: str) -> str:
         """Pushes the image unless it is there; its reference."""
