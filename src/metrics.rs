@@ -3,6 +3,8 @@
 //! Labels come from closed sets only; an image, a digest, a pod or a path is never a label, those
 //! belong in logs. `docs/METRICS.md` has the table, and a test compares it with [`Metrics`].
 
+use std::time::{SystemTime, UNIX_EPOCH};
+
 use prometheus::{
     Gauge, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, Opts,
     Registry, TextEncoder,
@@ -121,6 +123,8 @@ pub struct Metrics {
     pub process_resident_memory_bytes: Gauge,
     /// Its highest value so far.
     pub process_resident_memory_highwater_bytes: Gauge,
+    /// When this process started: a change is a restart.
+    pub process_start_time: Gauge,
     /// One series with the value 1 that carries the version.
     pub build_info: IntCounterVec,
 }
@@ -161,6 +165,7 @@ impl Metrics {
             csi_request_duration: make.histograms("csi_request_duration_seconds", "Time of CSI calls.", &["rpc"], CALL_BUCKETS_SECONDS),
             process_resident_memory_bytes: make.gauge("process_resident_memory_bytes", "Resident memory of this process (VmRSS)."),
             process_resident_memory_highwater_bytes: make.gauge("process_resident_memory_highwater_bytes", "Highest resident memory of this process so far (VmHWM)."),
+            process_start_time: make.gauge("process_start_time_seconds", "When this process started, in seconds since 1970."),
             build_info: make.counters("build_info", "Always 1; the label carries the version.", &["version"]),
             registry,
         };
@@ -188,6 +193,10 @@ impl Metrics {
             }
             metrics.remote_request_duration.with_label_values(&[op]);
         }
+        let now = SystemTime::now().duration_since(UNIX_EPOCH);
+        metrics
+            .process_start_time
+            .set(now.unwrap_or_default().as_secs_f64());
         metrics
             .build_info
             .with_label_values(&[env!("CARGO_PKG_VERSION")])
