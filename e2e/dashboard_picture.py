@@ -111,11 +111,14 @@ class Traffic:
         self.read_for(40, ("n1", "a"))
         say("n2: a cold node, a warm remote")
         self.publish("n2", "a", "demo5")
+        self.publish("n2", "a-shared", "demo5")
         self.publish("n2", "b", "small")
         self.read_for(40, ("n1", "a"), ("n2", "a"), ("n2", "b"))
         say("both: more images than the cache may hold")
         for node in self.workers:
             self.workers[node].must_unpublish("a")
+            if node == "n2":
+                self.workers[node].must_unpublish("a-shared")
             for image in ("debian-python", "zstd", "nasty", "demo1"):
                 self.publish(node, image, image)
                 self.read_for(8, (node, image))

@@ -133,9 +133,10 @@ def draw_lines(svg: Svg, panel: dict, series: list[tuple[str, list[tuple[float, 
     for tick in ticks:
         svg.line(left, to_y(tick), right, to_y(tick), GRID)
         svg.text(left - 5, to_y(tick) + 4, unit_text(tick, unit), size=10, colour=PALE, anchor="end")
-    for number in range(5):
-        t = start + (end - start) * number / 4
-        svg.text(to_x(t), bottom + 14, f"{(t - start) / 60:.0f} min", size=10, colour=PALE, anchor="middle")
+    minutes = (end - start) / 60
+    every = next(it for it in (1, 2, 5, 10, 15, 30, 60, 120, 360, 1440) if minutes / it <= 6 or it == 1440)
+    for number in range(int(minutes / every) + 1):
+        svg.text(to_x(start + number * every * 60), bottom + 14, f"{number * every} min", size=10, colour=PALE, anchor="middle")
     for limit in limits:
         svg.line(left, to_y(limit), right, to_y(limit), RED, dash="5 3")
 
