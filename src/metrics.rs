@@ -109,6 +109,8 @@ pub struct Metrics {
     pub registry_read_bytes: IntCounter,
     /// Time to build an image's index, layers included.
     pub index_build_duration: Histogram,
+    /// Whether kubelet knows the driver (1) or not yet (0).
+    pub registered: IntGauge,
     /// Source mounts, one per image and options.
     pub mounts: IntGauge,
     /// Published volumes.
@@ -155,6 +157,7 @@ impl Metrics {
             registry_requests: make.counters("registry_requests_total", "Requests to registries by operation and class of status code.", &["op", "code"]),
             registry_read_bytes: make.counter("registry_read_bytes_total", "Compressed bytes received from registries."),
             index_build_duration: make.histogram("index_build_duration_seconds", "Time to build an image's index, its layers included.", CALL_BUCKETS_SECONDS),
+            registered: make.int_gauge("registered", "Whether kubelet has registered the driver (1) or not (0)."),
             mounts: make.int_gauge("mounts", "Source mounts: one per image and options."),
             volumes: make.int_gauge("volumes", "Published volumes."),
             csi_requests: make.counters("csi_requests_total", "CSI calls by name and gRPC code.", &["rpc", "code"]),
