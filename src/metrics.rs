@@ -111,10 +111,14 @@ pub struct Metrics {
     pub registry_read_bytes: IntCounter,
     /// Time to build an image's index, layers included.
     pub index_build_duration: Histogram,
+    /// Whether kubelet knows the driver (1) or not yet (0).
+    pub registered: IntGauge,
     /// Source mounts, one per image and options.
     pub mounts: IntGauge,
     /// Published volumes.
     pub volumes: IntGauge,
+    /// Volumes of a former process whose mounts are dead.
+    pub dead_volumes: IntGauge,
     /// CSI calls by name and gRPC code.
     pub csi_requests: IntCounterVec,
     /// Time of CSI calls.
@@ -159,8 +163,10 @@ impl Metrics {
             registry_requests: make.counters("registry_requests_total", "Requests to registries by operation and class of status code.", &["op", "code"]),
             registry_read_bytes: make.counter("registry_read_bytes_total", "Compressed bytes received from registries."),
             index_build_duration: make.histogram("index_build_duration_seconds", "Time to build an image's index, its layers included.", CALL_BUCKETS_SECONDS),
+            registered: make.int_gauge("registered", "Whether kubelet has registered the driver (1) or not (0)."),
             mounts: make.int_gauge("mounts", "Source mounts: one per image and options."),
             volumes: make.int_gauge("volumes", "Published volumes."),
+            dead_volumes: make.int_gauge("dead_volumes", "Volumes of a former process whose mounts are dead, until they are published anew or unpublished."),
             csi_requests: make.counters("csi_requests_total", "CSI calls by name and gRPC code.", &["rpc", "code"]),
             csi_request_duration: make.histograms("csi_request_duration_seconds", "Time of CSI calls.", &["rpc"], CALL_BUCKETS_SECONDS),
             process_resident_memory_bytes: make.gauge("process_resident_memory_bytes", "Resident memory of this process (VmRSS)."),
