@@ -20,10 +20,10 @@ needs=(
 if [ "$what" = test ]; then
     # Password files and certificates for the registry.
     needs+=(htpasswd:apache2-utils openssl:openssl)
-    # The cluster: containers, images, networks of its own, and a Prometheus that watches it.
+    # The cluster: containers and images, and a Prometheus that watches it and tests the chart's rules.
     needs+=(
         containerd:containerd runc:runc buildah:buildah busybox:busybox-static etcd:etcd-server
-        ip:iproute2 nft:nftables nsenter:util-linux promtool:prometheus
+        ip:iproute2 nsenter:util-linux promtool:prometheus
     )
 fi
 
@@ -31,12 +31,15 @@ missing=()
 for need in "${needs[@]}"; do
     command -v "${need%%:*}" >/dev/null || missing+=("${need##*:}")
 done
-# No command tells these two: headers to link against, certificates to trust.
+# No command tells these: headers to link against, certificates to trust.
 [ -e /usr/include/stdio.h ] || missing+=(libc6-dev)
 [ -s /etc/ssl/certs/ca-certificates.crt ] || missing+=(ca-certificates)
-# Network plugins are in no PATH, and a busybox that is not static runs in no image made from it alone.
 if [ "$what" = test ]; then
+    # Nor these: a Python module that reads the chart's values, and plugins for the pods' network.
+    python3 -c 'import yaml' 2>/dev/null || missing+=(python3-yaml)
     [ -x /usr/lib/cni/bridge ] || [ -x /opt/cni/bin/bridge ] || missing+=(containernetworking-plugins)
+    # The one that the pods run is alone in its image.
+    ! ldd "$(command -v busybox)" >/dev/null 2>&1 || missing+=(busybox-static)
 fi
 
 updated=

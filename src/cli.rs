@@ -92,6 +92,10 @@ pub struct NodeArgs {
         default_value = "/var/lib/clip-csi/state"
     )]
     pub state_dir: PathBuf,
+    /// Register the driver with kubelet through a socket in this directory, which kubelet watches,
+    /// such as /var/lib/kubelet/plugins_registry; without it, a sidecar does.
+    #[arg(long, env = "CLIP_CSI_REGISTRATION_DIR", value_name = "DIR")]
+    pub registration_dir: Option<PathBuf>,
     /// Address of /metrics, /healthz and /readyz; none are served without it.
     #[arg(long, env = "CLIP_CSI_METRICS_ADDR", value_name = "ADDRESS:PORT")]
     pub metrics_addr: Option<SocketAddr>,

@@ -29,6 +29,7 @@
 //! Absent on purpose: what an image is. [`ImageMounter`] is the seam to who knows.
 
 mod bind;
+mod dead;
 mod error;
 mod image;
 mod mountinfo;

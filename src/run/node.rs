@@ -15,7 +15,10 @@ use crate::{
     admin::{self, Ready},
     cli::NodeArgs,
     config::Config,
-    csi::{CsiConfig, PluginName, Server, bind_private},
+    csi::{
+        CsiConfig, PluginName, Registration, RegistrationConfig, RegistrationOutcome, Server,
+        bind_private,
+    },
     metrics::Metrics,
     mount::{ImageMounter, MountTable, MountTableConfig},
 };
@@ -54,14 +57,21 @@ pub(super) async fn run(args: NodeArgs, config: Config) -> anyhow::Result<ExitCo
     let seam: Arc<dyn ImageMounter> = Arc::clone(&mounter) as _;
     let (table, _recovered) = MountTable::recover(table_config, seam, &metrics)?;
     let csi_config = CsiConfig {
-        plugin_name,
+        plugin_name: plugin_name.clone(),
         node_id: args.node_id,
     };
     let server = Server::new(csi_config, table.clone(), &metrics);
-    let listener = bind_private(&socket).with_context(|| format!("socket {}", socket.display()))?;
+    let bound = bind_private(&socket).with_context(|| format!("socket {}", socket.display()))?;
     info!(path = %socket.display(), "serving CSI Identity and Node");
-    ready.set();
-    let served = server.serve(listener, stopped(stop)).await;
+    let calls = async { anyhow::Ok(server.serve(bound, stopped(stop.clone())).await?) };
+    // After the CSI socket listens: kubelet calls it as soon as it sees the registration.
+    let registration = args.registration_dir.map(|dir| RegistrationConfig {
+        plugin_name,
+        csi_socket: socket,
+        dir,
+    });
+    let registration = register(registration, &metrics, &ready, stopped(stop.clone()));
+    let served = tokio::try_join!(calls, registration);
     ready.unset("stopping");
     // This process serves the mounts: pods that still use them see them end with it.
     warn!("stopping: mounts that pods still use end with this process");
@@ -75,6 +85,41 @@ pub(super) async fn run(args: NodeArgs, config: Config) -> anyhow::Result<ExitCo
     }
     served?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// Has kubelet register the driver, if this is asked for, and makes the driver ready once it did.
+async fn register(
+    config: Option<RegistrationConfig>,
+    metrics: &Metrics,
+    ready: &Ready,
+    shutdown: impl Future<Output = ()>,
+) -> anyhow::Result<()> {
+    let Some(config) = config else {
+        ready.set();
+        return Ok(());
+    };
+    let path = config.socket();
+    let (registration, mut seen) = Registration::bind(&config, metrics)
+        .with_context(|| format!("registration socket {}", path.display()))?;
+    info!(path = %path.display(), "waiting for kubelet to register the driver");
+    let show = async {
+        loop {
+            match &*seen.borrow_and_update() {
+                RegistrationOutcome::Pending => {
+                    ready.unset("kubelet has not registered the driver yet");
+                }
+                RegistrationOutcome::Registered => ready.set(),
+                RegistrationOutcome::Refused { reason } => {
+                    ready.unset(format!("kubelet refused to register the driver: {reason}"));
+                }
+            }
+            if seen.changed().await.is_err() {
+                return;
+            }
+        }
+    };
+    let (served, ()) = tokio::join!(registration.serve(shutdown), show);
+    Ok(served?)
 }
 
 /// The path of a CSI endpoint, which is a Unix socket.

@@ -22,6 +22,7 @@ mod metrics_doc;
 mod mount;
 mod mount_fixture;
 mod pb;
+mod registration;
 mod registry;
 mod remote;
 mod tar;
