@@ -10,7 +10,7 @@ import subprocess
 import time
 
 import images
-from harness import process, services
+from harness import oci, process, services
 from harness.process import say
 
 from . import cgroups, containers, leftovers
@@ -108,7 +108,7 @@ class Cluster:
             return process.run(*command, check=check, timeout=timeout, stdin=stdin, env={**NO_PROXY, **(env or {})})
 
     def apply(self, *objects: dict) -> None:
-        self.kubectl("apply", "-f", "-", stdin="\n---\n".join(json.dumps(it) for it in objects))
+        self.kubectl("apply", "--filename", "-", stdin="\n---\n".join(json.dumps(it) for it in objects))
 
     def get(self, *words) -> dict:
         return json.loads(self.kubectl("get", *words, "-o", "json").stdout)
@@ -128,6 +128,9 @@ class Cluster:
                 answer = self.plane.request("GET", f"/{resource}?watch=1&timeoutSeconds=30&fieldSelector=metadata.name%3D{name}", timeout=deadline - time.monotonic())
                 for line in answer:
                     event = json.loads(line)
+                    if event["type"] == "ERROR":
+                        # The watch has lost its place: a new one begins again with what is there.
+                        break
                     last = None if event["type"] == "DELETED" else event["object"]
                     if condition(last):
                         return last
@@ -142,6 +145,11 @@ class Cluster:
         """Pushes a test image; its reference."""
         with self.plane.machine.network():
             return images.get(name).push(host)
+
+    def push_as(self, name: str, repository: str) -> None:
+        """Pushes a test image under another name."""
+        with self.plane.machine.network():
+            oci.push(images.get(name).layout, images.TAG, REGISTRY, f"e2e/{repository}")
 
 
 def condition(thing: dict, name: str) -> bool:

@@ -4,9 +4,11 @@ from .cluster import REGISTRY
 
 DRIVER = "csi.clip-csi.dev"
 SHELL = f"{REGISTRY}/shell:1"
+# Waits, and ends when it is asked to: a first process has no default for SIGTERM.
+STAY = "trap exit TERM; sleep 3600 & wait"
 
 
-def pod(name: str, *, command: list[str] | str = "sleep 3600", node: str | None = None, image: str | None = None, attributes: dict | None = None,
+def pod(name: str, *, command: list[str] | str = STAY, node: str | None = None, image: str | None = None, attributes: dict | None = None,
         secret: str | None = None, mount: dict | None = None, volume: dict | None = None, container: dict | None = None, **spec) -> dict:
     """A pod that shows an image at /mnt. `volume` is another source for it; `container` and `spec` are added as they are."""
     source = volume
@@ -17,7 +19,8 @@ def pod(name: str, *, command: list[str] | str = "sleep 3600", node: str | None 
         "kind": "Pod",
         "metadata": {"name": name, "namespace": "default", "labels": {"app": name}},
         "spec": {
-            "terminationGracePeriodSeconds": 0,
+            # Not 0, which is what `--force` means: the API server would forget the pod before kubelet has taken it down.
+            "terminationGracePeriodSeconds": 2,
             "automountServiceAccountToken": False,
             "enableServiceLinks": False,
             "restartPolicy": "Never",

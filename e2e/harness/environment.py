@@ -11,6 +11,7 @@ import compare
 import images
 import tree
 from cluster.cluster import Cluster
+from cluster.release import Release
 
 from . import driver, process, services
 
@@ -25,6 +26,7 @@ class Environment:
         self.work = work
         self.pushed: dict[str, str] = {}
         self._cluster: Cluster | None = None
+        self._release: Release | None = None
 
     def __enter__(self):
         self.registry = services.Registry(self.work, self.work / "registry")
@@ -38,6 +40,12 @@ class Environment:
         if self._cluster is None:
             self._cluster = Cluster(self.work / "cluster").__enter__()
         return self._cluster
+
+    def release(self) -> Release:
+        """The chart on the cluster; `ensure` installs it."""
+        if self._release is None:
+            self._release = Release(self.cluster())
+        return self._release
 
     def take_down_cluster(self) -> list[str]:
         """What is left of it afterwards: nothing."""

@@ -93,5 +93,9 @@ class Redis:
 def metrics(port: int) -> dict[str, float]:
     """A /metrics page: 'name{labels}' as it is written -> value."""
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as page:
-        lines = page.read().decode().splitlines()
+        return parse_metrics(page.read().decode())
+
+
+def parse_metrics(page: str) -> dict[str, float]:
+    lines = page.splitlines()
     return {line.rsplit(" ", 1)[0]: float(line.rsplit(" ", 1)[1]) for line in lines if line and not line.startswith("#")}
