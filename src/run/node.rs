@@ -1,6 +1,12 @@
 //! `clip-csi node`: serves CSI, fetches and mounts, all in one process.
 
-use std::{path::PathBuf, process::ExitCode, sync::Arc, time::Duration};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::ExitCode,
+    sync::Arc,
+    time::Duration,
+};
 
 use anyhow::{Context, bail};
 use tokio::{
@@ -50,6 +56,7 @@ pub(super) async fn run(args: NodeArgs, config: Config) -> anyhow::Result<ExitCo
     };
     let engine = Engine::start(&config, metrics.clone())?;
     let mounter = Arc::new(InProcess::new(engine, config.fuse.clone())?);
+    let plugin_dir = plugin_dir(&socket, &args.state_dir).map(Path::to_owned);
     let table_config = MountTableConfig {
         state_dir: args.state_dir,
         prepare_wait: Duration::from_secs(config.node.publish_wait_seconds),
@@ -79,7 +86,7 @@ pub(super) async fn run(args: NodeArgs, config: Config) -> anyhow::Result<ExitCo
         .engine()
         .stop(Duration::from_secs(config.node.drain_seconds))
         .await;
-    drop(table);
+    leave(table, plugin_dir.as_deref());
     if let Some(admin) = admin {
         admin.await.context("serving /metrics")?;
     }
@@ -120,6 +127,23 @@ async fn register(
     };
     let (served, ()) = tokio::join!(registration.serve(shutdown), show);
     Ok(served?)
+}
+
+/// The directory that socket and state share, as drivers have one below kubelet's `plugins`.
+fn plugin_dir<'a>(socket: &Path, state_dir: &'a Path) -> Option<&'a Path> {
+    state_dir.parent().filter(|it| Some(*it) == socket.parent())
+}
+
+/// Leaves no directory behind on a node without volumes, so that an uninstalled driver is gone.
+/// The next start makes them again.
+fn leave(table: MountTable, plugin_dir: Option<&Path>) {
+    if let (true, Some(dir)) = (table.leave(), plugin_dir) {
+        match fs::remove_dir(dir) {
+            Ok(()) => info!(path = %dir.display(), "removed the plugin directory"),
+            // A sidecar's file, or the directory is a mount point of this container.
+            Err(err) => info!(path = %dir.display(), error = %err, "plugin directory stays"),
+        }
+    }
 }
 
 /// The path of a CSI endpoint, which is a Unix socket.
