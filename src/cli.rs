@@ -109,7 +109,8 @@ pub struct ImageArgs {
     /// Platform to choose from a multi-arch image, such as `linux/arm64`; this machine's if absent.
     #[arg(long)]
     pub platform: Option<String>,
-    /// Docker config file with credentials [default: ~/.docker/config.json if it is there].
+    /// Docker config file with credentials [default: `registry.docker_config_file`, or else
+    /// ~/.docker/config.json if it is there].
     #[arg(long, value_name = "FILE")]
     pub docker_config: Option<PathBuf>,
     /// Registry host that speaks plain http; may be given again.

@@ -7,6 +7,7 @@ use super::{
     config::{RegistryConfig, RegistryConfigError},
     credentials::Credentials,
     manifest::{self, Choice, Fault, Manifest},
+    node_credentials::NodeCredentials,
     platform::Platform,
     reference::ImageRef,
     session::{Object, Session},
@@ -28,6 +29,7 @@ const MAX_NESTED_INDEXES: usize = 4;
 #[derive(Debug)]
 pub struct RegistryClient {
     transport: Arc<Transport>,
+    node_credentials: Option<NodeCredentials>,
     /// Latest last. std Mutex: held for a look at a short list, never across an await.
     sessions: Mutex<Vec<Arc<Session>>>,
 }
@@ -42,13 +44,19 @@ pub struct ResolvedImage {
 }
 
 impl RegistryClient {
-    /// Makes a client. Files of certificate authorities are read now, the machine's on first use.
+    /// Makes a client. Configured files are read now, the machine's certificate authorities on
+    /// first use.
     ///
     /// # Errors
-    /// [`RegistryConfigError`] if a value is out of range or a `ca_file` cannot be used.
+    /// [`RegistryConfigError`] if a value is out of range or a file cannot be used.
     pub fn new(config: RegistryConfig, metrics: Metrics) -> Result<Self, RegistryConfigError> {
+        let node_credentials = match &config.docker_config_file {
+            Some(path) => Some(NodeCredentials::open(path)?),
+            None => None,
+        };
         Ok(Self {
             transport: Arc::new(Transport::new(config, metrics)?),
+            node_credentials,
             sessions: Mutex::default(),
         })
     }
@@ -80,6 +88,17 @@ impl RegistryClient {
         let resolved = resolving.run().await?;
         self.remember(image, credentials, session);
         Ok(resolved)
+    }
+
+    /// Returns the node's own credentials for an image, for who brings none.
+    ///
+    /// # Blocking
+    /// For a look at a file.
+    pub fn node_credentials(&self, image: &ImageRef) -> Credentials {
+        match &self.node_credentials {
+            Some(it) => it.current().for_image(image),
+            None => Credentials::Anonymous,
+        }
     }
 
     /// Returns the blobs of an image's repository, read with its credentials.

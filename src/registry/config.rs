@@ -14,6 +14,8 @@ pub struct RegistryConfig {
     ///
     /// They hold for registries, for token servers, and for hosts that a registry redirects to.
     pub hosts: BTreeMap<String, HostConfig>,
+    /// Docker config file with the node's credentials, for volumes that bring none.
+    pub docker_config_file: Option<PathBuf>,
     /// Time to connect, TLS included.
     pub connect_timeout_seconds: u64,
     /// Time without progress after which an answer counts as stalled.
@@ -67,6 +69,14 @@ pub enum RegistryConfigError {
         /// What is wrong with it.
         reason: String,
     },
+    /// The file with the node's credentials cannot be used.
+    #[error("registry docker_config_file {path}: {reason}")]
+    DockerConfigFile {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it; never its content.
+        reason: String,
+    },
     /// The HTTP client could not be made.
     #[error("making the HTTP client: {reason}")]
     Client {
@@ -79,6 +89,7 @@ impl Default for RegistryConfig {
     fn default() -> Self {
         Self {
             hosts: BTreeMap::new(),
+            docker_config_file: None,
             // A SYN is sent again after 1, 3 and 7 s: three losses are still survived.
             connect_timeout_seconds: 10,
             // Registries on object stores were seen to pause for 10 to 20 s; kubelet waits 120 s.

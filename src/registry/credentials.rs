@@ -51,7 +51,7 @@ struct Key {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum DockerConfigError {
     /// It is not JSON of the right shape.
-    #[error("the pull secret is not a .dockerconfigjson: line {line}, column {column}")]
+    #[error("it is not a .dockerconfigjson: line {line}, column {column}")]
     Json {
         /// The line of the fault.
         line: usize,
@@ -59,7 +59,7 @@ pub enum DockerConfigError {
         column: usize,
     },
     /// An entry's `auth` is not base64 of `username:password`.
-    #[error("the pull secret's auth for {registry:?} is not base64 of username:password")]
+    #[error("its auth for {registry:?} is not base64 of username:password")]
     Auth {
         /// The entry's key.
         registry: String,

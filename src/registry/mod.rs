@@ -23,6 +23,7 @@ mod client;
 mod config;
 mod credentials;
 mod manifest;
+mod node_credentials;
 mod platform;
 mod reference;
 mod retry;

@@ -32,6 +32,8 @@ pub(super) async fn run(args: NodeArgs, config: Config) -> anyhow::Result<ExitCo
     // Listening for signals begins before there is anything that they could leave behind.
     let stop = stop_signal()?;
     let ready = Arc::new(Ready::not_yet("starting"));
+    // Before anything is bound: configured files are read here.
+    let engine = Engine::start(&config, metrics.clone())?;
     let admin = match args.metrics_addr {
         Some(address) => {
             let listener = TcpListener::bind(address)
@@ -48,7 +50,6 @@ pub(super) async fn run(args: NodeArgs, config: Config) -> anyhow::Result<ExitCo
         }
         None => None,
     };
-    let engine = Engine::start(&config, metrics.clone())?;
     let mounter = Arc::new(InProcess::new(engine, config.fuse.clone())?);
     let table_config = MountTableConfig {
         state_dir: args.state_dir,

@@ -25,6 +25,7 @@ mod pb;
 mod registration;
 mod registry;
 mod remote;
+mod start;
 mod tar;
 mod tar_fuzz;
 mod tar_tools;
