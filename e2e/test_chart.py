@@ -336,7 +336,10 @@ class Security(NeedsHelm):
         self.assertFalse(self.only(without, "DaemonSet")["spec"]["template"]["spec"]["automountServiceAccountToken"])
         self.assertFalse(self.only(without, "ServiceAccount")["automountServiceAccountToken"])
         taint = self.objects({"node": {"startupTaint": {"enabled": True}}})
-        self.assertTrue(self.only(taint, "DaemonSet")["spec"]["template"]["spec"]["automountServiceAccountToken"])
+        pod = self.only(taint, "DaemonSet")["spec"]["template"]["spec"]
+        self.assertFalse(pod["automountServiceAccountToken"])
+        holders = [it["name"] for it in pod["containers"] if any(mount["name"] == "kubernetes-api" for mount in it["volumeMounts"])]
+        self.assertEqual(holders, ["clip-csi"])
         granted = {(tuple(rule["resources"]), tuple(rule["verbs"])) for rule in self.only(taint, "ClusterRole")["rules"]}
         self.assertEqual(granted, {(("csinodes",), ("get",)), (("nodes",), ("get",)), (("nodes",), ("patch",))})
 
