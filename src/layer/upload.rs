@@ -7,7 +7,7 @@ use bytes::Bytes;
 use tracing::{debug, warn};
 
 use super::{
-    disk::{LayerFile, UPLOAD_PENDING},
+    disk::{LayerFile, Purpose, UPLOAD_PENDING},
     store::{Inner, Layer},
 };
 use crate::{
@@ -100,7 +100,7 @@ pub(super) fn resume(inner: &Arc<Inner>) {
         match LayerFile::open(&dir.path(), DiffId::from_bytes(layer)) {
             Ok(Some(file)) if file.is_complete() => {
                 let upload = LayerUpload {
-                    file: Arc::new(file),
+                    file: Arc::new(file.used_by(&inner.room, Purpose::Upload)),
                     blob,
                     blob_bytes,
                 };
