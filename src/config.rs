@@ -126,6 +126,8 @@ impl Config {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write as _;
+
     use super::*;
 
     #[test]
@@ -161,7 +163,8 @@ mod tests {
                 ),
             ),
         ] {
-            crate::disk::publish(&path, format!("[cache]\n{text}\n").as_bytes()).unwrap();
+            let mut file = std::fs::File::create(&path).unwrap();
+            write!(file, "[cache]\n{text}\n").unwrap();
             let error = Config::read(&path).err().map(|it| it.to_string());
             let expected = expected.map(|it| format!("configuration {}: {it}", path.display()));
             assert_eq!(error, expected, "{text}");

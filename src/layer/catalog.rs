@@ -97,12 +97,13 @@ pub(super) fn measure(paths: &CachePaths) -> io::Result<Contents> {
     Ok(contents)
 }
 
-/// What the files of a directory take on disk.
+/// What the files of a directory take on disk. What is no directory is not ours, and not counted.
 fn directory_bytes(dir: &Path) -> io::Result<u64> {
-    names(dir.to_owned())?
-        .iter()
-        .map(|name| file_bytes(&dir.join(name)))
-        .sum()
+    match names(dir.to_owned()) {
+        Ok(names) => names.iter().map(|it| file_bytes(&dir.join(it))).sum(),
+        Err(err) if err.kind() == io::ErrorKind::NotADirectory => Ok(0),
+        Err(err) => Err(err),
+    }
 }
 
 /// What a file takes on disk.

@@ -122,30 +122,18 @@ pub struct LayerFile {
     index: LayerIndex<MappedFile>,
     /// Carries the pin.
     data: File,
-    state: State,
+    state: Arc<State>,
     /// The last field, because fields are dropped in order: `data` is closed before it hears.
-    user: Option<User>,
+    _listener: Option<Listener>,
 }
 
-/// Whom an open layer is open for; hears when it is closed.
+/// Hears that a layer is closed.
 #[derive(Debug)]
-struct User {
-    room: Arc<Room>,
-    purpose: Purpose,
-}
+struct Listener(Arc<Room>);
 
-/// What a layer is open for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Purpose {
-    /// To be read, which counts as use of the layer.
-    Serve,
-    /// To be put into the remote content cache.
-    Upload,
-}
-
-impl Drop for User {
+impl Drop for Listener {
     fn drop(&mut self) {
-        self.room.released();
+        self.0.released();
     }
 }
 
@@ -193,27 +181,19 @@ impl LayerFile {
             dir: dir.to_owned(),
             index,
             data,
-            state,
-            user: None,
+            state: Arc::new(state),
+            _listener: None,
         }))
     }
 
-    /// Has `room` hear when the layer is closed; notes the use if it is one.
-    pub(super) fn used_by(mut self, room: &Arc<Room>, purpose: Purpose) -> Self {
-        self.user = Some(User {
-            room: Arc::clone(room),
-            purpose,
-        });
-        self.touch();
+    /// Has `room` hear when the layer is closed.
+    pub(super) fn in_room(mut self, room: &Arc<Room>) -> Self {
+        self._listener = Some(Listener(Arc::clone(room)));
         self
     }
 
     /// Notes that the layer is in use now.
-    fn touch(&self) {
-        let is_use = self.user.as_ref().map(|it| it.purpose) == Some(Purpose::Serve);
-        if !is_use {
-            return;
-        }
+    pub(super) fn touch(&self) {
         if let Err(err) = disk::touch(&self.data) {
             // Then it is evicted too early, if at all.
             debug!(layer.diff_id = %self.diff_id(), error = %err, "noting the use of a layer");
@@ -363,19 +343,19 @@ impl LayerFile {
         self.state.clear(chunk);
     }
 
-    /// Flushes a complete layer to stable storage, after which its bits survive a reboot.
+    /// Gives what flushes the layer. It is no user of the layer, which may be removed meanwhile.
     ///
     /// # Errors
-    /// Those of fsync(2).
-    ///
-    /// # Blocking
-    /// Waits for the disk, for long if much was written.
-    pub(super) fn flush(&self) -> io::Result<()> {
-        self.data.sync_all()?;
-        File::open(self.dir.join(INDEX))?.sync_all()?;
-        self.state.mark_flushed(&self.dir.join(STATE))?;
-        File::open(&self.dir)?.sync_all()?;
-        disk::sync_parent(&self.dir)
+    /// Those of open(2).
+    pub(super) fn flush(&self) -> io::Result<Flush> {
+        let open = |name| File::open(self.dir.join(name));
+        Ok(Flush {
+            // Opened anew: a duplicate would share the pin.
+            content: [open(DATA)?, open(INDEX)?],
+            state_file: open(STATE)?,
+            dirs: [open(".")?, open("..")?],
+            state: Arc::clone(&self.state),
+        })
     }
 
     /// Bytes of chunk `chunk`.
@@ -385,9 +365,28 @@ impl LayerFile {
     }
 }
 
-impl Drop for LayerFile {
-    fn drop(&mut self) {
-        self.touch();
+/// Flushes a complete layer to stable storage, after which its bits survive a reboot.
+#[derive(Debug)]
+pub(super) struct Flush {
+    content: [File; 2],
+    state: Arc<State>,
+    state_file: File,
+    /// The layer's directory, and the one that it is in.
+    dirs: [File; 2],
+}
+
+impl Flush {
+    /// Does it.
+    ///
+    /// # Errors
+    /// Those of fsync(2).
+    ///
+    /// # Blocking
+    /// Waits for the disk, for long if much was written.
+    pub(super) fn run(self) -> io::Result<()> {
+        self.content.iter().try_for_each(File::sync_all)?;
+        self.state.mark_flushed(&self.state_file)?;
+        self.dirs.iter().try_for_each(File::sync_all)
     }
 }
 

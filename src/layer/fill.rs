@@ -5,10 +5,7 @@
 //! when the whole stream has matched its digests; nobody reads it before. A refill writes in place,
 //! chunk by chunk, each verified against the index, and readers are served behind it.
 
-use std::{
-    fs::File,
-    io::{self, Write},
-};
+use std::{fs::File, io, os::unix::fs::FileExt};
 
 use sha2::{Digest, Sha256};
 
@@ -302,7 +299,8 @@ impl Sink for FirstFill<'_> {
             .push(bytes, &mut push)
             .map_err(|err| SinkError::Refused(err.to_string()))?;
         pushed?;
-        self.data.write_all(bytes)?;
+        let at = self.layer_bytes - bytes.len() as u64;
+        self.room.with_room(|| self.data.write_all_at(bytes, at))?;
         Ok(())
     }
 }
@@ -375,8 +373,9 @@ impl Sink for Refill<'_> {
                 if self.chunk.is_multiple_of(16) {
                     self.room.make(Claim::Read)?;
                 }
-                let Some(new_bytes) = self.layer.write_chunk(self.chunk, &self.buffer)? else {
-                    let chunk = self.chunk;
+                let chunk = self.chunk;
+                let write = || self.layer.write_chunk(chunk, &self.buffer);
+                let Some(new_bytes) = self.room.with_room(write)? else {
                     let reason = format!("chunk {chunk} does not match its digest in the index");
                     return Err(SinkError::Refused(reason));
                 };

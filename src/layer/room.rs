@@ -157,7 +157,7 @@ impl Room {
         verdict(self.evict(coming_bytes))
     }
 
-    /// Writes for a reader; if the disk is full, makes room and tries once more.
+    /// Writes; if the disk is full all of a sudden, makes room and tries once more.
     ///
     /// # Errors
     /// Those of `write`.
@@ -168,7 +168,7 @@ impl Room {
         match write() {
             Err(err) if err.kind() == io::ErrorKind::StorageFull => {
                 if let Err(bound) = self.make(Claim::Read) {
-                    debug!(reason = bound.label(), "no room for a chunk");
+                    debug!(reason = bound.label(), "no room on the disk");
                 }
                 write()
             }

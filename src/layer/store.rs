@@ -20,7 +20,7 @@ use tracing::{info, warn};
 
 use super::{
     CacheConfig, catalog,
-    disk::{CachePaths, LayerFile, Purpose},
+    disk::{CachePaths, LayerFile},
     fill::Blame,
     flight::Flights,
     lock::{self, FillLock},
@@ -119,6 +119,12 @@ impl Layer {
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .clone()
+    }
+}
+
+impl Drop for Layer {
+    fn drop(&mut self) {
+        self.file.touch();
     }
 }
 
@@ -323,8 +329,9 @@ impl Inner {
         if let Some(layer) = layers.get(&diff_id).and_then(Weak::upgrade) {
             return Ok(Some(layer));
         }
+        file.touch();
         let layer = Arc::new(Layer {
-            file: Arc::new(file.used_by(&self.room, Purpose::Serve)),
+            file: Arc::new(file.in_room(&self.room)),
             origin: Mutex::new(origin.clone()),
             refill: Mutex::default(),
             missed: Mutex::default(),
