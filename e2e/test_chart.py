@@ -55,7 +55,7 @@ EVERYTHING = {
     "remote": {"kind": "redis", "url": "redis://reader@redis.cache:6379/1", "existingSecret": {"name": "remote", "passwordKey": "password"},
                "chunkTtlSeconds": 0, "connectTimeoutMs": 100, "requestTimeoutMs": 200, "maxIndexBytes": 1 << 20, "uploadQueueLayers": 4, "uploadAttempts": 2},
     "registries": {
-        "hosts": {"docker.io": {"mirrors": ["mirror.example:5000", "second.example"]}, "mirror.example:5000": {"plainHttp": True},
+        "hosts": {"docker.io": {"mirrors": ["mirror.example:5000", "second.example"], "alwaysAskOrigin": True}, "mirror.example:5000": {"plainHttp": True},
                   "private.example": {"caBundle": {"configMap": "private-ca", "key": "root.pem"}}, "other.example": {"caBundle": {"configMap": "private-ca"}}},
         "existingSecret": "pull", "connectTimeoutSeconds": 5, "readTimeoutSeconds": 6, "retries": 2, "maxBackoffSeconds": 3, "maxWaitSeconds": 60,
         "maxManifestBytes": 1 << 20, "maxLayers": 10,
@@ -273,6 +273,7 @@ class Configuration(NeedsHelm):
         self.assertEqual(config["remote"]["hmac_key_file"], "/etc/clip-csi/secrets/remote/hmac-key")
         self.assertEqual(config["remote"]["chunk_ttl_seconds"], 0)
         self.assertEqual(config["registry"]["hosts"]["docker.io"]["mirrors"], ["mirror.example:5000", "second.example"])
+        self.assertTrue(config["registry"]["hosts"]["docker.io"]["always_ask_origin"])
         self.assertEqual(config["registry"]["hosts"]["private.example"]["ca_file"], "/etc/clip-csi/ca/private-ca/root.pem")
         self.assertEqual(config["registry"]["docker_config_file"], "/etc/clip-csi/secrets/registry/.dockerconfigjson")
 
@@ -335,7 +336,10 @@ class Security(NeedsHelm):
         self.assertFalse(self.only(without, "DaemonSet")["spec"]["template"]["spec"]["automountServiceAccountToken"])
         self.assertFalse(self.only(without, "ServiceAccount")["automountServiceAccountToken"])
         taint = self.objects({"node": {"startupTaint": {"enabled": True}}})
-        self.assertTrue(self.only(taint, "DaemonSet")["spec"]["template"]["spec"]["automountServiceAccountToken"])
+        pod = self.only(taint, "DaemonSet")["spec"]["template"]["spec"]
+        self.assertFalse(pod["automountServiceAccountToken"])
+        holders = [it["name"] for it in pod["containers"] if any(mount["name"] == "kubernetes-api" for mount in it["volumeMounts"])]
+        self.assertEqual(holders, ["clip-csi"])
         granted = {(tuple(rule["resources"]), tuple(rule["verbs"])) for rule in self.only(taint, "ClusterRole")["rules"]}
         self.assertEqual(granted, {(("csinodes",), ("get",)), (("nodes",), ("get",)), (("nodes",), ("patch",))})
 

@@ -72,6 +72,20 @@ pub enum PresentError {
         /// The cache directory.
         path: PathBuf,
     },
+    /// What is in use leaves too little of the cache's own bound.
+    #[error(
+        "layer {layer} does not fit into the cache {}: what is in use leaves too little of \
+         cache.max_bytes = {max_bytes}; raise it, or unmount images of this node",
+        .path.display()
+    )]
+    CacheFull {
+        /// The layer that was wanted.
+        layer: DiffId,
+        /// The cache directory.
+        path: PathBuf,
+        /// The bound.
+        max_bytes: u64,
+    },
     /// The local disk failed.
     #[error("cache disk: {reason}")]
     Disk {
@@ -119,6 +133,13 @@ pub trait BlobSource: Send + Sync + fmt::Debug {
         blob_bytes: u64,
         offset: u64,
     ) -> BoxFuture<'a, Result<BlobStream, SourceError>>;
+
+    /// Says that what came for `blob` was not what its digest names, and returns whether it may
+    /// come right when it is opened again, because it may have been somebody else's mistake: a
+    /// mirror's.
+    fn distrust(&self, _blob: &BlobDigest) -> bool {
+        false
+    }
 }
 
 /// Says why the origin did not give what was asked.

@@ -32,6 +32,7 @@ mod bind;
 mod dead;
 mod error;
 mod image;
+mod leave;
 mod mountinfo;
 mod operations;
 mod preparations;

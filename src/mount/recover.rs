@@ -20,6 +20,9 @@ use super::{
 };
 use crate::metrics::Metrics;
 
+/// Name of the file whose lock says that a process uses the directory.
+pub(super) const LOCK_FILE: &str = "lock";
+
 /// What was found at start.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Recovered {
@@ -111,7 +114,7 @@ fn make_dir(path: &Path) -> Result<PathBuf, MountError> {
 
 /// Locks the directory for as long as the returned file is open.
 fn lock_dir(dir: &Path) -> Result<File, MountError> {
-    let path = dir.join("lock");
+    let path = dir.join(LOCK_FILE);
     let file = OpenOptions::new()
         .write(true)
         .create(true)

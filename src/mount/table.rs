@@ -135,6 +135,10 @@ impl MountTable {
         }
     }
 
+    pub(super) fn state_dir(&self) -> &Path {
+        &self.inner.config.state_dir
+    }
+
     /// Mounts the image read-only at the target path.
     ///
     /// A repeated call finds the volume and succeeds at once. A volume that a former process

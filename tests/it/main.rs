@@ -12,19 +12,25 @@
 mod admin;
 mod codec;
 mod csi;
+mod eviction;
 mod fs;
 mod fuse;
 mod fuse_fakes;
+#[path = "support/http_server.rs"]
+mod http_server;
+mod layer_distrust;
 mod layer_fixture;
 mod layering;
 mod layers;
 mod metrics_doc;
 mod mount;
 mod mount_fixture;
+mod node_taint;
 mod pb;
 mod registration;
 mod registry;
 mod remote;
+mod start;
 mod tar;
 mod tar_fuzz;
 mod tar_tools;

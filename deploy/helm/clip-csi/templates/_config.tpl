@@ -55,6 +55,9 @@ ca_file = {{ printf "/etc/clip-csi/ca/%s/%s" .configMap (default "ca.crt" .key) 
 {{- with $settings.mirrors }}
 mirrors = {{ toJson . }}
 {{- end }}
+{{- if $settings.alwaysAskOrigin }}
+always_ask_origin = true
+{{- end }}
 {{- end }}
 
 [fuse]
