@@ -175,9 +175,12 @@ class PodStart(DriverCase):
         for number in range(self.WARM_SAMPLES):
             for kind, sample in (("on disk", on_disk), ("warm", warm)) if number % 2 else (("warm", warm), ("on disk", on_disk)):
                 times[kind].append(sample())
+        hits = self.metric(N2, "tier_reads_total", tier="content_cache", outcome="hit")
         for _ in range(self.COLD_SAMPLES):
             times["cold"].append(cold())
             times["pulled"].append(pulled())
+
+        self.assertGreaterEqual(self.metric(N2, "tier_reads_total", tier="content_cache", outcome="hit"), hits + self.COLD_SAMPLES, "cold means read from Redis")
 
         median = {kind: statistics.median(found) for kind, found in times.items()}
         added = median["warm"] - median["on disk"]

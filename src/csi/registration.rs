@@ -13,12 +13,13 @@ use std::{
     time::Duration,
 };
 
+use futures_util::StreamExt as _;
 use tokio::{sync::watch, time::sleep};
 use tokio_stream::wrappers::UnixListenerStream;
 use tonic::{Request, Response, Status, transport::Server as Transport};
 use tracing::{debug, error, info};
 
-use super::{PluginName, PrivateSocket, ServeError, bind_private};
+use super::{PluginName, PrivateSocket, ServeError, authority::Legible, bind_private};
 use crate::{
     metrics::Metrics,
     pb::registration::{
@@ -112,13 +113,16 @@ impl Registration {
             .max_decoding_message_size(MAX_REQUEST_BYTES);
         let serving = Transport::builder()
             .add_service(service)
-            .serve_with_incoming_shutdown(UnixListenerStream::new(listener), async {
-                shutdown.await;
-                // Before anything else ends: kubelet sends no more volumes then.
-                drop(file);
-                // Nobody listens only when serving has ended.
-                let _ = stopping.send(());
-            });
+            .serve_with_incoming_shutdown(
+                UnixListenerStream::new(listener).map(|it| it.map(Legible::new)),
+                async {
+                    shutdown.await;
+                    // Before anything else ends: kubelet sends no more volumes then.
+                    drop(file);
+                    // Nobody listens only when serving has ended.
+                    let _ = stopping.send(());
+                },
+            );
         let drained = async {
             match stopped.await {
                 Ok(()) => sleep(DRAIN).await,
