@@ -132,6 +132,36 @@ class Credentials(Case):
         registry = self.private_registry()
         self.check(registry, self.config(plain_http=[registry.host]))
 
+    def test_credentials_of_the_node_serve_volumes_without_a_secret_and_are_read_anew(self):
+        registry = self.private_registry()
+        reference = f"{registry.host}/e2e/small:{images.TAG}"
+        file = self.work / "node-credentials.json"
+
+        def write(password: str) -> None:
+            text = docker_config(registry.host, "user", password).partition("=")[2]
+            new = file.with_suffix(".new")
+            new.write_text(text)
+            new.rename(file)
+
+        write("wrong-password")
+        config = self.config(plain_http=[registry.host], registry={"docker_config_file": str(file)})
+        worker = self.worker(config=config)
+        self.assertEqual(worker.publish("v", reference).code, "UNAUTHENTICATED")
+        write("right-password")
+        worker.must_publish("v", reference)
+        self.assert_tree("small", worker.target("v"))
+        # A secret of the volume's own counts alone.
+        for secret in (docker_config(registry.host, "user", "wrong-password"), docker_config("other.example", "user", "right-password")):
+            self.assertEqual(worker.publish("own", reference, "--secret", secret).code, "UNAUTHENTICATED")
+        # What was published once is asked for again, with the credentials of the day.
+        write("wrong-password")
+        reply = worker.publish("again", reference)
+        self.assertEqual(reply.code, "UNAUTHENTICATED", reply)
+        self.assertIn("e2e/small", reply.message)
+        log = worker.log.read_text()
+        for private in ("right-password", "wrong-password"):
+            self.assertNotIn(private, log)
+
     def test_basic_credentials_with_tls_and_an_own_ca(self):
         # A CA and a certificate by it: rustls refuses a CA that serves as the server's own.
         ca, ca_key, certificate, key, request = (self.work / name for name in ("ca.pem", "ca.key", "server.pem", "server.key", "server.csr"))

@@ -18,17 +18,19 @@ needs=(
     redis-server:redis-server setfattr:attr setcap:libcap2-bin zstd:zstd
 )
 if [ "$what" = test ]; then
-    # The tests also need password files and certificates for the registry.
-    needs+=(htpasswd:apache2-utils openssl:openssl)
+    # The tests also need password files and certificates for the registry, and Prometheus for the chart's rules.
+    needs+=(htpasswd:apache2-utils openssl:openssl promtool:prometheus)
 fi
 
 missing=()
 for need in "${needs[@]}"; do
     command -v "${need%%:*}" >/dev/null || missing+=("${need##*:}")
 done
-# No command tells these two: headers to link against, certificates to trust.
+# No command tells these: headers to link against, certificates to trust.
 [ -e /usr/include/stdio.h ] || missing+=(libc6-dev)
 [ -s /etc/ssl/certs/ca-certificates.crt ] || missing+=(ca-certificates)
+# Nor this one: a Python module that reads the chart's values.
+[ "$what" != test ] || python3 -c 'import yaml' 2>/dev/null || missing+=(python3-yaml)
 
 updated=
 apt() {

@@ -11,6 +11,7 @@
 //! holds connections open delays the next scrape, not the driver.
 
 use std::{
+    borrow::Cow,
     convert::Infallible,
     future::Future,
     sync::{Arc, Mutex, PoisonError},
@@ -48,15 +49,15 @@ const ACCEPT_BACKOFF: Duration = Duration::from_millis(100);
 /// Whether the driver is ready: a latch with a reason.
 #[derive(Debug)]
 pub struct Ready {
-    /// What is missing; `None` when ready. std Mutex: held for a pointer's copy.
-    missing: Mutex<Option<&'static str>>,
+    /// What is missing; `None` when ready. std Mutex: held for the copy of a sentence.
+    missing: Mutex<Option<Cow<'static, str>>>,
 }
 
 impl Ready {
     /// Makes a latch that is not set, because of `reason`.
-    pub fn not_yet(reason: &'static str) -> Self {
+    pub fn not_yet(reason: impl Into<Cow<'static, str>>) -> Self {
         Self {
-            missing: Mutex::new(Some(reason)),
+            missing: Mutex::new(Some(reason.into())),
         }
     }
 
@@ -66,16 +67,19 @@ impl Ready {
     }
 
     /// Says that the driver is not ready any more, or not yet, and why.
-    pub fn unset(&self, reason: &'static str) {
-        self.replace(Some(reason));
+    pub fn unset(&self, reason: impl Into<Cow<'static, str>>) {
+        self.replace(Some(reason.into()));
     }
 
-    fn replace(&self, missing: Option<&'static str>) {
+    fn replace(&self, missing: Option<Cow<'static, str>>) {
         *self.missing.lock().unwrap_or_else(PoisonError::into_inner) = missing;
     }
 
-    fn missing(&self) -> Option<&'static str> {
-        *self.missing.lock().unwrap_or_else(PoisonError::into_inner)
+    fn missing(&self) -> Option<Cow<'static, str>> {
+        self.missing
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
     }
 }
 

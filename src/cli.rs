@@ -92,6 +92,14 @@ pub struct NodeArgs {
         default_value = "/var/lib/clip-csi/state"
     )]
     pub state_dir: PathBuf,
+    /// Register the driver with kubelet through a socket in this directory, which kubelet watches,
+    /// such as /var/lib/kubelet/plugins_registry; without it, a sidecar does.
+    #[arg(long, env = "CLIP_CSI_REGISTRATION_DIR", value_name = "DIR")]
+    pub registration_dir: Option<PathBuf>,
+    /// Remove taints with this key from the node once kubelet has registered the driver; needs a pod
+    /// whose service account may get CSINodes, and get and patch Nodes.
+    #[arg(long, env = "CLIP_CSI_STARTUP_TAINT", value_name = "KEY")]
+    pub startup_taint: Option<String>,
     /// Address of /metrics, /healthz and /readyz; none are served without it.
     #[arg(long, env = "CLIP_CSI_METRICS_ADDR", value_name = "ADDRESS:PORT")]
     pub metrics_addr: Option<SocketAddr>,
@@ -105,7 +113,8 @@ pub struct ImageArgs {
     /// Platform to choose from a multi-arch image, such as `linux/arm64`; this machine's if absent.
     #[arg(long)]
     pub platform: Option<String>,
-    /// Docker config file with credentials [default: ~/.docker/config.json if it is there].
+    /// Docker config file with credentials [default: `registry.docker_config_file`, or else
+    /// ~/.docker/config.json if it is there].
     #[arg(long, value_name = "FILE")]
     pub docker_config: Option<PathBuf>,
     /// Registry host that speaks plain http; may be given again.

@@ -3,6 +3,8 @@
 //! Labels come from closed sets only; an image, a digest, a pod or a path is never a label, those
 //! belong in logs. `docs/METRICS.md` has the table, and a test compares it with [`Metrics`].
 
+use std::time::{SystemTime, UNIX_EPOCH};
+
 use prometheus::{
     Gauge, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, Opts,
     Registry, TextEncoder,
@@ -109,10 +111,14 @@ pub struct Metrics {
     pub registry_read_bytes: IntCounter,
     /// Time to build an image's index, layers included.
     pub index_build_duration: Histogram,
+    /// Whether kubelet knows the driver (1) or not yet (0).
+    pub registered: IntGauge,
     /// Source mounts, one per image and options.
     pub mounts: IntGauge,
     /// Published volumes.
     pub volumes: IntGauge,
+    /// Volumes of a former process whose mounts are dead.
+    pub dead_volumes: IntGauge,
     /// CSI calls by name and gRPC code.
     pub csi_requests: IntCounterVec,
     /// Time of CSI calls.
@@ -121,6 +127,8 @@ pub struct Metrics {
     pub process_resident_memory_bytes: Gauge,
     /// Its highest value so far.
     pub process_resident_memory_highwater_bytes: Gauge,
+    /// When this process started: a change is a restart.
+    pub process_start_time: Gauge,
     /// One series with the value 1 that carries the version.
     pub build_info: IntCounterVec,
 }
@@ -155,12 +163,15 @@ impl Metrics {
             registry_requests: make.counters("registry_requests_total", "Requests to registries by operation and class of status code.", &["op", "code"]),
             registry_read_bytes: make.counter("registry_read_bytes_total", "Compressed bytes received from registries."),
             index_build_duration: make.histogram("index_build_duration_seconds", "Time to build an image's index, its layers included.", CALL_BUCKETS_SECONDS),
+            registered: make.int_gauge("registered", "Whether kubelet has registered the driver (1) or not (0)."),
             mounts: make.int_gauge("mounts", "Source mounts: one per image and options."),
             volumes: make.int_gauge("volumes", "Published volumes."),
+            dead_volumes: make.int_gauge("dead_volumes", "Volumes of a former process whose mounts are dead, until they are published anew or unpublished."),
             csi_requests: make.counters("csi_requests_total", "CSI calls by name and gRPC code.", &["rpc", "code"]),
             csi_request_duration: make.histograms("csi_request_duration_seconds", "Time of CSI calls.", &["rpc"], CALL_BUCKETS_SECONDS),
             process_resident_memory_bytes: make.gauge("process_resident_memory_bytes", "Resident memory of this process (VmRSS)."),
             process_resident_memory_highwater_bytes: make.gauge("process_resident_memory_highwater_bytes", "Highest resident memory of this process so far (VmHWM)."),
+            process_start_time: make.gauge("process_start_time_seconds", "When this process started, in seconds since 1970."),
             build_info: make.counters("build_info", "Always 1; the label carries the version.", &["version"]),
             registry,
         };
@@ -188,6 +199,10 @@ impl Metrics {
             }
             metrics.remote_request_duration.with_label_values(&[op]);
         }
+        let now = SystemTime::now().duration_since(UNIX_EPOCH);
+        metrics
+            .process_start_time
+            .set(now.unwrap_or_default().as_secs_f64());
         metrics
             .build_info
             .with_label_values(&[env!("CARGO_PKG_VERSION")])

@@ -8,6 +8,8 @@
 //! none, because volumes are neither staged nor measured nor grown. What is not advertised answers
 //! `UNIMPLEMENTED`.
 //!
+//! [`Registration`] makes kubelet know the driver, where no sidecar does.
+//!
 //! Known limit: grpc-go before 1.50 sends the socket's percent-encoded path as `:authority`, which
 //! HTTP/2 does not allow, and the `h2` crate ends such a stream with `PROTOCOL_ERROR`. Kubelet
 //! since 1.26 (kubernetes#112597) and sidecars that dial through csi-lib-utils are not concerned.
@@ -16,11 +18,13 @@ mod attributes;
 mod identity;
 mod node;
 mod observe;
+mod registration;
 mod server;
 mod socket;
 mod status;
 
 pub use attributes::{Attributes, credentials};
 pub use identity::{DEFAULT_PLUGIN_NAME, PluginName, PluginNameError};
+pub use registration::{Registration, RegistrationConfig, RegistrationOutcome};
 pub use server::{CsiConfig, ServeError, Server};
-pub use socket::bind_private;
+pub use socket::{PrivateSocket, bind_private};

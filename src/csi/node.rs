@@ -1,5 +1,6 @@
 //! The Node service: publishes volumes on this node and takes them back.
 
+use prometheus::IntGauge;
 use tonic::{Request, Response, Status};
 
 use super::{
@@ -26,7 +27,18 @@ use crate::{
 pub(super) struct NodeService {
     pub(super) node_id: String,
     pub(super) table: MountTable,
+    pub(super) registered: IntGauge,
     pub(super) observer: Observer,
+}
+
+impl NodeService {
+    /// Takes note that kubelet knows the driver: nobody else calls the Node service.
+    ///
+    /// NodeGetInfo is asked once per registration; the other calls count as well, because a
+    /// registration by the sidecar outlives this process.
+    fn note_registered(&self) {
+        self.registered.set(1);
+    }
 }
 
 /// Reads a publish. `publish_context`, `staging_target_path` and `readonly` say nothing here:
@@ -54,6 +66,7 @@ impl node_server::Node for NodeService {
         &self,
         request: Request<NodePublishVolumeRequest>,
     ) -> Result<Response<NodePublishVolumeResponse>, Status> {
+        self.note_registered();
         let request = request.into_inner();
         let work = async {
             self.table.publish(parse_publish(&request)?).await?;
@@ -68,6 +81,7 @@ impl node_server::Node for NodeService {
         &self,
         request: Request<NodeUnpublishVolumeRequest>,
     ) -> Result<Response<NodeUnpublishVolumeResponse>, Status> {
+        self.note_registered();
         let request = request.into_inner();
         let work = async {
             let volume = VolumeId::parse(&request.volume_id)?;
@@ -85,6 +99,7 @@ impl node_server::Node for NodeService {
         &self,
         _: Request<NodeGetCapabilitiesRequest>,
     ) -> Result<Response<NodeGetCapabilitiesResponse>, Status> {
+        self.note_registered();
         let answer = NodeGetCapabilitiesResponse {
             capabilities: Vec::new(),
         };
@@ -95,6 +110,7 @@ impl node_server::Node for NodeService {
         &self,
         _: Request<NodeGetInfoRequest>,
     ) -> Result<Response<NodeGetInfoResponse>, Status> {
+        self.note_registered();
         let answer = NodeGetInfoResponse {
             node_id: self.node_id.clone(),
             // No limit: a volume of an image that is mounted costs a bind.

@@ -2,11 +2,13 @@
 
 use std::{future::Future, time::Duration};
 
-use tokio::{net::UnixListener, sync::oneshot, time::sleep};
+use tokio::{sync::oneshot, time::sleep};
 use tokio_stream::wrappers::UnixListenerStream;
 use tonic::transport::Server as Transport;
 
-use super::{PluginName, identity::IdentityService, node::NodeService, observe::Observer};
+use super::{
+    PluginName, PrivateSocket, identity::IdentityService, node::NodeService, observe::Observer,
+};
 use crate::{
     metrics::Metrics,
     mount::MountTable,
@@ -25,7 +27,7 @@ const DRAIN: Duration = Duration::from_secs(5);
 
 /// Says why the server stopped by itself.
 #[derive(Debug, thiserror::Error)]
-#[error("serving CSI calls")]
+#[error("serving calls")]
 pub struct ServeError(#[from] tonic::transport::Error);
 
 /// What the driver says about itself.
@@ -56,20 +58,23 @@ impl Server {
             node: NodeService {
                 node_id: config.node_id,
                 table,
+                registered: metrics.registered.clone(),
                 observer,
             },
         }
     }
 
-    /// Serves until `shutdown` is ready, and then lets calls in flight end, for five seconds.
+    /// Serves until `shutdown` is ready, and then lets calls in flight end, for five seconds. The
+    /// socket's file goes in the end.
     ///
     /// # Errors
     /// [`ServeError`] if the socket fails.
     pub async fn serve(
         self,
-        listener: UnixListener,
+        socket: PrivateSocket,
         shutdown: impl Future<Output = ()>,
     ) -> Result<(), ServeError> {
+        let (listener, _file) = socket.into_parts();
         let (stopping, stopped) = oneshot::channel();
         let serving = Transport::builder()
             .add_service(

@@ -69,7 +69,7 @@ pub struct ImageRequest {
 /// How to authenticate to a registry.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum PullCredentials {
-    /// Anonymously, or as the node's configuration says.
+    /// With the node's own credentials, or anonymously where it has none.
     None,
     /// With a name and a password.
     Basic {

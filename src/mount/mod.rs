@@ -29,8 +29,10 @@
 //! Absent on purpose: what an image is. [`ImageMounter`] is the seam to who knows.
 
 mod bind;
+mod dead;
 mod error;
 mod image;
+mod leave;
 mod mountinfo;
 mod operations;
 mod preparations;

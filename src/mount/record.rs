@@ -131,9 +131,9 @@ pub(super) struct Records {
 }
 
 /// What [`Records::sweep`] did.
-#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Default, Clone, PartialEq, Eq)]
 pub(super) struct Swept {
-    pub(super) kept: usize,
+    pub(super) kept: Vec<VolumeRecord>,
     pub(super) dropped: usize,
     pub(super) bad: usize,
 }
@@ -219,7 +219,7 @@ impl Records {
                         }
                     }
                 }
-                Ok(_) => swept.kept += 1,
+                Ok(record) => swept.kept.push(record),
                 Err(err) => {
                     put_aside(&path, &err);
                     swept.bad += 1;
@@ -358,7 +358,7 @@ mod tests {
         assert_eq!(
             records.sweep().unwrap(),
             Swept {
-                kept: 1,
+                kept: vec![good.clone()],
                 dropped: 1,
                 bad: 2
             }

@@ -11,10 +11,17 @@ use std::{
 use tracing::info;
 
 use super::{
-    ImageMounter, MountError, MountTable, MountTableConfig, record::Records, sources,
-    sources::Sources,
+    ImageMounter, MountError, MountTable, MountTableConfig, VolumeRecord,
+    dead::DeadVolumes,
+    record::Records,
+    sources::{self, Sources},
+    table::{Recovery, mounts},
+    target::PublicationId,
 };
 use crate::metrics::Metrics;
+
+/// Name of the file whose lock says that a process uses the directory.
+pub(super) const LOCK_FILE: &str = "lock";
 
 /// What was found at start.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -55,8 +62,9 @@ impl MountTable {
         let swept = records
             .sweep()
             .map_err(|err| MountError::system("reading records in", &volumes_dir, err))?;
+        let dead = dead_volumes(&swept.kept)?;
         let recovered = Recovered {
-            volumes: swept.kept,
+            volumes: swept.kept.len(),
             orphans: swept.dropped,
             bad_records: swept.bad,
             stale_sources,
@@ -64,22 +72,34 @@ impl MountTable {
         info!(
             path = %state_dir.display(),
             volumes = recovered.volumes,
+            dead_volumes = dead.len(),
             orphans = recovered.orphans,
             bad_records = recovered.bad_records,
             stale_sources = recovered.stale_sources,
             "recovered mount state"
         );
         let sources = Sources::new(sources_dir, Arc::clone(&mounter), metrics.mounts.clone());
-        let table = Self::new(
-            config,
-            mounter,
+        let recovery = Recovery {
             sources,
             records,
-            metrics.volumes.clone(),
+            dead: DeadVolumes::new(dead, metrics.dead_volumes.clone()),
             lock,
-        );
+        };
+        let table = Self::new(config, mounter, recovery, metrics.volumes.clone());
         Ok((table, recovered))
     }
+}
+
+/// The volumes of `records` whose target still has a mount: this process serves none yet, so it is
+/// dead. After a reboot there is none, and the volume is merely not published.
+fn dead_volumes(records: &[VolumeRecord]) -> Result<Vec<PublicationId>, MountError> {
+    let info = mounts()?;
+    let is_mounted = |record: &VolumeRecord| {
+        let path = record.target.resolve().ok().flatten();
+        path.is_some_and(|it| info.at(&it).next().is_some())
+    };
+    let dead = records.iter().filter(|it| is_mounted(it));
+    Ok(dead.map(VolumeRecord::id).collect())
 }
 
 /// Makes a directory for the driver alone, and returns its path as mountinfo has it.
@@ -94,7 +114,7 @@ fn make_dir(path: &Path) -> Result<PathBuf, MountError> {
 
 /// Locks the directory for as long as the returned file is open.
 fn lock_dir(dir: &Path) -> Result<File, MountError> {
-    let path = dir.join("lock");
+    let path = dir.join(LOCK_FILE);
     let file = OpenOptions::new()
         .write(true)
         .create(true)

@@ -14,7 +14,9 @@ use tracing::{info, warn};
 
 use super::{
     ImageMounter, ImageRequest, MountEntry, MountError, MountInfo, PreparedImage, SOURCE_NAME,
-    TargetPath, VolumeId, VolumeRecord, bind, lock,
+    TargetPath, VolumeId, VolumeRecord, bind,
+    dead::DeadVolumes,
+    lock,
     operations::Operations,
     preparations::Preparations,
     record::Records,
@@ -74,8 +76,20 @@ struct Inner {
     /// What this process published. std Mutex: held for a map lookup, taken alone.
     published: Mutex<HashMap<PublicationId, Published>>,
     gauge: IntGauge,
+    /// What a former process published, and is not served.
+    dead: DeadVolumes,
     /// Held while the table lives: keeps another process off the state directory.
     _lock: File,
+}
+
+/// What was found in the state directory.
+#[derive(Debug)]
+pub(super) struct Recovery {
+    pub(super) sources: Sources,
+    pub(super) records: Records,
+    pub(super) dead: DeadVolumes,
+    /// Keeps another process off the directory.
+    pub(super) lock: File,
 }
 
 #[derive(Debug, Clone)]
@@ -97,11 +111,15 @@ impl MountTable {
     pub(super) fn new(
         config: MountTableConfig,
         mounter: Arc<dyn ImageMounter>,
-        sources: Sources,
-        records: Records,
+        recovery: Recovery,
         gauge: IntGauge,
-        lock: File,
     ) -> Self {
+        let Recovery {
+            sources,
+            records,
+            dead,
+            lock,
+        } = recovery;
         Self {
             inner: Arc::new(Inner {
                 config,
@@ -111,9 +129,14 @@ impl MountTable {
                 records,
                 published: Mutex::default(),
                 gauge,
+                dead,
                 _lock: lock,
             }),
         }
+    }
+
+    pub(super) fn state_dir(&self) -> &Path {
+        &self.inner.config.state_dir
     }
 
     /// Mounts the image read-only at the target path.
@@ -224,6 +247,7 @@ impl Inner {
         // Again: the world moved on while the image was prepared.
         self.check_target(id, &path, has_record)?;
         self.detach_target(&path)?;
+        self.dead.remove(id);
         self.forget(id);
         // Where a former life of the volume left a record, the directory is from it too.
         let ours = target::make(&path)? == TargetDir::Absent || has_record;
@@ -292,6 +316,7 @@ impl Inner {
         }
         let was_published = self.forget(id);
         self.records.remove(id)?;
+        self.dead.remove(id);
         if was_published || has_record {
             info!(volume.id = %volume, path = %target, "unpublished volume");
         }
@@ -377,7 +402,7 @@ fn is_source(entry: &MountEntry) -> bool {
     entry.source == SOURCE_NAME && entry.fs_type.starts_with("fuse")
 }
 
-fn mounts() -> Result<MountInfo, MountError> {
+pub(super) fn mounts() -> Result<MountInfo, MountError> {
     MountInfo::read().map_err(|source| MountError::System {
         doing: "reading /proc/self/mountinfo".to_owned(),
         source,

@@ -1,7 +1,7 @@
-//! Holds the generated gRPC code of the Container Storage Interface.
+//! Holds the generated gRPC code: the Container Storage Interface, and kubelet's registration.
 //!
-//! `csi.v1.rs` comes from `proto/csi.proto` and is committed, so that a build needs no `protoc`;
-//! `tests/it/pb.rs` generates it anew and compares. Nobody edits it.
+//! The files come from `proto/` and are committed, so that a build needs no `protoc`;
+//! `tests/it/pb.rs` generates them anew and compares. Nobody edits them.
 
 #[expect(
     missing_docs,
@@ -13,3 +13,13 @@
 #[rustfmt::skip]
 #[path = "csi.v1.rs"]
 pub mod v1;
+
+#[expect(
+    missing_docs,
+    clippy::allow_attributes,
+    clippy::allow_attributes_without_reason,
+    reason = "generated: its style is prost's, its comments are the specification's"
+)]
+#[rustfmt::skip]
+#[path = "pluginregistration.rs"]
+pub mod registration;

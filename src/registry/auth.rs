@@ -162,7 +162,7 @@ impl Authorizer {
     pub(crate) fn unauthorized(&self, what: &str) -> SourceError {
         let hint = match &self.credentials {
             Credentials::Anonymous => {
-                "none were given; it may be private, or not exist: check the name, and give a pull secret".to_owned()
+                "none were given; it may be private, or not exist: check the name, and give a pull secret (nodePublishSecretRef)".to_owned()
             }
             Credentials::Basic { username, .. } => format!(
                 "it does not take those of user {username:?}: check the pull secret, and that the image exists"

@@ -51,7 +51,7 @@ struct Key {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum DockerConfigError {
     /// It is not JSON of the right shape.
-    #[error("the pull secret is not a .dockerconfigjson: line {line}, column {column}")]
+    #[error("it is not a .dockerconfigjson: line {line}, column {column}")]
     Json {
         /// The line of the fault.
         line: usize,
@@ -59,7 +59,7 @@ pub enum DockerConfigError {
         column: usize,
     },
     /// An entry's `auth` is not base64 of `username:password`.
-    #[error("the pull secret's auth for {registry:?} is not base64 of username:password")]
+    #[error("its auth for {registry:?} is not base64 of username:password")]
     Auth {
         /// The entry's key.
         registry: String,
@@ -109,9 +109,14 @@ impl DockerConfig {
 
     /// Returns the credentials of the most specific entry for `image`.
     pub fn for_image(&self, image: &ImageRef) -> Credentials {
+        self.for_repository(image.registry(), image.repository())
+    }
+
+    /// Returns the credentials of the most specific entry for a repository at a host.
+    pub(crate) fn for_repository(&self, host: &str, repository: &str) -> Credentials {
         self.entries
             .iter()
-            .find(|it| it.key.matches(image))
+            .find(|it| it.key.matches(host, repository))
             .map_or(Credentials::Anonymous, |it| it.credentials.clone())
     }
 }
@@ -166,13 +171,13 @@ impl Key {
         }
     }
 
-    fn matches(&self, image: &ImageRef) -> bool {
-        host_matches(&self.host, image.registry())
-            && self.path.len() <= image.repository().split('/').count()
+    fn matches(&self, host: &str, repository: &str) -> bool {
+        host_matches(&self.host, host)
+            && self.path.len() <= repository.split('/').count()
             && self
                 .path
                 .iter()
-                .zip(image.repository().split('/'))
+                .zip(repository.split('/'))
                 .all(|(wanted, component)| wanted == component)
     }
 }

@@ -16,6 +16,17 @@ use crate::{
     remote::{self, Uploader},
 };
 
+/// A setting that cannot work, found when it was first used.
+#[derive(Debug, thiserror::Error)]
+#[error(transparent)]
+pub(super) struct BadConfig(Box<dyn std::error::Error + Send + Sync>);
+
+impl BadConfig {
+    pub(super) fn new(cause: impl std::error::Error + Send + Sync + 'static) -> Self {
+        Self(Box::new(cause))
+    }
+}
+
 /// Opens images.
 #[derive(Debug)]
 pub(super) struct Engine {
@@ -39,8 +50,10 @@ impl Engine {
         // One provider of cryptography for every TLS connection; a second call changes nothing.
         let _ = rustls::crypto::ring::default_provider().install_default();
         let clock: Arc<dyn Clock> = Arc::new(SystemClock::new());
-        let registry = RegistryClient::new(config.registry.clone(), metrics.clone())?;
-        let remote = remote::open(&config.remote, &metrics, &clock)?.map(|cache| {
+        let registry = RegistryClient::new(config.registry.clone(), metrics.clone())
+            .map_err(BadConfig::new)?;
+        let remote = remote::open(&config.remote, &metrics, &clock).map_err(BadConfig::new)?;
+        let remote = remote.map(|cache| {
             let options = config.remote.upload_options();
             let uploader = Arc::new(Uploader::start(cache.clone(), options));
             Remote { cache, uploader }
@@ -105,7 +118,9 @@ impl Wanted {
             Some(text) => text.parse()?,
             None => Platform::host(),
         };
-        let credentials = credentials(args, &image)?;
+        let file = args.docker_config.as_ref();
+        let file = file.or(config.registry.docker_config_file.as_ref());
+        let credentials = credentials(file, &image)?;
         Ok(Self {
             image,
             platform,
@@ -114,9 +129,10 @@ impl Wanted {
     }
 }
 
-/// Finds a person's credentials for `image` in their docker config, if they have one.
-fn credentials(args: &ImageArgs, image: &ImageRef) -> anyhow::Result<Credentials> {
-    let path = match (&args.docker_config, std::env::var_os("HOME")) {
+/// Finds a person's credentials for `image` in `file`, or else in their own docker config, if they
+/// have one.
+fn credentials(file: Option<&PathBuf>, image: &ImageRef) -> anyhow::Result<Credentials> {
+    let path = match (file, std::env::var_os("HOME")) {
         (Some(path), _) => path.clone(),
         (None, Some(home)) => {
             let path = PathBuf::from(home).join(".docker/config.json");

@@ -15,6 +15,8 @@ use std::process::ExitCode;
 use anyhow::Context;
 use tracing::error;
 
+use engine::BadConfig;
+
 use crate::{
     cli::{CacheCommand, Cli, Command, Common, IndexCommand, LogFormat},
     config::Config,
@@ -41,6 +43,7 @@ pub fn run(cli: Cli) -> ExitCode {
     };
     match execute(cli, config) {
         Ok(code) => code,
+        Err(err) if err.is::<BadConfig>() => fail(&err, EXIT_USAGE),
         Err(err) => fail(&err, 1),
     }
 }

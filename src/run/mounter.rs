@@ -73,6 +73,36 @@ impl InProcess {
         .map_err(io::Error::other)
     }
 
+    /// Parses what a pod asks for. A secret of its own counts alone, the node's otherwise.
+    fn wanted(&self, request: &ImageRequest) -> Result<Wanted, PrepareError> {
+        let invalid = |field, reason: String| PrepareError::Invalid { field, reason };
+        let image: ImageRef = request
+            .image
+            .parse()
+            .map_err(|err| invalid("image", format!("{err}")))?;
+        let platform = match &request.platform {
+            Some(text) => text
+                .parse()
+                .map_err(|err| invalid("platform", format!("{err}")))?,
+            None => Platform::host(),
+        };
+        let credentials = match &request.credentials {
+            PullCredentials::None => self.engine.registry.node_credentials(&image),
+            PullCredentials::Basic { username, password } => Credentials::Basic {
+                username: username.clone(),
+                password: password.clone(),
+            },
+            PullCredentials::DockerConfig(config) => DockerConfig::parse(config.expose())
+                .map_err(|err| invalid("nodePublishSecretRef", err.to_string()))?
+                .for_image(&image),
+        };
+        Ok(Wanted {
+            image,
+            platform,
+            credentials,
+        })
+    }
+
     async fn open(
         &self,
         request: &ImageRequest,
@@ -82,7 +112,7 @@ impl InProcess {
             image,
             platform,
             credentials,
-        } = wanted(request)?;
+        } = self.wanted(request)?;
         progress.set_phase("asking the registry");
         let resolved = self
             .engine
@@ -141,36 +171,6 @@ impl SourceMount for Served {
         let _ = self.0.unmount();
         Ok(())
     }
-}
-
-/// Parses what a pod asks for.
-fn wanted(request: &ImageRequest) -> Result<Wanted, PrepareError> {
-    let invalid = |field, reason: String| PrepareError::Invalid { field, reason };
-    let image: ImageRef = request
-        .image
-        .parse()
-        .map_err(|err| invalid("image", format!("{err}")))?;
-    let platform = match &request.platform {
-        Some(text) => text
-            .parse()
-            .map_err(|err| invalid("platform", format!("{err}")))?,
-        None => Platform::host(),
-    };
-    let credentials = match &request.credentials {
-        PullCredentials::None => Credentials::Anonymous,
-        PullCredentials::Basic { username, password } => Credentials::Basic {
-            username: username.clone(),
-            password: password.clone(),
-        },
-        PullCredentials::DockerConfig(config) => DockerConfig::parse(config.expose())
-            .map_err(|err| invalid("nodePublishSecretRef", err.to_string()))?
-            .for_image(&image),
-    };
-    Ok(Wanted {
-        image,
-        platform,
-        credentials,
-    })
 }
 
 impl From<IndexerError> for PrepareError {

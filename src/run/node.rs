@@ -1,6 +1,12 @@
 //! `clip-csi node`: serves CSI, fetches and mounts, all in one process.
 
-use std::{path::PathBuf, process::ExitCode, sync::Arc, time::Duration};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::ExitCode,
+    sync::Arc,
+    time::Duration,
+};
 
 use anyhow::{Context, bail};
 use tokio::{
@@ -10,25 +16,39 @@ use tokio::{
 };
 use tracing::{info, warn};
 
-use super::{engine::Engine, mounter::InProcess};
+use super::{
+    engine::{BadConfig, Engine},
+    mounter::InProcess,
+};
 use crate::{
     admin::{self, Ready},
     cli::NodeArgs,
     config::Config,
-    csi::{CsiConfig, PluginName, Server, bind_private},
+    csi::{
+        CsiConfig, PluginName, Registration, RegistrationConfig, RegistrationOutcome, Server,
+        bind_private,
+    },
+    kubernetes::InCluster,
     metrics::Metrics,
     mount::{ImageMounter, MountTable, MountTableConfig},
+    node_taint::{self, StartupTaint, TaintKey},
 };
 
 /// Serves until a signal asks for the end.
 pub(super) async fn run(args: NodeArgs, config: Config) -> anyhow::Result<ExitCode> {
     info!(version = env!("CARGO_PKG_VERSION"), "clip-csi node starts");
     let socket = socket_path(&args.endpoint)?;
-    let plugin_name: PluginName = args.driver_name.parse()?;
+    let plugin_name: PluginName = args.driver_name.parse().map_err(BadConfig::new)?;
+    let taint = match &args.startup_taint {
+        Some(key) => Some(startup_taint(key, &args).context("--startup-taint")?),
+        None => None,
+    };
     let metrics = Metrics::new();
     // Listening for signals begins before there is anything that they could leave behind.
     let stop = stop_signal()?;
     let ready = Arc::new(Ready::not_yet("starting"));
+    // Before anything is bound: configured files are read here.
+    let engine = Engine::start(&config, metrics.clone())?;
     let admin = match args.metrics_addr {
         Some(address) => {
             let listener = TcpListener::bind(address)
@@ -45,8 +65,8 @@ pub(super) async fn run(args: NodeArgs, config: Config) -> anyhow::Result<ExitCo
         }
         None => None,
     };
-    let engine = Engine::start(&config, metrics.clone())?;
     let mounter = Arc::new(InProcess::new(engine, config.fuse.clone())?);
+    let plugin_dir = plugin_dir(&socket, &args.state_dir).map(Path::to_owned);
     let table_config = MountTableConfig {
         state_dir: args.state_dir,
         prepare_wait: Duration::from_secs(config.node.publish_wait_seconds),
@@ -54,14 +74,30 @@ pub(super) async fn run(args: NodeArgs, config: Config) -> anyhow::Result<ExitCo
     let seam: Arc<dyn ImageMounter> = Arc::clone(&mounter) as _;
     let (table, _recovered) = MountTable::recover(table_config, seam, &metrics)?;
     let csi_config = CsiConfig {
-        plugin_name,
+        plugin_name: plugin_name.clone(),
         node_id: args.node_id,
     };
     let server = Server::new(csi_config, table.clone(), &metrics);
-    let listener = bind_private(&socket).with_context(|| format!("socket {}", socket.display()))?;
+    let bound = bind_private(&socket).with_context(|| format!("socket {}", socket.display()))?;
     info!(path = %socket.display(), "serving CSI Identity and Node");
-    ready.set();
-    let served = server.serve(listener, stopped(stop)).await;
+    let calls = async { anyhow::Ok(server.serve(bound, stopped(stop.clone())).await?) };
+    // After the CSI socket listens: kubelet calls it as soon as it sees the registration.
+    let registration = args.registration_dir.map(|dir| RegistrationConfig {
+        plugin_name,
+        csi_socket: socket,
+        dir,
+    });
+    let registration = register(registration, &metrics, &ready, stopped(stop.clone()));
+    let untaint = async {
+        if let Some((cluster, taint)) = taint {
+            tokio::select! {
+                () = node_taint::remove(cluster, taint) => {}
+                () = stopped(stop.clone()) => {}
+            }
+        }
+        Ok(())
+    };
+    let served = tokio::try_join!(calls, registration, Box::pin(untaint));
     ready.unset("stopping");
     // This process serves the mounts: pods that still use them see them end with it.
     warn!("stopping: mounts that pods still use end with this process");
@@ -69,12 +105,76 @@ pub(super) async fn run(args: NodeArgs, config: Config) -> anyhow::Result<ExitCo
         .engine()
         .stop(Duration::from_secs(config.node.drain_seconds))
         .await;
-    drop(table);
+    leave(table, plugin_dir.as_deref());
     if let Some(admin) = admin {
         admin.await.context("serving /metrics")?;
     }
     served?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// What `--startup-taint` asks for, and where.
+fn startup_taint(key: &str, args: &NodeArgs) -> Result<(InCluster, StartupTaint), BadConfig> {
+    let key: TaintKey = key.parse().map_err(BadConfig::new)?;
+    let cluster = InCluster::of_this_pod().map_err(BadConfig::new)?;
+    let taint = StartupTaint {
+        node: args.node_id.clone(),
+        driver: args.driver_name.clone(),
+        key,
+    };
+    Ok((cluster, taint))
+}
+
+/// Has kubelet register the driver, if this is asked for, and makes the driver ready once it did.
+async fn register(
+    config: Option<RegistrationConfig>,
+    metrics: &Metrics,
+    ready: &Ready,
+    shutdown: impl Future<Output = ()>,
+) -> anyhow::Result<()> {
+    let Some(config) = config else {
+        ready.set();
+        return Ok(());
+    };
+    let path = config.socket();
+    let (registration, mut seen) = Registration::bind(&config, metrics)
+        .with_context(|| format!("registration socket {}", path.display()))?;
+    info!(path = %path.display(), "waiting for kubelet to register the driver");
+    let show = async {
+        loop {
+            match &*seen.borrow_and_update() {
+                RegistrationOutcome::Pending => {
+                    ready.unset("kubelet has not registered the driver yet");
+                }
+                RegistrationOutcome::Registered => ready.set(),
+                RegistrationOutcome::Refused { reason } => {
+                    ready.unset(format!("kubelet refused to register the driver: {reason}"));
+                }
+            }
+            if seen.changed().await.is_err() {
+                return;
+            }
+        }
+    };
+    let (served, ()) = tokio::join!(registration.serve(shutdown), show);
+    Ok(served?)
+}
+
+/// The directory that socket and state share, as drivers have one below kubelet's `plugins`.
+fn plugin_dir<'a>(socket: &Path, state_dir: &'a Path) -> Option<&'a Path> {
+    state_dir.parent().filter(|it| Some(*it) == socket.parent())
+}
+
+/// Leaves no directory behind on a node without volumes, so that an uninstalled driver is gone.
+/// The next start makes them again.
+fn leave(table: MountTable, plugin_dir: Option<&Path>) {
+    if let (true, Some(dir)) = (table.leave(), plugin_dir) {
+        match fs::remove_dir(dir) {
+            Ok(()) => info!(path = %dir.display(), "removed the plugin directory"),
+            // A sidecar's file, or the directory is a mount point of this container.
+            Err(err) => info!(path = %dir.display(), error = %err, "plugin directory stays"),
+        }
+    }
 }
 
 /// The path of a CSI endpoint, which is a Unix socket.

@@ -641,8 +641,10 @@ async fn after_a_crash_sources_are_cleared_and_volumes_can_be_unpublished_or_pub
         (world.metrics.mounts.get(), world.metrics.volumes.get()),
         (0, 0)
     );
+    assert_eq!(world.metrics.dead_volumes.get(), 2);
 
     world.publish("v1", &again, "app").await.unwrap();
+    assert_eq!(world.metrics.dead_volumes.get(), 1);
     assert_eq!(world.mounter.n_mounts(), 1);
     assert_eq!(
         MountInfo::read().unwrap().at(&again).count(),
@@ -653,6 +655,7 @@ async fn after_a_crash_sources_are_cleared_and_volumes_can_be_unpublished_or_pub
 
     world.unpublish("v2", &gone).await;
     assert!(!gone.exists());
+    assert_eq!(world.metrics.dead_volumes.get(), 0);
     world.unpublish("v1", &again).await;
     fs::remove_file(volumes.join("broken.json.bad")).unwrap();
     world.assert_nothing_is_left(&again);
@@ -668,15 +671,27 @@ async fn a_dead_volume_that_cannot_be_mounted_anew_is_kept_or_undone_as_the_erro
     world.mounter.fail("app", unavailable());
     let err = world.publish("v", &target, "app").await.unwrap_err();
     assert!(matches!(err, MountError::Unavailable { .. }), "{err:?}");
+    assert_eq!(world.metrics.dead_volumes.get(), 1);
     assert_eq!(world.scratch.mounted(), [Path::new("pods/pod/mount")]);
     assert_eq!(world.scratch.names("volumes").len(), 1);
     world.mounter.fail("app", not_found());
     let err = world.publish("v", &target, "app").await.unwrap_err();
     assert!(matches!(err, MountError::ImageNotFound { .. }), "{err:?}");
     world.assert_nothing_is_left(&target);
+    assert_eq!(world.metrics.dead_volumes.get(), 0);
+
+    // A volume whose mount is gone, as after a reboot, is none that is dead.
+    world.mounter.failures.lock().unwrap().clear();
+    world.publish("v", &target, "app").await.unwrap();
+    unmount(&target, UnmountFlags::DETACH).unwrap();
+    let (world, recovered) = world.crash_and_recover();
+    assert_eq!(
+        (recovered.volumes, world.metrics.dead_volumes.get()),
+        (1, 0)
+    );
+    world.unpublish("v", &target).await;
 
     // The same when the mount itself fails.
-    world.mounter.failures.lock().unwrap().clear();
     world.publish("v", &target, "app").await.unwrap();
     let (world, _) = world.crash_and_recover();
     world.mounter.mount_fails.store(true, Ordering::SeqCst);
@@ -726,4 +741,30 @@ fn every_cause_is_sorted() {
     assert!(sorted.is_transient());
     let sorted = MountError::of_image("i", PrepareError::Source(not_found()));
     assert!(!sorted.is_transient());
+}
+
+#[tokio::test]
+async fn nothing_of_the_state_stays_when_no_volume_does() {
+    skip_without_mounts!("mount: leave");
+    let world = World::new();
+    let target = world.scratch.target("pod");
+    world.publish("v", &target, "app").await.unwrap();
+    assert!(!world.table.clone().leave(), "a volume is published");
+    // Nothing that a running table needs was taken from it.
+    world.unpublish("v", &target).await;
+    world.publish("v", &target, "app").await.unwrap();
+    world.unpublish("v", &target).await;
+    assert!(world.table.leave());
+    assert!(!world.scratch.state_dir().exists());
+    let (_table, found) = world.scratch.recover(&FakeMounter::new(), &Metrics::new());
+    assert_eq!(found.volumes, 0);
+}
+
+#[tokio::test]
+async fn what_is_not_the_drivers_is_left() {
+    let world = World::new();
+    let foreign = world.scratch.state_dir().join("volumes/note.txt");
+    disk::publish(&foreign, b"mine").unwrap();
+    assert!(!world.table.leave());
+    assert!(foreign.exists());
 }

@@ -9,8 +9,8 @@
 mod distribution;
 #[path = "registry/faults.rs"]
 mod faults;
-#[path = "support/http_server.rs"]
-mod http_server;
+#[path = "registry/mirrors.rs"]
+mod mirrors;
 #[path = "registry/tokens.rs"]
 mod tokens;
 
@@ -28,7 +28,7 @@ use clip_csi::{
 use futures_util::StreamExt as _;
 use serde_json::{Value, json};
 
-use http_server::{Reply, Request};
+use crate::http_server::{self, Reply, Request};
 
 /// Longer than any buffer between client and server, so that cuts happen in the middle.
 const LAYER_BYTES: usize = 600_000;
@@ -102,7 +102,8 @@ impl Image {
 
     /// Answers as a registry without faults does.
     fn reply(&self, request: &Request) -> Reply {
-        let path = request.path.as_str();
+        // A mirror is told which registry is meant.
+        let path = request.path.split('?').next().unwrap();
         if path.ends_with(&format!("blobs/{}", self.blob())) {
             return self.layer_reply(request);
         }
@@ -132,7 +133,7 @@ impl Image {
 fn config(hosts: &[String]) -> RegistryConfig {
     let plain = HostConfig {
         plain_http: true,
-        ca_file: None,
+        ..HostConfig::default()
     };
     RegistryConfig {
         hosts: hosts

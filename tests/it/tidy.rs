@@ -18,6 +18,11 @@ fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
 }
 
+/// Whether a file holds generated gRPC code, as all of `pb` but its root does.
+fn is_generated(path: &Path) -> bool {
+    path.parent().is_some_and(|it| it.ends_with("src/pb")) && !path.ends_with("mod.rs")
+}
+
 /// The Rust files below `dir`, generated ones left out, with their text.
 fn sources(dir: &str) -> Vec<(PathBuf, String)> {
     fn visit(dir: &Path, found: &mut Vec<(PathBuf, String)>) {
@@ -25,9 +30,7 @@ fn sources(dir: &str) -> Vec<(PathBuf, String)> {
             let path = entry.unwrap().path();
             if path.is_dir() {
                 visit(&path, found);
-            } else if path.extension().is_some_and(|it| it == "rs")
-                && !path.ends_with("src/pb/csi.v1.rs")
-            {
+            } else if path.extension().is_some_and(|it| it == "rs") && !is_generated(&path) {
                 let text = fs::read_to_string(&path).unwrap();
                 found.push((path.strip_prefix(root()).unwrap().to_owned(), text));
             }

@@ -1,0 +1,68 @@
+{{/*
+config.toml from the values. A value that is null is left out, so that the driver's own default holds and is written in
+one place only (docs/CONFIGURATION.md).
+*/}}
+
+{{/* Lines "snake_case = 1" for those of .keys that are set in .values. int64: Helm reads numbers as floating point. */}}
+{{- define "clip-csi.tomlIntegers" -}}
+{{- $values := .values }}
+{{- range .keys }}
+{{- $value := index $values . }}
+{{- if not (kindIs "invalid" $value) }}
+{{ snakecase . }} = {{ int64 $value }}
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{- define "clip-csi.config" -}}
+[cache]
+dir = {{ .Values.cache.hostPath | toJson }}
+{{- include "clip-csi.tomlIntegers" (dict "values" .Values.cache "keys" (list "maxBytes" "highWatermarkPercent" "lowWatermarkPercent" "minFreeBytes" "maxLayerBytes" "maxLayerEntries" "maxLayerIndexBytes" "maxIndexNodes" "maxDecompressions" "stallTimeoutSeconds")) }}
+
+[remote]
+kind = {{ .Values.remote.kind | toJson }}
+{{- if eq .Values.remote.kind "redis" }}
+url = {{ required "remote.url is not set: remote.kind redis needs redis://HOST:PORT/DB" .Values.remote.url | toJson }}
+{{- else if eq .Values.remote.kind "dir" }}
+path = {{ required "remote.path is not set: remote.kind dir needs a directory that all nodes share" .Values.remote.path | toJson }}
+{{- end }}
+{{- if ne .Values.remote.kind "none" }}
+{{- with .Values.remote.existingSecret }}
+{{- if and .name .passwordKey }}
+password_file = {{ printf "/etc/clip-csi/secrets/remote/%s" .passwordKey | toJson }}
+{{- end }}
+{{- if and .name .hmacKey }}
+hmac_key_file = {{ printf "/etc/clip-csi/secrets/remote/%s" .hmacKey | toJson }}
+{{- end }}
+{{- end }}
+{{- include "clip-csi.tomlIntegers" (dict "values" .Values.remote "keys" (list "chunkTtlSeconds" "connectTimeoutMs" "requestTimeoutMs" "maxIndexBytes" "uploadQueueLayers" "uploadAttempts")) }}
+{{- end }}
+
+[registry]
+{{- if .Values.registries.existingSecret }}
+docker_config_file = "/etc/clip-csi/secrets/registry/.dockerconfigjson"
+{{- end }}
+{{- include "clip-csi.tomlIntegers" (dict "values" .Values.registries "keys" (list "connectTimeoutSeconds" "readTimeoutSeconds" "retries" "maxBackoffSeconds" "maxWaitSeconds" "maxManifestBytes" "maxLayers")) }}
+{{- range $host, $settings := .Values.registries.hosts }}
+
+[registry.hosts.{{ $host | toJson }}]
+{{- if $settings.plainHttp }}
+plain_http = true
+{{- end }}
+{{- with $settings.caBundle }}
+ca_file = {{ printf "/etc/clip-csi/ca/%s/%s" .configMap (default "ca.crt" .key) | toJson }}
+{{- end }}
+{{- with $settings.mirrors }}
+mirrors = {{ toJson . }}
+{{- end }}
+{{- if $settings.alwaysAskOrigin }}
+always_ask_origin = true
+{{- end }}
+{{- end }}
+
+[fuse]
+{{- include "clip-csi.tomlIntegers" (dict "values" .Values.fuse "keys" (list "threadsPerMount" "readThreads" "readAheadKib")) }}
+
+[node]
+{{- include "clip-csi.tomlIntegers" (dict "values" .Values.node "keys" (list "publishWaitSeconds" "drainSeconds")) }}
+{{- end }}

@@ -1,0 +1,569 @@
+#!/usr/bin/env python3
+"""Tests the Helm chart and its monitoring without a cluster: rendering, schema, rules, dashboard, documents.
+
+Needs Helm ($HELM, PATH, or the tests' cache) and promtool; a test without its tool says so and is skipped.
+"""
+
+import functools
+import itertools
+import json
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import tomllib
+import unittest
+
+import yaml
+
+HERE = pathlib.Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+
+from harness import dashboard, paths
+
+CHART = paths.REPO / "deploy/helm/clip-csi"
+RULES, RULE_TESTS = CHART / "files/rules", CHART / "files/tests"
+DOCS = paths.REPO / "docs"
+MONITORING = "monitoring.coreos.com/v1"
+OLDEST, NEWEST = "1.26.0", "1.36.0"
+
+sys.path.insert(0, str(CHART.parent))
+import values_doc
+
+# The least that an installation says.
+IMAGE = {"image": {"registry": "registry.example:5000"}}
+
+# One value for everything that is off or empty by default.
+EVERYTHING = {
+    "image": {"registry": "registry.example:5000", "digest": f"sha256:{'0' * 64}"},
+    "imagePullSecrets": [{"name": "pull"}],
+    "commonLabels": {"team": "storage"},
+    "csiDriver": {"annotations": {"a": "b"}, "preventPodSchedulingIfMissing": True},
+    "node": {
+        "kubeletPath": "/data/kubelet", "tolerations": [{"key": "gpu", "operator": "Exists", "effect": "NoSchedule"}], "nodeSelector": {"disk": "nvme"},
+        "affinity": {"nodeAffinity": {}}, "priorityClass": {"create": True}, "hostNetwork": True, "dnsConfig": {"nameservers": ["10.0.0.10"]},
+        "selinux": {"options": {"type": "spc_t"}}, "env": [{"name": "HTTPS_PROXY", "value": "http://proxy:3128"}], "envFrom": [{"configMapRef": {"name": "e"}}],
+        "annotations": {"a": "b"}, "podAnnotations": {"a": "b"}, "podLabels": {"a": "b"}, "publishWaitSeconds": 60, "drainSeconds": 1,
+        "serviceAccount": {"annotations": {"a": "b"}}, "startupTaint": {"enabled": True},
+    },
+    "cache": {"hostPath": "/data/cache", "maxBytes": 200 << 30, "highWatermarkPercent": 85, "lowWatermarkPercent": 70, "minFreeBytes": 1 << 30,
+              "maxLayerBytes": 1 << 40, "maxLayerEntries": 1000, "maxLayerIndexBytes": 1 << 20, "maxIndexNodes": 1000, "maxDecompressions": 2,
+              "stallTimeoutSeconds": 30},
+    "remote": {"kind": "redis", "url": "redis://reader@redis.cache:6379/1", "existingSecret": {"name": "remote", "passwordKey": "password"},
+               "chunkTtlSeconds": 0, "connectTimeoutMs": 100, "requestTimeoutMs": 200, "maxIndexBytes": 1 << 20, "uploadQueueLayers": 4, "uploadAttempts": 2},
+    "registries": {
+        "hosts": {"docker.io": {"mirrors": ["mirror.example:5000", "second.example"], "alwaysAskOrigin": True}, "mirror.example:5000": {"plainHttp": True},
+                  "private.example": {"caBundle": {"configMap": "private-ca", "key": "root.pem"}}, "other.example": {"caBundle": {"configMap": "private-ca"}}},
+        "existingSecret": "pull", "connectTimeoutSeconds": 5, "readTimeoutSeconds": 6, "retries": 2, "maxBackoffSeconds": 3, "maxWaitSeconds": 60,
+        "maxManifestBytes": 1 << 20, "maxLayers": 10,
+    },
+    "fuse": {"threadsPerMount": 2, "readThreads": 4, "readAheadKib": 512},
+    "metrics": {"podMonitor": {"forceEnable": True, "labels": {"release": "p"}, "interval": "15s", "scrapeTimeout": "5s", "relabelings": [{"targetLabel": "x", "replacement": "y"}],
+                               "metricRelabelings": [{"action": "labeldrop", "regex": "z"}]},
+                "prometheusRule": {"forceEnable": True, "labels": {"release": "p"}, "runbookUrl": "https://wiki.example/runbook", "disabledAlerts": ["ClipCsiHitRatioLow"],
+                                   "alertLabels": {"team": "storage"}, "additionalGroups": [{"name": "own", "rules": [{"record": "a", "expr": "1"}]}]},
+                "grafanaDashboard": {"enabled": True, "namespace": "grafana", "annotations": {"grafana_folder": "Storage"}}},
+    "networkPolicy": {"enabled": True, "metricsFrom": [{"namespaceSelector": {}}], "egress": [{"ports": [{"port": 443}]}]},
+    "test": {"volumeImage": "registry.example:5000/app:1", "path": "etc/motd", "sha256": "0" * 64, "pullSecret": "pull"},
+}
+
+COMBINATIONS = {
+    "least": {},
+    "everything": EVERYTHING,
+    "self-registration": {"registration": {"mode": "self"}},
+    "remote directory": {"remote": {"kind": "dir", "path": "/mnt/shared"}},
+    "redis without secrets": {"remote": {"kind": "redis", "url": "redis://r"}},
+    "no metrics": {"metrics": {"enabled": False}, "networkPolicy": {"enabled": True}},
+    "no objects of its own": {"csiDriver": {"create": False}, "node": {"serviceAccount": {"create": False, "name": "given"}}, "test": {"enabled": False}},
+    "rolling update": {"node": {"updateStrategy": {"type": "RollingUpdate", "rollingUpdate": {"maxUnavailable": "10%"}}}},
+    "other names": {"fullnameOverride": "images", "namespaceOverride": "storage", "csiDriver": {"name": "images.example.org"}},
+}
+
+# What somebody may write by mistake, and a word of the answer.
+MISTAKES = [
+    ({"remote": {"kind": "memcached"}}, "kind"),
+    ({"remote": {"kind": "redis"}}, "url"),
+    ({"remote": {"kind": "dir"}}, "path"),
+    ({"remote": {"kind": "redis", "url": "redis://:secret@redis/0"}}, "url"),
+    ({"remote": {"kind": "redis", "url": "http://redis"}}, "url"),
+    ({"node": {"kubeletPath": "var/lib/kubelet"}}, "kubeletPath"),
+    ({"node": {"kubeletPath": "/var/lib/kubelet/"}}, "kubeletPath"),
+    ({"node": {"tolerations": {"key": "gpu"}}}, "tolerations"),
+    ({"node": {"tolerations": [{"effects": "NoSchedule"}]}}, "effects"),
+    ({"node": {"updateStrategy": {"type": "Rolling"}}}, "type"),
+    ({"node": {"resources": {"limit": {"memory": "1Gi"}}}}, "limit"),
+    ({"node": {"podLabels": {"a": True}}}, "podLabels"),
+    ({"cache": {"maxBytes": "100Gi"}}, "maxBytes"),
+    ({"cache": {"highWatermarkPercent": 101}}, "highWatermarkPercent"),
+    ({"cache": {"hostPath": "/cache, type: File}"}}, "hostPath"),
+    ({"image": {"digest": "sha256:12"}}, "digest"),
+    ({"image": {"registry": "https://registry.example"}}, "registry"),
+    ({"image": {"pullPolicy": "Sometimes"}}, "pullPolicy"),
+    ({"registries": {"hosts": {"https://registry.example": {}}}}, "https://registry.example"),
+    ({"registries": {"hosts": {"registry.example": {"insecure": True}}}}, "insecure"),
+    ({"registries": {"hosts": {"registry.example": {"caBundle": {"key": "ca.crt"}}}}}, "configMap"),
+    ({"metrics": {"port": 0}}, "port"),
+    ({"metrics": {"prometheusRule": {"disabledAlerts": "ClipCsiDriverDown"}}}, "disabledAlerts"),
+    ({"csiDriver": {"name": "csi.example.v2"}}, "name"),
+    ({"registration": {"mode": "both"}}, "mode"),
+    # Not the schema's, but the templates' own.
+    ({"image": {"registry": ""}}, "image.registry is not set"),
+    ({"test": {"volumeImage": "registry.example/app:1"}}, "test.sha256 is not set"),
+]
+
+
+@functools.cache
+def helm() -> str | None:
+    """Helm: $HELM, the one in PATH, or the one that the tests' tools brought."""
+    built = sorted(paths.cache().glob("tools-kubernetes-*/helm"))
+    return os.environ.get("HELM") or shutil.which("helm") or (str(built[-1]) if built else None)
+
+
+def merged(*layers: dict) -> dict:
+    out: dict = {}
+    for layer in layers:
+        for key, value in layer.items():
+            out[key] = merged(out[key], value) if isinstance(value, dict) and isinstance(out.get(key), dict) else value
+    return out
+
+
+def run_helm(*words, values: dict | None = None) -> subprocess.CompletedProcess:
+    """Helm with values of their own, and without anybody's configuration or cluster."""
+    with tempfile.TemporaryDirectory() as scratch:
+        command = [helm(), *words]
+        if values is not None:
+            file = pathlib.Path(scratch, "values.json")
+            file.write_text(json.dumps(values))
+            command += ["--values", str(file)]
+        env = {"PATH": os.environ["PATH"], "HOME": scratch, "KUBECONFIG": "/dev/null"}
+        return subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+
+
+def template(values: dict, *words, kube_version=NEWEST) -> subprocess.CompletedProcess:
+    return run_helm("template", "clip-csi", str(CHART), "--namespace", "clip-csi", "--kube-version", kube_version, *words, values=merged(IMAGE, values))
+
+
+def promtool(*words, cwd=None) -> subprocess.CompletedProcess:
+    return subprocess.run(["promtool", *map(str, words)], capture_output=True, text=True, check=False, cwd=cwd)
+
+
+def alerts() -> dict[str, dict]:
+    groups = yaml.safe_load((RULES / "alerts.yaml").read_text())["groups"]
+    return {rule["alert"]: rule for group in groups for rule in group["rules"]}
+
+
+def documented_metrics() -> set[str]:
+    return set(re.findall(r"^\| `(clip_csi_[a-z0-9_]+)`", (DOCS / "METRICS.md").read_text(), re.M))
+
+
+def containers(objects: list[dict]):
+    """Every container of the objects, with the pod's specification that it is in."""
+    for it in objects:
+        spec = it["spec"] if it["kind"] == "Pod" else it.get("spec", {}).get("template", {}).get("spec") if it["kind"] == "DaemonSet" else None
+        for container in (spec or {}).get("containers", []):
+            yield spec, container
+
+
+class NeedsHelm(unittest.TestCase):
+    maxDiff = None
+
+    def setUp(self):
+        if not helm():
+            self.skipTest("no helm: put it into PATH, name it in HELM, or run e2e/tools.sh kubernetes")
+
+    def objects(self, values: dict, *words, kube_version=NEWEST) -> list[dict]:
+        done = template(values, *words, kube_version=kube_version)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        return [it for it in yaml.safe_load_all(done.stdout) if it]
+
+    def only(self, objects: list[dict], kind: str) -> dict:
+        found = [it for it in objects if it["kind"] == kind]
+        self.assertEqual(len(found), 1, f"{kind}: {[it['metadata']['name'] for it in found]}")
+        return found[0]
+
+
+class Rendering(NeedsHelm):
+    def test_lint_is_clean(self):
+        for values in (IMAGE, EVERYTHING):
+            done = run_helm("lint", "--strict", str(CHART), values=values)
+            self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
+            self.assertNotRegex(done.stdout, r"\[(WARNING|ERROR)\]")
+
+    def test_every_combination_renders_for_old_and_new_clusters(self):
+        for (name, values), version in itertools.product(COMBINATIONS.items(), (OLDEST, NEWEST)):
+            with self.subTest(name, kube_version=version):
+                objects = self.objects(values, kube_version=version)
+                names = [(it["apiVersion"], it["kind"], it["metadata"].get("namespace"), it["metadata"]["name"]) for it in objects]
+                self.assertEqual(len(names), len(set(names)), names)
+                for it in objects:
+                    self.assertEqual(it["metadata"]["labels"]["app.kubernetes.io/instance"], "clip-csi", it["metadata"])
+                for spec, container in containers(objects):
+                    volumes = {volume["name"] for volume in spec["volumes"]}
+                    self.assertLessEqual({mount["name"] for mount in container.get("volumeMounts", [])}, volumes)
+                    targets = [mount["mountPath"] for mount in container.get("volumeMounts", [])]
+                    self.assertEqual(len(targets), len(set(targets)), targets)
+                    ports = {port["name"] for port in container.get("ports", [])}
+                    for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
+                        port = container.get(probe, {}).get("httpGet", {}).get("port", 1)
+                        self.assertTrue(isinstance(port, int) or port in ports, f"{probe} of {container['name']}: no port {port}")
+
+    def test_no_volume_is_left_unused(self):
+        for name, values in COMBINATIONS.items():
+            for it in self.objects(values):
+                if it["kind"] == "DaemonSet":
+                    spec = it["spec"]["template"]["spec"]
+                    mounted = {mount["name"] for container in spec["containers"] for mount in container["volumeMounts"]}
+                    self.assertEqual({volume["name"] for volume in spec["volumes"]}, mounted, name)
+
+    def test_fields_of_newer_clusters_are_gated(self):
+        for version, wanted in (("1.26.0", set()), ("1.27.0", {"seLinuxMount"}), ("1.35.0", {"seLinuxMount", "preventPodSchedulingIfMissing"})):
+            spec = self.only(self.objects({"csiDriver": {"preventPodSchedulingIfMissing": True}}, kube_version=version), "CSIDriver")["spec"]
+            self.assertEqual(wanted, set(spec) & {"seLinuxMount", "preventPodSchedulingIfMissing"}, version)
+        self.assertNotEqual(template({}, kube_version="1.25.0").returncode, 0, "kubeVersion of Chart.yaml is not enforced")
+
+    def test_monitoring_is_gated_on_its_api(self):
+        kinds = lambda values, *words: {it["kind"] for it in self.objects(values, *words)} & {"PodMonitor", "PrometheusRule"}
+        self.assertEqual(kinds({}), set())
+        self.assertEqual(kinds({}, "--api-versions", MONITORING), {"PodMonitor", "PrometheusRule"})
+        self.assertEqual(kinds({"metrics": {"podMonitor": {"forceEnable": True}}}), {"PodMonitor"})
+        self.assertEqual(kinds({"metrics": {"prometheusRule": {"forceEnable": True}}}), {"PrometheusRule"})
+        self.assertEqual(kinds({"metrics": {"enabled": False}}, "--api-versions", MONITORING), set())
+
+    def test_registration_by_the_sidecar_or_by_the_driver(self):
+        names = lambda values: [container["name"] for _, container in containers(self.objects(merged(values, {"test": {"enabled": False}})))]
+        self.assertEqual(names({}), ["clip-csi", "node-driver-registrar", "livenessprobe"])
+        self.assertEqual(names({"registration": {"mode": "self"}}), ["clip-csi", "livenessprobe"])
+
+    def test_one_path_is_true_for_kubelet_and_driver(self):
+        objects = self.objects({"node": {"kubeletPath": "/data/kubelet"}})
+        driver, registrar = list(containers(objects))[:2]
+        self.assertIn("--endpoint=unix:///data/kubelet/plugins/csi.clip-csi.dev/csi.sock", driver[1]["args"])
+        self.assertIn("--kubelet-registration-path=/data/kubelet/plugins/csi.clip-csi.dev/csi.sock", registrar[1]["args"])
+        host = {volume["name"]: volume["hostPath"]["path"] for volume in driver[0]["volumes"] if "hostPath" in volume}
+        for _, container in containers(objects):
+            for mount in container["volumeMounts"]:
+                if mount["name"] in host:
+                    self.assertEqual(host[mount["name"]], mount["mountPath"])
+
+    def test_a_change_of_the_configuration_changes_the_pod(self):
+        annotation = lambda values: self.only(self.objects(values), "DaemonSet")["spec"]["template"]["metadata"]["annotations"]["checksum/config"]
+        self.assertNotEqual(annotation({}), annotation({"cache": {"minFreeBytes": 1}}))
+
+    def test_notes_say_what_an_upgrade_does(self):
+        notes = lambda values: run_helm("install", "clip-csi", str(CHART), "--dry-run=client", "--namespace", "n", values=merged(IMAGE, values)).stdout
+        self.assertIn("replaces no running node pod", notes({}))
+        self.assertIn("WARNING: node.updateStrategy is RollingUpdate", notes(COMBINATIONS["rolling update"]))
+
+
+class Configuration(NeedsHelm):
+    def config(self, values: dict) -> str:
+        return self.only([it for it in self.objects(values) if it["metadata"]["name"].endswith("-config")], "ConfigMap")["data"]["config.toml"]
+
+    def everything(self) -> str:
+        return self.config(EVERYTHING)
+
+    def test_it_is_toml_of_the_values(self):
+        config = tomllib.loads(self.everything())
+        self.assertEqual(config["cache"]["dir"], "/data/cache")
+        self.assertEqual(config["cache"]["max_bytes"], 200 << 30)
+        self.assertEqual(config["remote"]["password_file"], "/etc/clip-csi/secrets/remote/password")
+        self.assertEqual(config["remote"]["hmac_key_file"], "/etc/clip-csi/secrets/remote/hmac-key")
+        self.assertEqual(config["remote"]["chunk_ttl_seconds"], 0)
+        self.assertEqual(config["registry"]["hosts"]["docker.io"]["mirrors"], ["mirror.example:5000", "second.example"])
+        self.assertTrue(config["registry"]["hosts"]["docker.io"]["always_ask_origin"])
+        self.assertEqual(config["registry"]["hosts"]["private.example"]["ca_file"], "/etc/clip-csi/ca/private-ca/root.pem")
+        self.assertEqual(config["registry"]["docker_config_file"], "/etc/clip-csi/secrets/registry/.dockerconfigjson")
+
+    def test_defaults_are_the_drivers_own(self):
+        self.assertEqual(tomllib.loads(self.config({})),
+                         {"cache": {"dir": "/var/lib/clip-csi/cache"}, "remote": {"kind": "none"}, "registry": {}, "fuse": {}, "node": {}})
+
+    def test_every_number_among_the_values_reaches_it(self):
+        """A value that the templates do not read would be accepted and do nothing."""
+        text = self.everything()
+        values = yaml.safe_load((CHART / "values.yaml").read_text())
+        for section in ("cache", "remote", "registries", "fuse", "node"):
+            for name, default in values[section].items():
+                if default is None:
+                    key = re.sub(r"[A-Z]", lambda match: "_" + match.group().lower(), name)
+                    self.assertRegex(text, rf"(?m)^{key} = {EVERYTHING[section][name]}$")
+
+    def test_the_program_accepts_it(self):
+        if not paths.binary().exists():
+            self.skipTest(f"no {paths.binary()}: run `make build`")
+        for values in ({}, EVERYTHING):
+            text = self.everything() if values else self.config({})
+            with tempfile.TemporaryDirectory() as scratch:
+                file = pathlib.Path(scratch, "config.toml")
+                file.write_text(text)
+                done = subprocess.run([paths.binary(), "cache", "ls", "--config", file, "--cache-dir", pathlib.Path(scratch, "cache")],
+                                      capture_output=True, text=True, check=False)
+                self.assertEqual(done.returncode, 0, done.stderr)
+
+
+class Security(NeedsHelm):
+    def test_only_the_driver_is_privileged(self):
+        for spec, container in containers(self.objects({})):
+            context = container["securityContext"]
+            with self.subTest(container["name"]):
+                self.assertTrue(context["readOnlyRootFilesystem"])
+                self.assertEqual(context.get("privileged", False), container["name"] == "clip-csi")
+                if container["name"] != "clip-csi":
+                    self.assertEqual(context["capabilities"], {"drop": ["ALL"]})
+                    self.assertFalse(context["allowPrivilegeEscalation"])
+                self.assertNotIn("hostPID", spec)
+                self.assertNotIn("hostNetwork", spec)
+                self.assertEqual(container["terminationMessagePolicy"], "FallbackToLogsOnError")
+
+    def test_secrets_are_files(self):
+        done = template(merged(EVERYTHING, {"node": {"env": []}}))
+        self.assertNotIn("secretKeyRef", done.stdout)
+        self.assertNotRegex(done.stdout, r"(?m)^kind: Secret$")
+        spec, driver = next(containers([it for it in yaml.safe_load_all(done.stdout) if it["kind"] == "DaemonSet"]))
+        secrets = {volume["name"]: volume["secret"] for volume in spec["volumes"] if "secret" in volume}
+        self.assertEqual({it["secretName"] for it in secrets.values()}, {"remote", "pull"})
+        for name, secret in secrets.items():
+            self.assertEqual(secret["defaultMode"], 0o400, name)
+            self.assertTrue(next(it for it in driver["volumeMounts"] if it["name"] == name)["readOnly"])
+
+    def test_the_kubernetes_api_is_for_the_startup_taint_alone(self):
+        kinds = {"ClusterRole", "ClusterRoleBinding", "Role", "RoleBinding"}
+        without = self.objects({})
+        self.assertEqual({it["kind"] for it in without} & kinds, set())
+        self.assertFalse(self.only(without, "DaemonSet")["spec"]["template"]["spec"]["automountServiceAccountToken"])
+        self.assertFalse(self.only(without, "ServiceAccount")["automountServiceAccountToken"])
+        taint = self.objects({"node": {"startupTaint": {"enabled": True}}})
+        pod = self.only(taint, "DaemonSet")["spec"]["template"]["spec"]
+        self.assertFalse(pod["automountServiceAccountToken"])
+        holders = [it["name"] for it in pod["containers"] if any(mount["name"] == "kubernetes-api" for mount in it["volumeMounts"])]
+        self.assertEqual(holders, ["clip-csi"])
+        granted = {(tuple(rule["resources"]), tuple(rule["verbs"])) for rule in self.only(taint, "ClusterRole")["rules"]}
+        self.assertEqual(granted, {(("csinodes",), ("get",)), (("nodes",), ("get",)), (("nodes",), ("patch",))})
+
+    def test_each_rule_has_its_reason_above_it(self):
+        text = template({"node": {"startupTaint": {"enabled": True}}}).stdout
+        rules = [(lines[number - 1], lines[number]) for lines in [text.splitlines()] for number in range(len(lines)) if lines[number].lstrip().startswith("- apiGroups:")]
+        self.assertEqual(len(rules), 3)
+        for above, rule in rules:
+            self.assertRegex(above, r"^\s*# [A-Z].*\.$", f"no reason above {rule!r}")
+
+    def test_rules_have_users(self):
+        """No verb or resource beside those that a comment of the table in SECURITY.md explains."""
+        text = (DOCS / "SECURITY.md").read_text()
+        for rule in self.only(self.objects({"node": {"startupTaint": {"enabled": True}}}), "ClusterRole")["rules"]:
+            for resource, verb in itertools.product(rule["resources"], rule["verbs"]):
+                self.assertRegex(text, rf"\| `{resource}` \| `{verb}` \|")
+
+
+class Schema(NeedsHelm):
+    def test_a_typo_is_refused_at_every_level(self):
+        values = yaml.safe_load((CHART / "values.yaml").read_text())
+        documented = values_doc.comments((CHART / "values.yaml").read_text())
+        levels = {()} | {path[:depth] for path, _ in values_doc.leaves(values, documented) for depth in range(1, len(path))}
+        self.assertGreater(len(levels), 20)
+        for level in sorted(levels):
+            typo: dict = {"valuez": 1}
+            for name in reversed(level):
+                typo = {name: typo}
+            with self.subTest(".".join(level) or "top"):
+                done = template(typo)
+                self.assertNotEqual(done.returncode, 0, "accepted")
+                self.assertIn("valuez", done.stderr)
+
+    def test_mistakes_are_refused_and_named(self):
+        for values, word in MISTAKES:
+            with self.subTest(json.dumps(values)):
+                done = template(values)
+                self.assertNotEqual(done.returncode, 0, "accepted")
+                self.assertIn(word, done.stderr)
+
+    def test_it_knows_the_values_and_no_others(self):
+        schema = json.loads((CHART / "values.schema.json").read_text())
+
+        def keys(node: dict, value) -> None:
+            while "$ref" in node:
+                node = schema["definitions"][node["$ref"].removeprefix("#/definitions/")]
+            if node.get("additionalProperties", True) is False and isinstance(value, dict) and value:
+                self.assertLessEqual(set(value), set(node["properties"]), "values without a schema")
+                # Objects of Kubernetes, such as resources, may have more fields than the defaults use.
+                if not set(node["properties"]) & {"limits", "rollingUpdate"}:
+                    self.assertEqual(set(value) - {"global"}, set(node["properties"]) - {"global"}, "a schema without a value")
+                for name, inner in value.items():
+                    keys(node["properties"][name], inner)
+
+        keys(schema, yaml.safe_load((CHART / "values.yaml").read_text()))
+
+
+class Rules(unittest.TestCase):
+    def setUp(self):
+        if not shutil.which("promtool"):
+            self.skipTest("no promtool: install the package prometheus")
+
+    def test_promtool_accepts_the_rules(self):
+        done = promtool("check", "rules", *sorted(RULES.glob("*.yaml")))
+        self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
+
+    def test_unit_tests_hold(self):
+        done = promtool("test", "rules", *sorted(RULE_TESTS.glob("*.yaml")))
+        self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
+
+    def test_each_alert_has_a_case_that_fires_and_one_that_does_not(self):
+        fires, silent = set(), set()
+        for test in yaml.safe_load((RULE_TESTS / "alerts.yaml").read_text())["tests"]:
+            for case in test["alert_rule_test"]:
+                (fires if case["exp_alerts"] else silent).add(case["alertname"])
+        self.assertEqual(fires, set(alerts()))
+        self.assertEqual(silent, set(alerts()))
+
+    def test_unit_tests_notice_an_alert_that_never_or_always_fires(self):
+        for name, expr in itertools.product(alerts(), ("vector(0) > 1", "vector(1)")):
+            with self.subTest(name, expr=expr), tempfile.TemporaryDirectory() as scratch:
+                shutil.copytree(CHART / "files", scratch, dirs_exist_ok=True)
+                file = pathlib.Path(scratch, "rules/alerts.yaml")
+                rules = yaml.safe_load(file.read_text())
+                for rule in (rule for group in rules["groups"] for rule in group["rules"] if rule["alert"] == name):
+                    rule["expr"] = expr
+                file.write_text(yaml.safe_dump(rules))
+                self.assertNotEqual(promtool("test", "rules", "tests/alerts.yaml", cwd=scratch).returncode, 0)
+
+    def test_each_recording_rule_has_a_case(self):
+        recorded = {rule["record"] for group in yaml.safe_load((RULES / "recording.yaml").read_text())["groups"] for rule in group["rules"]}
+        tests = (RULE_TESTS / "recording.yaml").read_text()
+        # The first is what the others are made of.
+        self.assertEqual({name for name in recorded if f"expr: {name}\n" not in tests}, {"node_tier:clip_csi_tier_hits:rate5m"})
+
+    def test_rules_use_documented_metrics(self):
+        for file in RULES.glob("*.yaml"):
+            for rule in (rule for group in yaml.safe_load(file.read_text())["groups"] for rule in group["rules"]):
+                expr = re.sub(r"\b\w+:clip_csi_\w+(:\w+)?", "", rule["expr"])
+                self.assertEqual(dashboard.metrics_of(expr) - documented_metrics(), set(), rule)
+
+    def test_each_alert_says_what_and_where_to_read_on(self):
+        for name, rule in alerts().items():
+            with self.subTest(name):
+                self.assertIn(rule["labels"]["severity"], ("critical", "warning"))
+                self.assertEqual(set(rule["annotations"]), {"summary", "description", "runbook_url"})
+                self.assertTrue(rule["annotations"]["runbook_url"].endswith(f"docs/RUNBOOK.md#{name.lower()}"))
+
+    def test_each_alert_has_its_section_in_the_runbook(self):
+        sections = dict(re.findall(r"(?ms)^## (\w+)\n(.*?)(?=^## |\Z)", (DOCS / "RUNBOOK.md").read_text()))
+        self.assertEqual({name for name in sections if name.startswith("ClipCsi")}, set(alerts()))
+        for name in alerts():
+            for part in ("Meaning", "Impact", "Diagnosis", "Mitigation"):
+                self.assertIn(f"**{part}.**", sections[name], name)
+            self.assertIn("```sh", sections[name], f"{name}: no command")
+
+
+class RenderedRules(NeedsHelm):
+    def test_the_prometheus_rule_is_what_promtool_tested(self):
+        rendered = self.only(self.objects({"metrics": {"prometheusRule": {"forceEnable": True}}}), "PrometheusRule")["spec"]["groups"]
+        written = [group for name in ("recording", "alerts") for group in yaml.safe_load((RULES / f"{name}.yaml").read_text())["groups"]]
+        self.assertEqual(rendered, written)
+
+    def test_its_values_have_effect(self):
+        rules = [rule for group in self.only(self.objects(EVERYTHING), "PrometheusRule")["spec"]["groups"] for rule in group["rules"]]
+        names = {rule["alert"] for rule in rules if "alert" in rule}
+        self.assertEqual(set(alerts()) - names, {"ClipCsiHitRatioLow"})
+        for rule in rules:
+            if "alert" in rule:
+                self.assertTrue(rule["annotations"]["runbook_url"].startswith("https://wiki.example/runbook#clipcsi"))
+                self.assertEqual(rule["labels"]["team"], "storage")
+        self.assertIn({"record": "a", "expr": "1"}, rules)
+
+    def test_the_pod_monitor_sets_the_labels_that_the_rules_need(self):
+        endpoint = self.only(self.objects({"metrics": {"podMonitor": {"forceEnable": True}}}), "PodMonitor")["spec"]["podMetricsEndpoints"][0]
+        self.assertIn({"targetLabel": "job", "replacement": "clip-csi-node"}, endpoint["relabelings"])
+        self.assertIn({"targetLabel": "node", "sourceLabels": ["__meta_kubernetes_pod_node_name"]}, endpoint["relabelings"])
+
+    def test_the_dashboard_arrives_as_it_is(self):
+        found = self.only([it for it in self.objects({"metrics": {"grafanaDashboard": {"enabled": True}}}) if it["metadata"]["name"].endswith("dashboard")], "ConfigMap")
+        self.assertEqual(json.loads(found["data"]["clip-csi.json"]), dashboard.load())
+        self.assertEqual(found["metadata"]["labels"]["grafana_dashboard"], "1")
+
+
+class Dashboard(unittest.TestCase):
+    def test_queries_use_documented_metrics(self):
+        for panel in dashboard.panels(dashboard.load()):
+            for query in panel.queries:
+                with self.subTest(panel.title):
+                    used = dashboard.metrics_of(query.expr)
+                    self.assertTrue(used or "up{" in query.expr)
+                    self.assertEqual(used - documented_metrics(), set())
+
+    def test_queries_are_promql(self):
+        if not shutil.which("promtool"):
+            self.skipTest("no promtool: install the package prometheus")
+        queries = [query.expr for panel in dashboard.panels(dashboard.load()) for query in panel.queries]
+        rules = {"groups": [{"name": "queries", "rules": [{"record": f"query:{number}", "expr": expr} for number, expr in enumerate(queries)]}]}
+        with tempfile.TemporaryDirectory() as scratch:
+            file = pathlib.Path(scratch, "queries.yaml")
+            file.write_text(json.dumps(rules))
+            done = promtool("check", "rules", file)
+        self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
+
+    def test_every_query_is_of_the_chosen_nodes_and_source(self):
+        for panel in dashboard.load()["panels"]:
+            for target in panel.get("targets", []):
+                self.assertEqual(target["datasource"], {"type": "prometheus", "uid": "${datasource}"})
+                selectors = re.findall(r"\b(?:clip_csi_\w+|up)\b(\{[^}]*\})?", target["expr"])
+                for selector in selectors:
+                    self.assertIn('node=~"$node"', selector, target["expr"])
+
+    def test_panels_have_names_and_places(self):
+        source = dashboard.load()
+        self.assertGreaterEqual(source["schemaVersion"], 38)
+        ids = [panel["id"] for panel in source["panels"]]
+        self.assertEqual(len(ids), len(set(ids)))
+        taken = set()
+        for panel in source["panels"]:
+            place = panel["gridPos"]
+            self.assertLessEqual(place["x"] + place["w"], 24)
+            cells = {(x, y) for x in range(place["x"], place["x"] + place["w"]) for y in range(place["y"], place["y"] + place["h"])}
+            self.assertFalse(cells & taken, f"{panel['title']} lies on another panel")
+            taken |= cells
+            if panel["type"] != "row":
+                self.assertTrue(panel["description"].endswith("."), panel["title"])
+
+    def test_the_page_explains_every_panel(self):
+        text = (DOCS / "DASHBOARD.md").read_text()
+        for panel in dashboard.panels(dashboard.load()):
+            self.assertIn(f"| {panel.title} |", text)
+
+
+class Documents(unittest.TestCase):
+    def test_versions_are_one(self):
+        chart = yaml.safe_load((CHART / "Chart.yaml").read_text())
+        cargo = tomllib.loads((paths.REPO / "Cargo.toml").read_text())["package"]["version"]
+        self.assertEqual((chart["version"], chart["appVersion"]), (cargo, cargo))
+
+    def test_the_table_of_values_is_that_of_the_chart(self):
+        self.assertEqual((DOCS / "VALUES.md").read_text(), values_doc.document(), "run deploy/helm/values_doc.py")
+
+    def test_quoted_messages_are_the_programs(self):
+        """What varies is written … in the tables, and {…} or a concatenation in the code."""
+        code = "\n".join(file.read_text() for file in sorted((paths.REPO / "src").rglob("*.rs")))
+        # A line of code that ends a string with a backslash goes on with the next line's text; names for {KEYS} are constants.
+        code = re.sub(r"\\\n\s*", "", code)
+        for constant, value in re.findall(r'const (\w+): &str = "([^"]*)";', code):
+            code = code.replace(f"{{{constant}}}", value)
+        sections = dict(re.findall(r"(?ms)^## ([^\n]+)\n(.*?)(?=^## |\Z)", (DOCS / "TROUBLESHOOTING.md").read_text()))
+        checked = 0
+        for row in re.findall(r"^\| (`.*?`) \|", sections["Events of the driver"] + sections["The driver does not start"], re.M):
+            for text in re.findall(r"`([^`]*)`", row):
+                for part in text.split("…"):
+                    if len(part.strip()) > 3:
+                        checked += 1
+                        self.assertTrue(part.strip() in code, f"not in the code: {text}")
+        self.assertGreater(checked, 40)
+
+    def test_links_between_documents_lead_somewhere(self):
+        for file in [paths.REPO / "README.md", *DOCS.glob("*.md")]:
+            for target in re.findall(r"\]\((?!https?:)([^)#]+)(?:#[^)]*)?\)", file.read_text()):
+                self.assertTrue((file.parent / target).exists(), f"{file.name}: {target}")
+
+
+if __name__ == "__main__":
+    unittest.main()
