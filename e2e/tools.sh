@@ -2,7 +2,7 @@
 # Builds the Go programs of e2e/tools into the cache and prints the directory they are in.
 # usage: tools.sh [csi|kubernetes]
 #   csi         csi-sanity and csictl (the default)
-#   kubernetes  Kubernetes' own programs, Helm, and the cluster's sidecars
+#   kubernetes  Kubernetes' own programs, Helm, the cluster's sidecars, and in crds/ the kinds of Prometheus' operator
 # A no-op when the cache holds them for these very sources.
 set -euo pipefail
 . "$(dirname "$0")/paths.sh"
@@ -21,7 +21,7 @@ kubernetes)
     sources=("$module"/*/*.go)
     packages=(
         k8s.io/kubernetes/cmd/{kube-apiserver,kube-controller-manager,kube-scheduler,kubelet,kubectl}
-        helm.sh/helm/v4/cmd/helm ./csi-node-driver-registrar ./livenessprobe
+        helm.sh/helm/v4/cmd/helm sigs.k8s.io/controller-tools/cmd/controller-gen ./csi-node-driver-registrar ./livenessprobe
     )
     version="$(sed -n 's|^\tk8s.io/kubernetes v\([0-9.]*\).*|\1|p' "$module/go.mod")"
     # Without these it calls itself v0.0.0, and Helm and kubelet refuse to work with it.
@@ -45,7 +45,11 @@ if [ ! -d "$out" ]; then
     trap 'rm -rf "$new"' EXIT
     # -mod=readonly: go.mod and go.sum are the pin, a build never changes them.
     (cd "$module" && CGO_ENABLED=0 GOTOOLCHAIN=auto GOFLAGS=-mod=readonly go build -trimpath -buildvcs=false \
-        -ldflags "$flags" -o "$new/" "${packages[@]}")
+        -ldflags "$flags" -o "$new/" "${packages[@]}"
+        if [ "$what" = kubernetes ]; then
+            "$new/controller-gen" crd paths=github.com/prometheus-operator/prometheus-operator/pkg/apis/monitoring/v1 "output:crd:dir=$new/crds"
+            rm "$new/controller-gen"
+        fi)
     chmod 755 "$new"
     # At once: a directory under its name is whole. Another run may have been faster.
     rm -rf "$CLIP_E2E_CACHE/tools-$what-"????????????

@@ -5,11 +5,12 @@ import http.client
 import json
 import secrets
 import tempfile
+import time
 
 from harness import oci, paths, process, services
 
 from . import project_image
-from .cluster import ADDRESS, NODES, PRIVATE_REGISTRY, REGISTRY, Cluster
+from .cluster import ADDRESS, NODES, PRIVATE_REGISTRY, REGISTRY, Cluster, condition
 from .pods import DRIVER, SHELL
 
 CHART = paths.REPO / "deploy/helm/clip-csi"
@@ -99,6 +100,20 @@ class Release:
         """The node pods by node."""
         items = self.cluster.get("pods", "--namespace", NAMESPACE, "--selector", "app.kubernetes.io/component=node")["items"]
         return {it["spec"]["nodeName"]: it for it in items}
+
+    def replace_pod(self, node: str) -> None:
+        """What an operator does after an upgrade: the node's pod is deleted, and the new one is waited for."""
+        old = self.pods()[node]["metadata"]["name"]
+        self.cluster.kubectl("delete", "pod", old, "--namespace", NAMESPACE, "--timeout=60s")
+        def new():
+            time.sleep(0.3)
+            it = self.pods().get(node)
+            return it and it["metadata"]["name"] != old and condition(it, "Ready")
+        process.wait_until(new, f"the new pod of {node} to be ready", 120)
+
+    def exec(self, node: str, *command) -> str:
+        """A command of the driver's container."""
+        return self.cluster.kubectl("exec", self.pods()[node]["metadata"]["name"], "--namespace", NAMESPACE, "--container", "clip-csi", "--", *command).stdout
 
     def describe(self) -> str:
         return self.cluster.kubectl("describe", "pods", "--namespace", NAMESPACE, check=False).stdout + "".join(self.logs(node) for node in self.pods())
