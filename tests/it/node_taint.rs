@@ -101,7 +101,7 @@ impl World {
         let shared = Arc::clone(&cluster);
         let server = HttpServer::start(move |request| shared.lock().unwrap().answer(request)).await;
         let dir = tempfile::tempdir().unwrap();
-        write(&dir.path().join("token"), "t1\n");
+        write(&dir.path().join("token"), "t1");
         Self {
             cluster,
             server,
