@@ -16,7 +16,7 @@ import unittest
 
 from harness import environment, paths, process
 
-MODULES = ["test_tree", "test_images", "e2e_tree", "e2e_sharing", "e2e_csi", "e2e_bad_input", "e2e_remote", "e2e_cache", "e2e_kill"]
+MODULES = ["test_tree", "test_images", "e2e_tree", "e2e_sharing", "e2e_csi", "e2e_mirrors", "e2e_bad_input", "e2e_remote", "e2e_cache", "e2e_kill"]
 
 
 class Result(unittest.TextTestResult):

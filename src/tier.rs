@@ -119,6 +119,13 @@ pub trait BlobSource: Send + Sync + fmt::Debug {
         blob_bytes: u64,
         offset: u64,
     ) -> BoxFuture<'a, Result<BlobStream, SourceError>>;
+
+    /// Says that what came for `blob` was not what its digest names, and returns whether it may
+    /// come right when it is opened again, because it may have been somebody else's mistake: a
+    /// mirror's.
+    fn distrust(&self, _blob: &BlobDigest) -> bool {
+        false
+    }
 }
 
 /// Says why the origin did not give what was asked.

@@ -148,18 +148,25 @@ impl Inner {
         let started = Instant::now();
         info!(layer.diff_id = %desc.diff_id, layer.blob = %desc.blob, bytes = desc.blob_bytes,
             "decompressing layer (first access)");
-        let built = async {
-            let opened = origin.source.open(&desc.blob, desc.blob_bytes, 0).await;
-            let stream = opened.map_err(|source| PresentError::Origin {
-                layer: desc.diff_id,
-                source,
-            })?;
-            self.first_fill(desc, stream, Encoding::Blob).await
+        let mut built = self.fill_from_registry(origin).await;
+        if let Err(err) = &built
+            && origin.distrusts(err)
+        {
+            built = self.fill_from_registry(origin).await;
         }
-        .await;
         drop(permit);
         self.decompressed(desc, started, built.as_ref().copied());
         built.map(|_layer_bytes| ())
+    }
+
+    async fn fill_from_registry(&self, origin: &Origin) -> Result<u64, PresentError> {
+        let desc = &origin.desc;
+        let opened = origin.source.open(&desc.blob, desc.blob_bytes, 0).await;
+        let stream = opened.map_err(|source| PresentError::Origin {
+            layer: desc.diff_id,
+            source,
+        })?;
+        self.first_fill(desc, stream, Encoding::Blob).await
     }
 
     /// Counts and logs the end of a decompression.

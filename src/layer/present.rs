@@ -271,7 +271,12 @@ impl Inner {
         let started = Instant::now();
         info!(layer.diff_id = %diff_id, layer.blob = %desc.blob, bytes = desc.blob_bytes,
             "decompressing layer (missing chunks)");
-        let filled = self.stream_past(layer, progress).await;
+        let mut filled = self.stream_past(layer, progress).await;
+        if let Err(err) = &filled
+            && layer.origin().distrusts(err)
+        {
+            filled = self.stream_past(layer, progress).await;
+        }
         drop((permit, lock));
         let outcome = filled.as_ref().map(|()| layer.file.layer_bytes());
         self.decompressed(desc, started, outcome);

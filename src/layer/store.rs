@@ -89,6 +89,23 @@ pub(super) struct Origin {
     pub(super) source: Arc<dyn BlobSource>,
 }
 
+impl Origin {
+    /// Whether a fill that failed with `err` is worth another attempt at once: the bytes were
+    /// wrong, and may have been a mirror's.
+    pub(super) fn distrusts(&self, err: &PresentError) -> bool {
+        let is_wrong = matches!(
+            err,
+            PresentError::Refused { .. } | PresentError::Limit { .. }
+        );
+        let again = is_wrong && self.source.distrust(&self.desc.blob);
+        if again {
+            warn!(layer.diff_id = %self.desc.diff_id, layer.blob = %self.desc.blob,
+                error = %err, "layer came wrong, reading it from its registry and no mirror");
+        }
+        again
+    }
+}
+
 /// How far a refill has come.
 #[derive(Debug, Clone)]
 pub(super) enum RefillState {

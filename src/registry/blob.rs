@@ -1,4 +1,4 @@
-//! Streams a blob, and goes on where a broken stream ended.
+//! Streams a blob, and goes on where a broken stream ended, at the next host if a mirror broke it.
 //!
 //! oci-client's blob pulls are not used: they neither resume nor retry, hide `Retry-After` and
 //! `Content-Range`, and answer a 401 in the middle with an error.
@@ -6,7 +6,11 @@
 //! Invariant: [`BlobReader::position`] is the offset of the next byte to hand out, whatever the
 //! connection does; every request asks for the bytes from there to the blob's end.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    collections::BTreeSet,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
 use bytes::Bytes;
 use futures_util::stream;
@@ -14,8 +18,9 @@ use reqwest::{Response, StatusCode, header::CONTENT_RANGE};
 use tokio::time::Instant;
 
 use super::{
+    mirrors::{MIRROR_DEADLINE, within_deadline},
     retry::{Failure, Retry},
-    session::{Object, Session},
+    session::{Endpoint, Object, Role, Session},
     transport::{Op, protocol, root_cause, unavailable},
 };
 use crate::{
@@ -31,7 +36,31 @@ const PROGRESS_BYTES: u64 = 4 << 10;
 /// The blobs of one repository.
 #[derive(Debug)]
 pub(crate) struct RepositoryBlobs {
-    pub(crate) session: Arc<Session>,
+    session: Arc<Session>,
+    /// Blobs that came wrong: their registry alone is asked for them.
+    ///
+    /// std Mutex: held for a set lookup, never across an await.
+    distrusted: Mutex<BTreeSet<BlobDigest>>,
+}
+
+impl RepositoryBlobs {
+    pub(crate) fn new(session: Arc<Session>) -> Self {
+        Self {
+            session,
+            distrusted: Mutex::default(),
+        }
+    }
+
+    fn first_endpoint(&self, blob: &BlobDigest) -> usize {
+        let distrusted = self.distrusted.lock();
+        if distrusted
+            .unwrap_or_else(PoisonError::into_inner)
+            .contains(blob)
+        {
+            return usize::MAX;
+        }
+        self.session.next_endpoint(0)
+    }
 }
 
 impl BlobSource for RepositoryBlobs {
@@ -42,7 +71,9 @@ impl BlobSource for RepositoryBlobs {
         offset: u64,
     ) -> BoxFuture<'a, Result<BlobStream, SourceError>> {
         Box::pin(async move {
-            let mut reader = BlobReader::new(Arc::clone(&self.session), blob, blob_bytes, offset)?;
+            let session = Arc::clone(&self.session);
+            let mut reader = BlobReader::new(session, blob, blob_bytes, offset)?;
+            reader.nth = self.first_endpoint(blob);
             reader.connect().await?;
             let stream = stream::try_unfold(reader, |mut reader| async move {
                 let next = reader.next().await?;
@@ -50,6 +81,14 @@ impl BlobSource for RepositoryBlobs {
             });
             Ok(Box::pin(stream) as BlobStream)
         })
+    }
+
+    fn distrust(&self, blob: &BlobDigest) -> bool {
+        let distrusted = self.distrusted.lock();
+        self.session.has_mirrors()
+            && distrusted
+                .unwrap_or_else(PoisonError::into_inner)
+                .insert(*blob)
     }
 }
 
@@ -59,6 +98,8 @@ struct BlobReader {
     object: Object,
     blob_bytes: u64,
     position: u64,
+    /// Which host is asked: the mirrors in order, then the registry.
+    nth: usize,
     body: Option<Body>,
     retry: Retry,
 }
@@ -71,6 +112,8 @@ struct Body {
     skip_bytes: u64,
     /// Bytes of the answer still to come, if it says how many.
     left_bytes: Option<u64>,
+    /// How long nothing may come.
+    patience: Duration,
     stall: Stall,
 }
 
@@ -112,19 +155,48 @@ impl BlobReader {
             session,
             blob_bytes,
             position: offset,
+            nth: 0,
             body: None,
         })
     }
 
-    /// Connects, with retries, unless there is nothing left to read.
+    /// Connects to the first host that has the blob, to the registry with retries, unless there is
+    /// nothing left to read.
     async fn connect(&mut self) -> Result<(), SourceError> {
         while self.body.is_none() && self.position < self.blob_bytes {
-            match self.connect_once().await {
+            let endpoint = self.session.endpoint(self.nth);
+            let connected = match endpoint.role {
+                Role::Mirror => {
+                    let attempt = || self.connect_once(endpoint);
+                    let connected = within_deadline(&endpoint.host, attempt).await;
+                    connected.map_err(Failure::from)
+                }
+                Role::Origin => self.connect_once(endpoint).await,
+            };
+            match connected {
                 Ok(body) => self.body = Some(body),
-                Err(failure) => self.retry.wait(failure).await?,
+                Err(failure) => self.failed(failure).await?,
             }
         }
         Ok(())
+    }
+
+    /// Goes on after a failure: at the next host if a mirror failed, else after a wait.
+    ///
+    /// # Errors
+    /// The failure's, if there is to be no other attempt.
+    async fn failed(&mut self, failure: Failure) -> Result<(), SourceError> {
+        self.body = None;
+        let endpoint = self.session.endpoint(self.nth);
+        match endpoint.role {
+            Role::Mirror => {
+                let bench = &self.session.transport.bench;
+                bench.note(&endpoint.host, &failure.error);
+                self.nth = self.session.next_endpoint(self.nth + 1);
+                Ok(())
+            }
+            Role::Origin => self.retry.wait(failure).await,
+        }
     }
 
     /// Returns the next bytes, `None` after the last.
@@ -139,11 +211,11 @@ impl BlobReader {
                 return Ok(None);
             }
             match read_once(body, &self.session).await {
-                Ok(Some(bytes)) => {
-                    if let Some(bytes) = self.take(bytes)? {
-                        return Ok(Some(bytes));
-                    }
-                }
+                Ok(Some(bytes)) => match self.take(bytes) {
+                    Ok(Some(bytes)) => return Ok(Some(bytes)),
+                    Ok(None) => {}
+                    Err(error) => self.failed(error.into()).await?,
+                },
                 // All bytes are here: how the answer ends does not matter any more.
                 Ok(None) | Err(_) if is_done => {
                     self.body = None;
@@ -155,13 +227,9 @@ impl BlobReader {
                         self.object.what, self.position, self.blob_bytes
                     );
                     let failure = unavailable(&body.host, reason).into();
-                    self.body = None;
-                    self.retry.wait(failure).await?;
+                    self.failed(failure).await?;
                 }
-                Err(failure) => {
-                    self.body = None;
-                    self.retry.wait(failure).await?;
-                }
+                Err(failure) => self.failed(failure).await?,
             }
         }
     }
@@ -191,9 +259,12 @@ impl BlobReader {
     }
 
     /// Makes one attempt to get the bytes from the position on.
-    async fn connect_once(&self) -> Result<Body, Failure> {
+    async fn connect_once(&self, endpoint: &Endpoint) -> Result<Body, Failure> {
         let range = (0 < self.position).then_some((self.position, self.blob_bytes - 1));
-        let answer = self.session.get_once(&self.object, None, range).await?;
+        let answer = self
+            .session
+            .get_once(endpoint, &self.object, None, range)
+            .await?;
         let host = answer.host;
         let left_bytes = answer.response.content_length();
         let wanted_bytes = self.blob_bytes - self.position;
@@ -222,6 +293,11 @@ impl BlobReader {
                 return Err(protocol(&host, reason).into());
             }
         };
+        // Of the registry, what is missing is asked for; a mirror's blob is another one then.
+        if endpoint.role == Role::Mirror && left_bytes.is_some_and(|it| it < max_bytes) {
+            let reason = format!("{} is shorter than its manifest says", self.object.what);
+            return Err(protocol(&host, reason).into());
+        }
         if left_bytes.is_some_and(|it| max_bytes < it) {
             let reason = format!(
                 "{} is longer than the {} bytes of its manifest: push the image again",
@@ -234,6 +310,15 @@ impl BlobReader {
             host,
             skip_bytes,
             left_bytes,
+            patience: match endpoint.role {
+                Role::Mirror => self
+                    .session
+                    .transport
+                    .config
+                    .read_timeout()
+                    .min(MIRROR_DEADLINE),
+                Role::Origin => self.session.transport.config.read_timeout(),
+            },
             stall: Stall::default(),
         })
     }
@@ -241,7 +326,7 @@ impl BlobReader {
 
 /// Reads what comes next of an answer, within the stall timeout.
 async fn read_once(body: &mut Body, session: &Session) -> Result<Option<Bytes>, Failure> {
-    let limit = session.transport.config.read_timeout();
+    let limit = body.patience;
     let since = Instant::now();
     let left = limit.saturating_sub(body.stall.waited);
     match tokio::time::timeout(left, body.response.chunk()).await {

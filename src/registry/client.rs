@@ -10,7 +10,7 @@ use super::{
     node_credentials::NodeCredentials,
     platform::Platform,
     reference::ImageRef,
-    session::{Object, Session},
+    session::{Document, Form, Object, Route, Session},
     transport::{Op, Transport, protocol},
 };
 use crate::{
@@ -64,7 +64,9 @@ impl RegistryClient {
     /// Finds an image's manifest for a platform, and its layers.
     ///
     /// The registry is always asked, with these credentials and no token from before, so that
-    /// success is also proof of the right to pull. All that is returned was checked against the
+    /// success is also proof of the right to pull. Without credentials a mirror may be asked
+    /// instead, unless the configuration says otherwise; what a digest names may come from mirrors
+    /// in any case. All that is returned was checked against the
     /// digests that lead to it.
     ///
     /// # Errors
@@ -78,12 +80,18 @@ impl RegistryClient {
         platform: &Platform,
         credentials: &Credentials,
     ) -> Result<ResolvedImage, SourceError> {
-        let session = Session::new(Arc::clone(&self.transport), image, credentials.clone());
-        let session = Arc::new(session);
+        let session = Arc::new(self.open_session(image, credentials));
+        let settings = self.transport.config.host(image.registry());
+        let asks_origin = *credentials != Credentials::Anonymous || settings.always_ask_origin;
         let resolving = Resolving {
             session: &session,
             image,
             platform,
+            proof: if asks_origin {
+                Route::OriginOnly
+            } else {
+                Route::MirrorsFirst
+            },
         };
         let resolved = resolving.run().await?;
         self.remember(image, credentials, session);
@@ -110,11 +118,19 @@ impl RegistryClient {
                 .find(|it| it.is_for(image, credentials))
                 .cloned()
         };
-        let session = known.unwrap_or_else(|| {
-            let transport = Arc::clone(&self.transport);
-            Arc::new(Session::new(transport, image, credentials.clone()))
-        });
-        Arc::new(RepositoryBlobs { session })
+        let session = known.unwrap_or_else(|| Arc::new(self.open_session(image, credentials)));
+        Arc::new(RepositoryBlobs::new(session))
+    }
+
+    /// Opens a repository. A mirror is shown what the node's credentials have for its own host.
+    fn open_session(&self, image: &ImageRef, credentials: &Credentials) -> Session {
+        let node = self.node_credentials.as_ref().map(NodeCredentials::current);
+        let for_mirror = |host: &str| match &node {
+            Some(it) => it.for_repository(host, image.repository()),
+            None => Credentials::Anonymous,
+        };
+        let transport = Arc::clone(&self.transport);
+        Session::new(transport, image, credentials.clone(), for_mirror)
     }
 
     fn remember(&self, image: &ImageRef, credentials: &Credentials, session: Arc<Session>) {
@@ -132,12 +148,16 @@ struct Resolving<'a> {
     session: &'a Session,
     image: &'a ImageRef,
     platform: &'a Platform,
+    /// Who may answer for the first manifest, which proves the right to pull.
+    proof: Route,
 }
 
 impl Resolving<'_> {
     async fn run(&self) -> Result<ResolvedImage, SourceError> {
         let selector = self.image.manifest_selector();
-        let top = self.manifest(&selector, self.image.digest()).await?;
+        let top = self
+            .manifest(&selector, self.image.digest(), self.proof)
+            .await?;
         let (manifest, digest) = match top {
             (Manifest::Image(manifest), digest) => (manifest, digest),
             (Manifest::Index(index), _) => {
@@ -173,7 +193,7 @@ impl Resolving<'_> {
     ) -> Result<(Box<oci_client::manifest::OciImageManifest>, ManifestDigest), SourceError> {
         let mut seen = Vec::new();
         for digest in nested.iter().take(MAX_NESTED_INDEXES) {
-            match self.manifest(&digest.to_string(), Some(*digest)).await? {
+            match self.by_digest(*digest).await? {
                 (Manifest::Image(manifest), digest) => return Ok((manifest, digest)),
                 (Manifest::Index(index), _) => {
                     match manifest::choose(&index, self.platform).map_err(|it| self.error(it))? {
@@ -196,7 +216,7 @@ impl Resolving<'_> {
         &self,
         digest: ManifestDigest,
     ) -> Result<(Box<oci_client::manifest::OciImageManifest>, ManifestDigest), SourceError> {
-        match self.manifest(&digest.to_string(), Some(digest)).await? {
+        match self.by_digest(digest).await? {
             (Manifest::Image(manifest), digest) => Ok((manifest, digest)),
             (Manifest::Index(_), _) => Err(self.error(Fault::Unsupported(
                 "its index has another index where an image should be".to_owned(),
@@ -204,39 +224,51 @@ impl Resolving<'_> {
         }
     }
 
+    /// Gets a manifest or an index that a checked index names.
+    async fn by_digest(
+        &self,
+        digest: ManifestDigest,
+    ) -> Result<(Manifest, ManifestDigest), SourceError> {
+        self.manifest(&digest.to_string(), Some(digest), Route::MirrorsFirst)
+            .await
+    }
+
     /// Gets a manifest or an index, checked against its digest.
     async fn manifest(
         &self,
         selector: &str,
         expected: Option<ManifestDigest>,
+        route: Route,
     ) -> Result<(Manifest, ManifestDigest), SourceError> {
         let object = Object {
             op: Op::Manifest,
             path: format!("manifests/{selector}"),
             what: format!("image {}", self.image),
         };
-        let max_len = self.session.transport.config.max_manifest_len();
-        let document = self
-            .session
-            .document(&object, Some(manifest::ACCEPT), max_len)
-            .await?;
-        let digest = ManifestDigest::of(&document.bytes);
-        let claimed = document
-            .digest_header
-            .as_deref()
-            .and_then(|it| it.parse().ok());
-        if let Some(wanted) = expected.or(claimed)
-            && wanted != digest
-        {
-            let reason = format!(
-                "the manifest of {} has digest {digest}, not {wanted}",
-                self.image
-            );
-            return Err(protocol(&self.session.registry, reason));
-        }
-        let manifest = manifest::parse(&document.bytes, document.content_type.as_deref())
-            .map_err(|it| self.error(it))?;
-        Ok((manifest, digest))
+        let form = Form {
+            accept: Some(manifest::ACCEPT),
+            max_len: self.session.transport.config.max_manifest_len(),
+        };
+        let check = |document: Document| {
+            let digest = ManifestDigest::of(&document.bytes);
+            let claimed = document
+                .digest_header
+                .as_deref()
+                .and_then(|it| it.parse().ok());
+            if let Some(wanted) = expected.or(claimed)
+                && wanted != digest
+            {
+                let reason = format!(
+                    "the manifest of {} has digest {digest}, not {wanted}",
+                    self.image
+                );
+                return Err(protocol(&document.host, reason));
+            }
+            let manifest = manifest::parse(&document.bytes, document.content_type.as_deref())
+                .map_err(|it| self.error(it))?;
+            Ok((manifest, digest))
+        };
+        self.session.document(&object, form, route, check).await
     }
 
     /// Gets the image's configuration, checked against its digest.
@@ -256,14 +288,21 @@ impl Resolving<'_> {
             path: format!("blobs/{}", config.digest),
             what: format!("the configuration of image {}", self.image),
         };
-        let max_len = usize::try_from(config.size_bytes).unwrap_or(usize::MAX);
-        let document = self.session.document(&object, None, max_len).await?;
-        let digest = BlobDigest::of(&document.bytes);
-        if digest != config.digest {
-            let reason = format!("{} has digest {digest}, not {}", object.what, config.digest);
-            return Err(protocol(&self.session.registry, reason));
-        }
-        manifest::parse_config(&document.bytes).map_err(|it| self.error(it))
+        let form = Form {
+            accept: None,
+            max_len: usize::try_from(config.size_bytes).unwrap_or(usize::MAX),
+        };
+        let check = |document: Document| {
+            let digest = BlobDigest::of(&document.bytes);
+            if digest != config.digest {
+                let reason = format!("{} has digest {digest}, not {}", object.what, config.digest);
+                return Err(protocol(&document.host, reason));
+            }
+            manifest::parse_config(&document.bytes).map_err(|it| self.error(it))
+        };
+        self.session
+            .document(&object, form, Route::MirrorsFirst, check)
+            .await
     }
 
     fn error(&self, fault: Fault) -> SourceError {

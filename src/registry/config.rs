@@ -40,6 +40,11 @@ pub struct HostConfig {
     pub plain_http: bool,
     /// PEM file with certificate authorities to trust for this host, beside the system's.
     pub ca_file: Option<PathBuf>,
+    /// Hosts that may have the same repositories, asked before this one, in order: `host[:port]`.
+    pub mirrors: Vec<String>,
+    /// Ask this host itself for every volume's right to pull, also of those without credentials;
+    /// mirrors then give only what a digest names.
+    pub always_ask_origin: bool,
 }
 
 /// Says what is wrong with a [`RegistryConfig`].
@@ -50,6 +55,16 @@ pub enum RegistryConfigError {
     Host {
         /// The key as it came.
         host: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// A mirror's name cannot be one.
+    #[error("registry hosts: mirror {mirror:?} of {host} must be written host[:port]: {reason}")]
+    Mirror {
+        /// The host that it is a mirror of.
+        host: String,
+        /// The mirror as it came.
+        mirror: String,
         /// What is wrong with it.
         reason: String,
     },
@@ -125,10 +140,11 @@ impl RegistryConfig {
             });
         }
         let mut hosts = BTreeMap::new();
-        for (host, settings) in self.hosts {
+        for (host, mut settings) in self.hosts {
             if let Err(reason) = check_host(&host) {
                 return Err(RegistryConfigError::Host { host, reason });
             }
+            settings.mirrors = checked_mirrors(&host, settings.mirrors)?;
             hosts.insert(canonical_host(&host), settings);
         }
         self.hosts = hosts;
@@ -159,6 +175,29 @@ impl RegistryConfig {
     }
 }
 
+/// Gives mirrors their canonical names.
+fn checked_mirrors(host: &str, mirrors: Vec<String>) -> Result<Vec<String>, RegistryConfigError> {
+    let mut checked = Vec::with_capacity(mirrors.len());
+    for mirror in mirrors {
+        let canonical = canonical_host(&mirror);
+        let reason = match check_host(&mirror) {
+            Err(reason) => reason,
+            Ok(()) if canonical == canonical_host(host) => "it is the host itself".to_owned(),
+            Ok(()) if checked.contains(&canonical) => "it is named twice".to_owned(),
+            Ok(()) => {
+                checked.push(canonical);
+                continue;
+            }
+        };
+        return Err(RegistryConfigError::Mirror {
+            host: host.to_owned(),
+            mirror,
+            reason,
+        });
+    }
+    Ok(checked)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -166,7 +205,7 @@ mod tests {
     #[test]
     fn a_configuration_is_read_and_its_hosts_are_canonical() {
         let config: RegistryConfig = toml::from_str(
-            "retries = 2\n[hosts.\"127.0.0.1:5000\"]\nplain_http = true\n[hosts.\"index.docker.io\"]\nca_file = \"/ca\"\n",
+            "retries = 2\n[hosts.\"127.0.0.1:5000\"]\nplain_http = true\n[hosts.\"index.docker.io\"]\nca_file = \"/ca\"\nmirrors = [\"M.x:5000\", \"n.x\"]\n",
         )
         .unwrap();
         let config = config.checked().unwrap();
@@ -175,6 +214,7 @@ mod tests {
         assert!(config.host("127.0.0.1:5000").plain_http);
         assert!(!config.host("127.0.0.1:5001").plain_http);
         assert_eq!(config.host("docker.io").ca_file, Some("/ca".into()));
+        assert_eq!(config.host("docker.io").mirrors, ["m.x:5000", "n.x"]);
     }
 
     #[test]
@@ -184,6 +224,12 @@ mod tests {
                 "hosts.\"https://h\".plain_http = true",
                 "must be written host[:port]",
             ),
+            (
+                "hosts.\"h\".mirrors = [\"https://m\"]",
+                "mirror \"https://m\" of h must be written host[:port]",
+            ),
+            ("hosts.\"h\".mirrors = [\"H\"]", "it is the host itself"),
+            ("hosts.\"h\".mirrors = [\"m\", \"m\"]", "it is named twice"),
             ("read_timeout_seconds = 0", "between 1 and 3600"),
             ("connect_timeout_seconds = 0", "between 1 and 3600"),
             ("max_manifest_bytes = 1", "between 1 KiB and 64 MiB"),

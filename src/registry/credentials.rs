@@ -109,9 +109,14 @@ impl DockerConfig {
 
     /// Returns the credentials of the most specific entry for `image`.
     pub fn for_image(&self, image: &ImageRef) -> Credentials {
+        self.for_repository(image.registry(), image.repository())
+    }
+
+    /// Returns the credentials of the most specific entry for a repository at a host.
+    pub(crate) fn for_repository(&self, host: &str, repository: &str) -> Credentials {
         self.entries
             .iter()
-            .find(|it| it.key.matches(image))
+            .find(|it| it.key.matches(host, repository))
             .map_or(Credentials::Anonymous, |it| it.credentials.clone())
     }
 }
@@ -166,13 +171,13 @@ impl Key {
         }
     }
 
-    fn matches(&self, image: &ImageRef) -> bool {
-        host_matches(&self.host, image.registry())
-            && self.path.len() <= image.repository().split('/').count()
+    fn matches(&self, host: &str, repository: &str) -> bool {
+        host_matches(&self.host, host)
+            && self.path.len() <= repository.split('/').count()
             && self
                 .path
                 .iter()
-                .zip(image.repository().split('/'))
+                .zip(repository.split('/'))
                 .all(|(wanted, component)| wanted == component)
     }
 }

@@ -5,13 +5,17 @@
 //! Docker's registry API v2.
 //!
 //! From the outside in: `client` (what an image is made of) and `blob` (a stream that resumes) ask
-//! a `session` (one repository, one image's credentials), which asks `auth` for a token and
-//! `transport` for one GET, over connections as `tls` makes them. `retry` alone decides what is
-//! tried again. `reference`, `platform`, `credentials` and `manifest` are pure.
+//! a `session` (one repository at its mirrors and its registry, one image's credentials), which asks
+//! `auth` for a token and `transport` for one GET, over connections as `tls` makes them. `retry`
+//! alone decides what is tried again at a registry, `mirrors` what a mirror may cost. `reference`, `platform`, `credentials` and `manifest` are pure.
 //!
 //! From oci-client come the types of manifests and indexes. Its requests are not used, with the
 //! reasons in `auth` and `blob`, and because it keeps one user's credentials per registry for all
 //! images, which would let one pod pull with another's.
+//!
+//! Who may pull: credentials go to the registry they are for, never to a mirror of it, and whoever
+//! has any is checked by that registry. A mirror's word counts for volumes without credentials
+//! only, and not even for those if `always_ask_origin` is set.
 //!
 //! Invariants: no wait without a deadline; no secret and no URL in an error or a log; plain http
 //! only to hosts that the configuration names; a manifest and a configuration are checked against
@@ -23,6 +27,7 @@ mod client;
 mod config;
 mod credentials;
 mod manifest;
+mod mirrors;
 mod node_credentials;
 mod platform;
 mod reference;

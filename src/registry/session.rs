@@ -1,4 +1,4 @@
-//! Asks one repository with one image's credentials, and turns refusals into errors.
+//! Asks one repository, at its mirrors and its registry, and turns refusals into errors.
 
 use std::sync::Arc;
 
@@ -8,19 +8,47 @@ use reqwest::{StatusCode, header::CONTENT_TYPE};
 use super::{
     auth::{Authorizer, parse_challenge, status_failure},
     credentials::Credentials,
+    mirrors::within_deadline,
     reference::ImageRef,
     retry::{Failure, Retry},
     transport::{Answer, Ask, Op, Transport, unavailable},
 };
 use crate::tier::SourceError;
 
-/// One repository, seen with one image's credentials.
+/// One repository at its mirrors and its registry, seen with one image's credentials.
 #[derive(Debug)]
 pub(crate) struct Session {
     pub(crate) transport: Arc<Transport>,
+    /// The image's registry.
     pub(crate) registry: String,
     repository: String,
+    mirrors: Vec<Endpoint>,
+    origin: Endpoint,
+}
+
+/// A host that has the repository, or may have it.
+#[derive(Debug)]
+pub(crate) struct Endpoint {
+    pub(crate) host: String,
+    pub(crate) role: Role,
     authorizer: Authorizer,
+}
+
+/// What a host is to the image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Role {
+    Mirror,
+    /// The registry that the image names.
+    Origin,
+}
+
+/// Who may answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Route {
+    /// The first that has it.
+    MirrorsFirst,
+    /// The image's registry alone.
+    OriginOnly,
 }
 
 /// What to get from a repository.
@@ -37,53 +65,122 @@ pub(crate) struct Object {
 #[derive(Debug)]
 pub(crate) struct Document {
     pub(crate) bytes: Bytes,
+    /// Who gave it.
+    pub(crate) host: String,
     pub(crate) content_type: Option<String>,
     /// What the registry says its digest is.
     pub(crate) digest_header: Option<String>,
 }
 
+/// How a document is to be asked for.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Form {
+    pub(crate) accept: Option<&'static str>,
+    pub(crate) max_len: usize,
+}
+
 impl Session {
+    /// Opens a repository; `mirror_credentials` gives those for a mirror's host.
     pub(crate) fn new(
         transport: Arc<Transport>,
         image: &ImageRef,
         credentials: Credentials,
+        mirror_credentials: impl Fn(&str) -> Credentials,
     ) -> Self {
+        let endpoint = |host: &str, role, credentials| Endpoint {
+            host: host.to_owned(),
+            role,
+            authorizer: Authorizer::new(host, image.repository(), credentials),
+        };
+        let mirrors = transport.config.host(image.registry()).mirrors;
         Self {
-            transport,
             registry: image.registry().to_owned(),
             repository: image.repository().to_owned(),
-            authorizer: Authorizer::new(image.registry(), image.repository(), credentials),
+            mirrors: mirrors
+                .iter()
+                .map(|it| endpoint(it, Role::Mirror, mirror_credentials(it)))
+                .collect(),
+            origin: endpoint(image.registry(), Role::Origin, credentials),
+            transport,
         }
     }
 
     pub(crate) fn is_for(&self, image: &ImageRef, credentials: &Credentials) -> bool {
-        self.authorizer
-            .is_for(image.registry(), image.repository(), credentials)
+        let origin = &self.origin.authorizer;
+        origin.is_for(image.registry(), image.repository(), credentials)
     }
 
-    /// Gets a whole document of at most `max_len` bytes, with retries.
-    pub(crate) async fn document(
+    pub(crate) fn has_mirrors(&self) -> bool {
+        !self.mirrors.is_empty()
+    }
+
+    /// The nth host to ask; from the last mirror on it is the origin.
+    pub(crate) fn endpoint(&self, nth: usize) -> &Endpoint {
+        self.mirrors.get(nth).unwrap_or(&self.origin)
+    }
+
+    /// The first host from `nth` on that is worth asking.
+    pub(crate) fn next_endpoint(&self, nth: usize) -> usize {
+        let bench = &self.transport.bench;
+        let rest = self.mirrors.iter().enumerate().skip(nth);
+        let up = rest
+            .filter(|(_, it)| !bench.holds(&it.host))
+            .map(|(n, _)| n);
+        up.min().unwrap_or(self.mirrors.len())
+    }
+
+    /// Gets a whole document and has `check` make something of it.
+    ///
+    /// Mirrors are asked in order, each once; one whose answer `check` refuses has failed as well.
+    /// The registry itself is asked with retries.
+    ///
+    /// # Errors
+    /// Those of the registry, or of `check` on what it gave.
+    pub(crate) async fn document<T>(
         &self,
         object: &Object,
-        accept: Option<&'static str>,
-        max_len: usize,
-    ) -> Result<Document, SourceError> {
+        form: Form,
+        route: Route,
+        check: impl Fn(Document) -> Result<T, SourceError>,
+    ) -> Result<T, SourceError> {
+        let mut failed = None;
+        let mut nth = match route {
+            Route::MirrorsFirst => self.next_endpoint(0),
+            Route::OriginOnly => self.mirrors.len(),
+        };
+        while let Some(mirror) = self.mirrors.get(nth) {
+            let attempt = || self.document_once(mirror, object, form);
+            let outcome = within_deadline(&mirror.host, attempt)
+                .await
+                .and_then(&check);
+            match outcome {
+                Ok(it) => return Ok(it),
+                Err(error) => {
+                    self.transport.bench.note(&mirror.host, &error);
+                    failed = Some(error);
+                }
+            }
+            nth = self.next_endpoint(nth + 1);
+        }
         let mut retry = Retry::new(&self.transport.config);
         loop {
-            match self.document_once(object, accept, max_len).await {
-                Ok(document) => return Ok(document),
-                Err(failure) => retry.wait(failure).await?,
+            match self.document_once(&self.origin, object, form).await {
+                Ok(document) => return check(document),
+                Err(failure) => match retry.wait(failure).await {
+                    Ok(()) => {}
+                    Err(error) => return Err(after_mirror(error, failed)),
+                },
             }
         }
     }
 
     async fn document_once(
         &self,
+        endpoint: &Endpoint,
         object: &Object,
-        accept: Option<&'static str>,
-        max_len: usize,
+        form: Form,
     ) -> Result<Document, Failure> {
-        let answer = self.get_once(object, accept, None).await?;
+        let answer = self.get_once(endpoint, object, form.accept, None).await?;
         let header = |name: &str| {
             let value = answer.response.headers().get(name)?;
             Some(value.to_str().ok()?.to_owned())
@@ -93,7 +190,8 @@ impl Session {
         Ok(Document {
             content_type,
             digest_header,
-            bytes: self.transport.read(answer, max_len).await?,
+            host: answer.host.clone(),
+            bytes: self.transport.read(answer, form.max_len).await?,
         })
     }
 
@@ -103,15 +201,21 @@ impl Session {
     /// If the answer is not a success.
     pub(crate) async fn get_once(
         &self,
+        endpoint: &Endpoint,
         object: &Object,
         accept: Option<&'static str>,
         range: Option<(u64, u64)>,
     ) -> Result<Answer, Failure> {
         let path = format!("/v2/{}/{}", self.repository, object.path);
-        let url = self.transport.registry_url(&self.registry, &path)?;
+        let mut url = self.transport.registry_url(&endpoint.host, &path)?;
+        if endpoint.role == Role::Mirror {
+            // As containerd does: a mirror of many registries is told which one is meant.
+            url.query_pairs_mut().append_pair("ns", &self.registry);
+        }
+        let authorizer = &endpoint.authorizer;
         let mut is_fresh = false;
         loop {
-            let (authorization, generation) = self.authorizer.current();
+            let (authorization, generation) = authorizer.current();
             let was_authorized = authorization.is_some();
             let answer = self
                 .transport
@@ -139,31 +243,44 @@ impl Session {
             // Some registries say 403 to a token that expired, so an older one gets a second try.
             let may_renew = !is_fresh && (status == StatusCode::UNAUTHORIZED || was_authorized);
             if !may_renew {
-                return Err(self.refusal(status, object).into());
+                return Err(endpoint.refusal(status, object).into());
             }
             let challenge = parse_challenge(answer.response.headers());
             self.transport.drain(answer.response).await;
-            let renewed = self
-                .authorizer
+            let renewed = authorizer
                 .renew(&self.transport, challenge, generation, &object.what)
                 .await;
             match renewed {
                 Ok(()) => is_fresh = true,
                 Err(failure) if matches!(failure.error, SourceError::Unauthorized { .. }) => {
-                    return Err(self.refusal(status, object).into());
+                    return Err(endpoint.refusal(status, object).into());
                 }
                 Err(failure) => return Err(failure),
             }
         }
     }
+}
 
+impl Endpoint {
     fn refusal(&self, status: StatusCode, object: &Object) -> SourceError {
         if status == StatusCode::FORBIDDEN {
             return SourceError::Forbidden {
                 what: object.what.clone(),
-                registry: self.registry.clone(),
+                registry: self.host.clone(),
             };
         }
         self.authorizer.unauthorized(&object.what)
+    }
+}
+
+/// Adds what the last mirror said to the error of a registry that cannot be reached: where there is
+/// no way to it, the mirror's word is what a person needs.
+fn after_mirror(error: SourceError, mirror: Option<SourceError>) -> SourceError {
+    match (error, mirror) {
+        (SourceError::Unavailable { registry, reason }, Some(mirror)) => SourceError::Unavailable {
+            registry,
+            reason: format!("{reason} (and from its mirror: {mirror})"),
+        },
+        (error, _) => error,
     }
 }

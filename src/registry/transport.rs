@@ -22,6 +22,7 @@ use rustls::pki_types::CertificateDer;
 
 use super::{
     config::{HostConfig, RegistryConfig, RegistryConfigError},
+    mirrors::Bench,
     reference::DOCKER_HUB,
     retry::{Failure, parse_retry_after},
     tls::{Trust, build_client, read_authorities, send_error},
@@ -98,6 +99,7 @@ pub(crate) struct Answer {
 pub(crate) struct Transport {
     pub(crate) config: RegistryConfig,
     pub(crate) metrics: Metrics,
+    pub(crate) bench: Bench,
     authorities: BTreeMap<PathBuf, Vec<CertificateDer<'static>>>,
     /// Made when first needed: the machine's authorities cost memory, and plain http needs none.
     ///
@@ -125,6 +127,7 @@ impl Transport {
         Ok(Self {
             config,
             metrics,
+            bench: Bench::default(),
             authorities,
             clients: Mutex::default(),
         })

@@ -15,6 +15,7 @@ mod csi;
 mod fs;
 mod fuse;
 mod fuse_fakes;
+mod layer_distrust;
 mod layer_fixture;
 mod layering;
 mod layers;

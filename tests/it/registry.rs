@@ -11,6 +11,8 @@ mod distribution;
 mod faults;
 #[path = "support/http_server.rs"]
 mod http_server;
+#[path = "registry/mirrors.rs"]
+mod mirrors;
 #[path = "registry/tokens.rs"]
 mod tokens;
 
@@ -102,7 +104,8 @@ impl Image {
 
     /// Answers as a registry without faults does.
     fn reply(&self, request: &Request) -> Reply {
-        let path = request.path.as_str();
+        // A mirror is told which registry is meant.
+        let path = request.path.split('?').next().unwrap();
         if path.ends_with(&format!("blobs/{}", self.blob())) {
             return self.layer_reply(request);
         }
@@ -132,7 +135,7 @@ impl Image {
 fn config(hosts: &[String]) -> RegistryConfig {
     let plain = HostConfig {
         plain_http: true,
-        ca_file: None,
+        ..HostConfig::default()
     };
     RegistryConfig {
         hosts: hosts

@@ -217,8 +217,8 @@ async fn images_are_read_over_tls_with_a_ca_and_a_password() {
     .await;
     let mut trusting = config(&[]);
     let settings = HostConfig {
-        plain_http: false,
         ca_file: Some(path.join("ca.crt")),
+        ..HostConfig::default()
     };
     trusting.hosts.insert(registry.host.clone(), settings);
     trusting.connect_timeout_seconds = 5;
