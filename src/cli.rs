@@ -96,6 +96,10 @@ pub struct NodeArgs {
     /// such as /var/lib/kubelet/plugins_registry; without it, a sidecar does.
     #[arg(long, env = "CLIP_CSI_REGISTRATION_DIR", value_name = "DIR")]
     pub registration_dir: Option<PathBuf>,
+    /// Remove taints with this key from the node once kubelet has registered the driver; needs a pod
+    /// whose service account may get CSINodes, and get and patch Nodes.
+    #[arg(long, env = "CLIP_CSI_STARTUP_TAINT", value_name = "KEY")]
+    pub startup_taint: Option<String>,
     /// Address of /metrics, /healthz and /readyz; none are served without it.
     #[arg(long, env = "CLIP_CSI_METRICS_ADDR", value_name = "ADDRESS:PORT")]
     pub metrics_addr: Option<SocketAddr>,

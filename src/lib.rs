@@ -23,6 +23,9 @@ pub mod tier;
 pub mod registry;
 pub mod remote;
 
+pub mod kubernetes;
+pub mod node_taint;
+
 pub mod layer;
 
 pub mod fs;

@@ -22,7 +22,7 @@ use crate::{
 pub(super) struct BadConfig(Box<dyn std::error::Error + Send + Sync>);
 
 impl BadConfig {
-    fn new(cause: impl std::error::Error + Send + Sync + 'static) -> Self {
+    pub(super) fn new(cause: impl std::error::Error + Send + Sync + 'static) -> Self {
         Self(Box::new(cause))
     }
 }

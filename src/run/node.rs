@@ -10,7 +10,10 @@ use tokio::{
 };
 use tracing::{info, warn};
 
-use super::{engine::Engine, mounter::InProcess};
+use super::{
+    engine::{BadConfig, Engine},
+    mounter::InProcess,
+};
 use crate::{
     admin::{self, Ready},
     cli::NodeArgs,
@@ -19,15 +22,21 @@ use crate::{
         CsiConfig, PluginName, Registration, RegistrationConfig, RegistrationOutcome, Server,
         bind_private,
     },
+    kubernetes::InCluster,
     metrics::Metrics,
     mount::{ImageMounter, MountTable, MountTableConfig},
+    node_taint::{self, StartupTaint, TaintKey},
 };
 
 /// Serves until a signal asks for the end.
 pub(super) async fn run(args: NodeArgs, config: Config) -> anyhow::Result<ExitCode> {
     info!(version = env!("CARGO_PKG_VERSION"), "clip-csi node starts");
     let socket = socket_path(&args.endpoint)?;
-    let plugin_name: PluginName = args.driver_name.parse()?;
+    let plugin_name: PluginName = args.driver_name.parse().map_err(BadConfig::new)?;
+    let taint = match &args.startup_taint {
+        Some(key) => Some(startup_taint(key, &args).context("--startup-taint")?),
+        None => None,
+    };
     let metrics = Metrics::new();
     // Listening for signals begins before there is anything that they could leave behind.
     let stop = stop_signal()?;
@@ -72,7 +81,16 @@ pub(super) async fn run(args: NodeArgs, config: Config) -> anyhow::Result<ExitCo
         dir,
     });
     let registration = register(registration, &metrics, &ready, stopped(stop.clone()));
-    let served = tokio::try_join!(calls, registration);
+    let untaint = async {
+        if let Some((cluster, taint)) = taint {
+            tokio::select! {
+                () = node_taint::remove(cluster, taint) => {}
+                () = stopped(stop.clone()) => {}
+            }
+        }
+        Ok(())
+    };
+    let served = tokio::try_join!(calls, registration, Box::pin(untaint));
     ready.unset("stopping");
     // This process serves the mounts: pods that still use them see them end with it.
     warn!("stopping: mounts that pods still use end with this process");
@@ -86,6 +104,18 @@ pub(super) async fn run(args: NodeArgs, config: Config) -> anyhow::Result<ExitCo
     }
     served?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// What `--startup-taint` asks for, and where.
+fn startup_taint(key: &str, args: &NodeArgs) -> Result<(InCluster, StartupTaint), BadConfig> {
+    let key: TaintKey = key.parse().map_err(BadConfig::new)?;
+    let cluster = InCluster::of_this_pod().map_err(BadConfig::new)?;
+    let taint = StartupTaint {
+        node: args.node_id.clone(),
+        driver: args.driver_name.clone(),
+        key,
+    };
+    Ok((cluster, taint))
 }
 
 /// Has kubelet register the driver, if this is asked for, and makes the driver ready once it did.

@@ -15,6 +15,8 @@ mod csi;
 mod fs;
 mod fuse;
 mod fuse_fakes;
+#[path = "support/http_server.rs"]
+mod http_server;
 mod layer_distrust;
 mod layer_fixture;
 mod layering;
@@ -22,6 +24,7 @@ mod layers;
 mod metrics_doc;
 mod mount;
 mod mount_fixture;
+mod node_taint;
 mod pb;
 mod registration;
 mod registry;

@@ -9,8 +9,6 @@
 mod distribution;
 #[path = "registry/faults.rs"]
 mod faults;
-#[path = "support/http_server.rs"]
-mod http_server;
 #[path = "registry/mirrors.rs"]
 mod mirrors;
 #[path = "registry/tokens.rs"]
@@ -30,7 +28,7 @@ use clip_csi::{
 use futures_util::StreamExt as _;
 use serde_json::{Value, json};
 
-use http_server::{Reply, Request};
+use crate::http_server::{self, Reply, Request};
 
 /// Longer than any buffer between client and server, so that cuts happen in the middle.
 const LAYER_BYTES: usize = 600_000;

@@ -14,8 +14,8 @@ fn write(path: &Path, text: &str) {
         .unwrap();
 }
 
-/// Runs `clip-csi node` with this configuration; it must end by itself.
-fn start(dir: &Path, config: &str) -> Output {
+/// Runs `clip-csi node` with this configuration and these words; it must end by itself.
+fn start(dir: &Path, config: &str, words: &[&str]) -> Output {
     let file = dir.join("config.toml");
     write(&file, config);
     Command::new(env!("CARGO_BIN_EXE_clip-csi"))
@@ -27,9 +27,24 @@ fn start(dir: &Path, config: &str) -> Output {
         .arg(dir.join("state"))
         .arg("--cache-dir")
         .arg(dir.join("cache"))
+        .args(words)
+        .env_remove("KUBERNETES_SERVICE_HOST")
         .stdin(Stdio::null())
         .output()
         .unwrap()
+}
+
+/// Fails unless the start ends with exit code 64 and a text that has `expected`.
+fn refuse(dir: &Path, config: &str, words: &[&str], expected: &str) {
+    let output = start(dir, config, words);
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    let case = format!("{config}{words:?}: {stderr}");
+    assert_eq!(output.status.code(), Some(64), "{case}");
+    assert!(stderr.contains(expected), "{expected}: {case}");
+    assert!(!stderr.contains("hunter2"), "{case}");
+    for made in ["csi.sock", "state", "cache"] {
+        assert!(!dir.join(made).exists(), "{made}: {case}");
+    }
 }
 
 #[test]
@@ -37,45 +52,44 @@ fn a_bad_setting_ends_the_program_before_it_binds_or_makes_anything() {
     let dir = tempfile::tempdir().unwrap();
     let path = |name: &str| dir.path().join(name).display().to_string();
     write(&dir.path().join("broken.json"), "hunter2");
-    let docker_config = |name: &str| format!("[registry]\ndocker_config_file = {:?}\n", path(name));
     for (config, expected) in [
+        ("[registry]\nno_such_key = 1\n", "no_such_key"),
         (
-            "[registry]\nno_such_key = 1\n".to_owned(),
-            "no_such_key".to_owned(),
+            "[registry]\ndocker_config_file = \"none.json\"\n",
+            "registry docker_config_file none.json: No such file",
         ),
         (
-            docker_config("none.json"),
-            format!(
-                "registry docker_config_file {}: No such file",
-                path("none.json")
-            ),
+            "[registry]\ndocker_config_file = \"DIR/broken.json\"\n",
+            "broken.json: it is not a .dockerconfigjson: line 1",
         ),
         (
-            docker_config("broken.json"),
-            format!(
-                "registry docker_config_file {}: it is not a",
-                path("broken.json")
-            ),
+            "[registry.hosts.\"r.x\"]\nca_file = \"none.pem\"\n",
+            "registry ca_file none.pem: No such file",
         ),
         (
-            format!(
-                "[registry.hosts.\"r.x\"]\nca_file = {:?}\n",
-                path("none.pem")
-            ),
-            format!("registry ca_file {}", path("none.pem")),
+            "[registry.hosts.\"r.x\"]\nmirrors = [\"http://m\"]\n",
+            "mirror \"http://m\" of r.x must be written host[:port]",
+        ),
+        ("[remote]\nkind = \"redis\"\n", "needs remote.url"),
+    ] {
+        refuse(
+            dir.path(),
+            &config.replace("DIR/", &path("")),
+            &[],
+            expected,
+        );
+    }
+    for (words, expected) in [
+        (["--driver-name", "9"], "driver name \"9\" is malformed"),
+        (
+            ["--startup-taint", "a=b:NoSchedule"],
+            "--startup-taint: taint key \"a=b:NoSchedule\" is malformed: give the key alone",
         ),
         (
-            "[remote]\nkind = \"redis\"\n".to_owned(),
-            "needs remote.url".to_owned(),
+            ["--startup-taint", "a/b"],
+            "--startup-taint: not in a pod of a cluster: KUBERNETES_SERVICE_HOST is not set",
         ),
     ] {
-        let output = start(dir.path(), &config);
-        let stderr = String::from_utf8_lossy(&output.stderr);
-        assert_eq!(output.status.code(), Some(64), "{config}: {stderr}");
-        assert!(stderr.contains(&expected), "{config}: {stderr}");
-        assert!(!stderr.contains("hunter2"), "{config}: {stderr}");
-        for made in ["csi.sock", "state", "cache"] {
-            assert!(!dir.path().join(made).exists(), "{config}: {made}");
-        }
+        refuse(dir.path(), "", &words, expected);
     }
 }
