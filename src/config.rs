@@ -30,6 +30,14 @@ pub enum ConfigError {
         #[source]
         source: Box<toml::de::Error>,
     },
+    /// A value cannot be used.
+    #[error("configuration {path}: {reason}")]
+    Invalid {
+        /// The file.
+        path: PathBuf,
+        /// Which value, and what would do.
+        reason: String,
+    },
 }
 
 /// All settings.
@@ -104,15 +112,22 @@ impl Config {
             path: path.to_owned(),
             source,
         })?;
-        toml::from_str(&text).map_err(|source| ConfigError::Parse {
+        let config: Self = toml::from_str(&text).map_err(|source| ConfigError::Parse {
             path: path.to_owned(),
             source: Box::new(source),
-        })
+        })?;
+        let path = path.to_owned();
+        match config.cache.check() {
+            Ok(()) => Ok(config),
+            Err(reason) => Err(ConfigError::Invalid { path, reason }),
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write as _;
+
     use super::*;
 
     #[test]
@@ -120,6 +135,40 @@ mod tests {
         let config: Config = toml::from_str("").unwrap();
         assert_eq!(config.cache, CacheConfig::default());
         assert_eq!(config.fuse, FuseConfig::default());
+    }
+
+    #[test]
+    fn watermarks_are_checked() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("config.toml");
+        for (text, expected) in [
+            (
+                "high_watermark_percent = 2\nlow_watermark_percent = 1",
+                None,
+            ),
+            ("high_watermark_percent = 100", None),
+            (
+                "high_watermark_percent = 101",
+                Some("cache.high_watermark_percent = 101: it must be from 1 to 100"),
+            ),
+            (
+                "low_watermark_percent = 0",
+                Some("cache.low_watermark_percent = 0: it must be from 1 to 100"),
+            ),
+            (
+                "high_watermark_percent = 80",
+                Some(
+                    "cache.low_watermark_percent = 80 must be less than \
+                     cache.high_watermark_percent = 80",
+                ),
+            ),
+        ] {
+            let mut file = std::fs::File::create(&path).unwrap();
+            write!(file, "[cache]\n{text}\n").unwrap();
+            let error = Config::read(&path).err().map(|it| it.to_string());
+            let expected = expected.map(|it| format!("configuration {}: {it}", path.display()));
+            assert_eq!(error, expected, "{text}");
+        }
     }
 
     #[test]

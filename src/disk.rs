@@ -1,10 +1,12 @@
 //! Publishes files atomically: a reader, or a restart after a crash, sees all of a file or none.
+//! Also asks for the space of a disk, and notes the use of a file.
 
 use std::{
     fs::{self, File, OpenOptions},
     io::{self, Write},
     path::{Path, PathBuf},
     sync::atomic::{AtomicU64, Ordering},
+    time::SystemTime,
 };
 
 /// Suffix of names that are not published yet; what a crash leaves behind ends in it.
@@ -96,6 +98,35 @@ pub fn sync_parent(path: &Path) -> io::Result<()> {
         Some(parent) if !parent.as_os_str().is_empty() => File::open(parent)?.sync_all(),
         _ => Ok(()),
     }
+}
+
+/// Space of a file system.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DiskSpace {
+    /// Bytes that users without privileges may still take.
+    pub free_bytes: u64,
+    /// All bytes.
+    pub size_bytes: u64,
+}
+
+/// Asks for the space of the file system of `path`, which reads no disk.
+///
+/// # Errors
+/// Those of statvfs(3).
+pub fn space(path: &Path) -> io::Result<DiskSpace> {
+    let disk = rustix::fs::statvfs(path)?;
+    Ok(DiskSpace {
+        free_bytes: disk.f_bavail.saturating_mul(disk.f_frsize),
+        size_bytes: disk.f_blocks.saturating_mul(disk.f_frsize),
+    })
+}
+
+/// Notes that the file is used now: its modification time says when that was last.
+///
+/// # Errors
+/// Those of futimens(3).
+pub fn touch(file: &File) -> io::Result<()> {
+    file.set_modified(SystemTime::now())
 }
 
 #[cfg(test)]

@@ -3,10 +3,17 @@
 //! Labels come from closed sets only; an image, a digest, a pod or a path is never a label, those
 //! belong in logs. `docs/METRICS.md` has the table, and a test compares it with [`Metrics`].
 
+use std::{
+    path::{Path, PathBuf},
+    sync::{Arc, OnceLock},
+};
+
 use prometheus::{
     Gauge, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, Opts,
     Registry, TextEncoder,
 };
+
+use crate::{disk, sys};
 
 /// Where the bytes of a read came from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -73,6 +80,8 @@ const CALL_BUCKETS_SECONDS: &[f64] = &[
 #[derive(Debug, Clone)]
 pub struct Metrics {
     registry: Registry,
+    /// The disk whose space is read when the metrics are; set once, when the cache is opened.
+    cache_disk: Arc<OnceLock<PathBuf>>,
     /// Reads by the tier that was asked and how it answered.
     pub tier_reads: IntCounterVec,
     /// Bytes of the layer that a tier delivered.
@@ -87,8 +96,18 @@ pub struct Metrics {
     pub layer_decompressed_bytes: IntCounter,
     /// Waiters that joined a layer's fill instead of starting their own.
     pub single_flight_followers: IntCounter,
-    /// Bytes of chunks present in the local disk cache.
+    /// Bytes that the local disk cache takes on disk.
     pub layer_cache_bytes: IntGauge,
+    /// Bytes that it may take; 0 if the disk alone is the bound.
+    pub layer_cache_capacity_bytes: IntGauge,
+    /// Free bytes of its disk.
+    pub layer_cache_disk_free_bytes: IntGauge,
+    /// All bytes of its disk.
+    pub layer_cache_disk_size_bytes: IntGauge,
+    /// Layers evicted from it, by the bound that demanded it.
+    pub layer_cache_evictions: IntCounterVec,
+    /// Bytes of evicted layers.
+    pub layer_cache_evicted_bytes: IntCounter,
     /// Layers in the local disk cache.
     pub layer_cache_layers: IntGauge,
     /// Bytes or digests that did not match, by the tier they came from.
@@ -144,7 +163,12 @@ impl Metrics {
             layer_decompressions: make.counters("layer_decompressions_total", "Layers decompressed from the registry's bytes, by outcome.", &["outcome"]),
             layer_decompressed_bytes: make.counter("layer_decompressed_bytes_total", "Bytes that decompression wrote."),
             single_flight_followers: make.counter("single_flight_followers_total", "Waiters that joined a layer's fill instead of starting their own."),
-            layer_cache_bytes: make.int_gauge("layer_cache_bytes", "Bytes of chunks present in the local disk cache."),
+            layer_cache_bytes: make.int_gauge("layer_cache_bytes", "Bytes that the local disk cache takes on disk."),
+            layer_cache_capacity_bytes: make.int_gauge("layer_cache_capacity_bytes", "Bytes that the local disk cache may take (cache.max_bytes), 0 if the disk alone is the bound."),
+            layer_cache_disk_free_bytes: make.int_gauge("layer_cache_disk_free_bytes", "Free bytes of the disk of the local disk cache."),
+            layer_cache_disk_size_bytes: make.int_gauge("layer_cache_disk_size_bytes", "Size of the disk of the local disk cache."),
+            layer_cache_evictions: make.counters("layer_cache_evictions_total", "Layers evicted from the local disk cache, by the bound that demanded it.", &["reason"]),
+            layer_cache_evicted_bytes: make.counter("layer_cache_evicted_bytes_total", "Bytes of layers evicted from the local disk cache."),
             layer_cache_layers: make.int_gauge("layer_cache_layers", "Layers in the local disk cache."),
             verify_failures: make.counters("verify_failures_total", "Bytes that did not match their digest, by the tier they came from.", &["tier"]),
             remote_requests: make.counters("remote_requests_total", "Requests to the remote content cache by operation and outcome.", &["op", "outcome"]),
@@ -162,8 +186,12 @@ impl Metrics {
             process_resident_memory_bytes: make.gauge("process_resident_memory_bytes", "Resident memory of this process (VmRSS)."),
             process_resident_memory_highwater_bytes: make.gauge("process_resident_memory_highwater_bytes", "Highest resident memory of this process so far (VmHWM)."),
             build_info: make.counters("build_info", "Always 1; the label carries the version.", &["version"]),
+            cache_disk: Arc::default(),
             registry,
         };
+        for reason in ["capacity", "disk"] {
+            metrics.layer_cache_evictions.with_label_values(&[reason]);
+        }
         for tier in Tier::ALL {
             for outcome in Outcome::ALL {
                 metrics
@@ -202,17 +230,32 @@ impl Metrics {
             .inc();
     }
 
-    /// Writes all metrics in Prometheus' text format, the memory of this process read anew.
+    /// Names the directory whose disk is asked for its space when the metrics are written.
+    pub fn watch_cache_disk(&self, dir: &Path) {
+        // A process has one cache; the first one named is it.
+        self.cache_disk.get_or_init(|| dir.to_owned());
+    }
+
+    /// Writes all metrics in Prometheus' text format, with the memory of this process and the space
+    /// of the cache disk as they are now.
     ///
     /// # Errors
     /// If a metric cannot be encoded, which no metric of the driver can cause.
     pub fn encode(&self) -> prometheus::Result<String> {
-        let memory = crate::sys::memory();
+        let memory = sys::memory();
         // Byte counts of a process are far below 2^52, so that f64 holds them exactly.
         self.process_resident_memory_bytes
             .set(memory.resident_bytes as f64);
         self.process_resident_memory_highwater_bytes
             .set(memory.highwater_bytes as f64);
+        // An unknown space stays what it was last.
+        if let Some(Ok(space)) = self.cache_disk.get().map(|it| disk::space(it)) {
+            let gauge = |bytes: u64| i64::try_from(bytes).unwrap_or(i64::MAX);
+            self.layer_cache_disk_free_bytes
+                .set(gauge(space.free_bytes));
+            self.layer_cache_disk_size_bytes
+                .set(gauge(space.size_bytes));
+        }
         TextEncoder::new().encode_to_string(&self.registry.gather())
     }
 

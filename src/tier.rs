@@ -72,6 +72,20 @@ pub enum PresentError {
         /// The cache directory.
         path: PathBuf,
     },
+    /// What is in use leaves too little of the cache's own bound.
+    #[error(
+        "layer {layer} does not fit into the cache {}: what is in use leaves too little of \
+         cache.max_bytes = {max_bytes}; raise it, or unmount images of this node",
+        .path.display()
+    )]
+    CacheFull {
+        /// The layer that was wanted.
+        layer: DiffId,
+        /// The cache directory.
+        path: PathBuf,
+        /// The bound.
+        max_bytes: u64,
+    },
     /// The local disk failed.
     #[error("cache disk: {reason}")]
     Disk {

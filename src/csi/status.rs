@@ -39,6 +39,8 @@ pub(super) fn code(err: &MountError) -> Code {
         MountError::Unavailable { .. } => Code::Unavailable,
         // Not final: eviction or the node's operator makes room.
         MountError::NoSpace { .. } => Code::ResourceExhausted,
+        // Not final: there is room again when other images are unmounted.
+        MountError::CacheFull { .. } => Code::ResourceExhausted,
         // Final: something at the target path is not the driver's to remove.
         MountError::Foreign { .. } => Code::FailedPrecondition,
         // Final: the bytes are not what their digests say; they will not be at the next call.
@@ -217,6 +219,17 @@ mod tests {
                 },
                 Code::ResourceExhausted,
                 "the disk of /cache is full: free space there, or give it a larger one".to_owned(),
+            ),
+            (
+                PresentError::CacheFull {
+                    layer,
+                    path: "/cache".into(),
+                    max_bytes: 7,
+                },
+                Code::ResourceExhausted,
+                format!(
+                    "cannot mount image app now: layer {LAYER} does not fit into the cache /cache: what is in use leaves too little of cache.max_bytes = 7; raise it, or unmount images of this node"
+                ),
             ),
             (
                 PresentError::Disk {

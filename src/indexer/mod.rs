@@ -13,7 +13,7 @@ use std::{
 };
 
 use futures_util::future;
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
 use crate::{
     digest::ManifestDigest,
@@ -93,11 +93,12 @@ impl Indexer {
             .iter()
             .map(|it| self.store.layer(it, Arc::clone(source)));
         let layers = future::try_join_all(layers).await?;
-        let path = index_path(&self.store, image.manifest);
+        let path = self.store.paths().image(image.manifest);
         if let Some(index) = open_index(&path, image) {
             return Ok(OpenImage { index, layers });
         }
         let index = self.merge(image, &layers, &path).await?;
+        self.store.sweep_soon();
         let elapsed = started.elapsed();
         self.metrics
             .index_build_duration
@@ -133,7 +134,7 @@ impl Indexer {
             ImageIndex::open(MappedFile::new(&file).map_err(failed)?).map_err(wrong)
         });
         merged.await.unwrap_or_else(|err| {
-            let path = index_path(&self.store, manifest);
+            let path = self.store.paths().image(manifest);
             Err(IndexerError::Disk {
                 path,
                 reason: format!("merging ended early: {err}"),
@@ -154,13 +155,6 @@ fn merge_layers(
         layer.file().index().source().drop_resident();
     }
     merge.finish(manifest)
-}
-
-fn index_path(store: &LayerStore, manifest: ManifestDigest) -> PathBuf {
-    store
-        .paths()
-        .images()
-        .join(format!("{}.clip", manifest.hex()))
 }
 
 /// Opens the index at `path` if it is whole and `image`'s; removes it if it is not.
@@ -184,6 +178,10 @@ fn open_index(path: &Path, image: &ResolvedImage) -> Option<ImageIndex<MappedFil
         Ok(index) => {
             // The checksum touched every page; few of them are needed again soon.
             index.source().drop_resident();
+            if let Err(err) = disk::touch(&file) {
+                // Then it is evicted too early, if at all.
+                debug!(path = %path.display(), error = %err, "noting the use of an image index");
+            }
             Some(index)
         }
         Err(reason) => {

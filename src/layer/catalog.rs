@@ -1,64 +1,123 @@
-//! Looks at the cache directory as a whole: what `clip-csi cache ls|verify|rm` does, and the
-//! clean-up at start. Works on a directory that other processes use at the same time.
+//! Looks at the cache directory as a whole: what `clip-csi cache ls|verify|rm` does, what eviction
+//! chooses from, and the clean-up at start. Works on a directory that other processes use at the
+//! same time.
 
-use std::{fs, io, path::PathBuf};
+use std::{
+    fs::{self, File},
+    io,
+    os::unix::fs::MetadataExt,
+    path::{Path, PathBuf},
+    time::{Duration, SystemTime},
+};
 
 use super::{
-    disk::{CachePaths, LayerFile},
+    disk::{ASIDE_SUFFIX, CachePaths, DATA, IMAGE_SUFFIX, LayerFile},
+    evict::{Item, ItemId},
     lock,
 };
 use crate::{
-    digest::{self, DiffId},
+    digest::{self, DiffId, ManifestDigest},
     disk::TEMPORARY_SUFFIX,
+    index::image::ImageIndex,
+    sys::MappedFile,
 };
 
-/// What the cache holds.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Usage {
-    /// How many layers.
-    pub n_layers: u64,
-    /// Bytes of the chunks that are present.
-    pub present_bytes: u64,
-}
-
-/// One layer of the cache.
-#[derive(Debug)]
-pub struct CachedLayer {
-    /// Names the layer.
-    pub diff_id: DiffId,
-    /// The layer, or why it cannot be opened.
-    pub file: io::Result<LayerFile>,
-}
+/// How old an unpublished image index is that nobody can be writing any more.
+const ABANDONED_AFTER: Duration = Duration::from_secs(60 * 60);
 
 /// Lists the layers, sorted by digest.
 ///
 /// # Errors
 /// If the directory cannot be read; an absent one is empty.
-pub fn layers(paths: &CachePaths) -> io::Result<Vec<CachedLayer>> {
-    let mut layers = Vec::new();
-    for name in names(paths.layers())? {
-        let Some(diff_id) = digest::from_hex(&name).map(DiffId::from_bytes) else {
-            continue;
-        };
-        let file = LayerFile::open(&paths.layer(diff_id), diff_id)
-            .and_then(|it| it.ok_or_else(|| io::Error::other("it has no index")));
-        layers.push(CachedLayer { diff_id, file });
-    }
-    layers.sort_by_key(|it| it.diff_id);
+pub fn layers(paths: &CachePaths) -> io::Result<Vec<DiffId>> {
+    let mut layers: Vec<DiffId> = names(paths.layers())?
+        .iter()
+        .filter_map(|it| digest::from_hex(it).map(DiffId::from_bytes))
+        .collect();
+    layers.sort_unstable();
     Ok(layers)
 }
 
-/// Sums the cache up.
+/// Opens a layer to look at it, which is no use of it; `None` if it has gone meanwhile.
 ///
 /// # Errors
-/// If the directory cannot be read.
-pub fn usage(paths: &CachePaths) -> io::Result<Usage> {
-    let mut usage = Usage::default();
-    for layer in layers(paths)? {
-        usage.n_layers += 1;
-        usage.present_bytes += layer.file.map_or(0, |it| it.present_bytes());
+/// Why it cannot be used.
+pub fn open(paths: &CachePaths, layer: DiffId) -> io::Result<Option<LayerFile>> {
+    let place = paths.layer(layer);
+    match LayerFile::open(&place, layer)? {
+        None if place.try_exists()? => Err(io::Error::other("it is not complete")),
+        opened => Ok(opened),
     }
-    Ok(usage)
+}
+
+/// What the cache holds.
+#[derive(Debug, Default)]
+pub(super) struct Contents {
+    /// The layers and the image indexes.
+    pub(super) items: Vec<Item>,
+    /// How many of them are layers.
+    pub(super) n_layers: u64,
+    /// What all takes on disk, layers in the making included.
+    pub(super) used_bytes: u64,
+}
+
+/// Measures the cache: as much as the disk has given to it, which is less than the sizes of sparse
+/// files, and more than what is marked present where a power cut took the marks.
+///
+/// # Errors
+/// If a directory cannot be read. What vanishes meanwhile is left out.
+pub(super) fn measure(paths: &CachePaths) -> io::Result<Contents> {
+    let mut contents = Contents::default();
+    for layer in layers(paths)? {
+        let place = paths.layer(layer);
+        let bytes = directory_bytes(&place)?;
+        contents.items.push(Item {
+            id: ItemId::Layer(layer),
+            bytes,
+            last_use: last_use(&place.join(DATA))?,
+        });
+        contents.n_layers += 1;
+        contents.used_bytes += bytes;
+    }
+    for (image, path) in images(paths)? {
+        let bytes = file_bytes(&path)?;
+        contents.items.push(Item {
+            id: ItemId::Image(image),
+            bytes,
+            last_use: last_use(&path)?,
+        });
+        contents.used_bytes += bytes;
+    }
+    for name in names(paths.temporary())? {
+        // What was set aside is about to be gone.
+        if !name.contains(ASIDE_SUFFIX) {
+            contents.used_bytes += directory_bytes(&paths.temporary().join(name))?;
+        }
+    }
+    Ok(contents)
+}
+
+/// What the files of a directory take on disk. What is no directory is not ours, and not counted.
+fn directory_bytes(dir: &Path) -> io::Result<u64> {
+    match names(dir.to_owned()) {
+        Ok(names) => names.iter().map(|it| file_bytes(&dir.join(it))).sum(),
+        Err(err) if err.kind() == io::ErrorKind::NotADirectory => Ok(0),
+        Err(err) => Err(err),
+    }
+}
+
+/// What a file takes on disk.
+fn file_bytes(path: &Path) -> io::Result<u64> {
+    // st_blocks is in units of 512 bytes, whatever the file system's blocks are (stat(3type)).
+    Ok(found(fs::metadata(path))?.map_or(0, |it| it.blocks() * 512))
+}
+
+/// When a file was used last; what is gone or damaged goes first.
+fn last_use(path: &Path) -> io::Result<SystemTime> {
+    match found(fs::metadata(path))? {
+        Some(metadata) => metadata.modified(),
+        None => Ok(SystemTime::UNIX_EPOCH),
+    }
 }
 
 /// What a verification found.
@@ -103,26 +162,73 @@ pub enum Removed {
     /// There was nothing.
     Absent,
     /// A process fills it right now.
-    Busy,
+    Filling,
+    /// A process has it open.
+    InUse,
 }
 
-/// Removes a layer. Who has it open keeps reading it; the next one to open it fetches it anew.
+/// Removes a layer that no process fills or has open.
+///
+/// Whoever opens it at the same time gets all of it, and then it stays, or does not find it.
 ///
 /// # Errors
-/// Those of the file system.
+/// Those of the file system. What is left then is out of sight, and removed at the next start.
 pub fn remove(paths: &CachePaths, layer: DiffId) -> io::Result<Removed> {
     let place = paths.layer(layer);
     if !place.try_exists()? {
         return Ok(Removed::Absent);
     }
-    let Some(_lock) = lock::try_lock(&paths.lock(layer))? else {
-        return Ok(Removed::Busy);
+    let Some(fill_lock) = lock::try_lock(&paths.lock(layer))? else {
+        return Ok(Removed::Filling);
     };
-    fs::create_dir_all(paths.temporary())?;
-    let aside = crate::disk::temporary_beside(&paths.temporary().join(layer.hex()));
-    fs::rename(&place, &aside)?;
-    fs::remove_dir_all(&aside)?;
+    // Without data nobody can have it open. Held until the directory is out of sight.
+    let data = found(File::open(place.join(DATA)))?;
+    if let Some(data) = &data
+        && !lock::try_claim(data)?
+    {
+        return Ok(Removed::InUse);
+    }
+    let Some(aside) = found(paths.set_aside(layer))? else {
+        return Ok(Removed::Absent);
+    };
+    // From here on it can be made anew.
+    fill_lock.remove()?;
+    drop(data);
+    found(fs::remove_dir_all(&aside))?;
     Ok(Removed::Yes)
+}
+
+/// Removes an image's index. Whoever has it mapped keeps it; it is made anew when it is wanted.
+///
+/// # Errors
+/// Those of the file system.
+pub(super) fn remove_image(paths: &CachePaths, image: ManifestDigest) -> io::Result<()> {
+    found(fs::remove_file(paths.image(image)))?;
+    Ok(())
+}
+
+/// Removes the image indexes of which a layer is gone: the image has to be opened layer by layer
+/// anyway.
+///
+/// # Errors
+/// Those of the file system.
+pub(super) fn remove_orphaned_images(paths: &CachePaths) -> io::Result<()> {
+    for (image, path) in images(paths)? {
+        let Some(file) = found(File::open(&path))? else {
+            continue;
+        };
+        let index = MappedFile::new(&file).map(ImageIndex::open);
+        let is_whole = index.is_ok_and(|it| {
+            it.is_ok_and(|index| {
+                let mut layers = (0..index.n_layers()).map(|it| index.layer(it));
+                layers.all(|it| it.is_some_and(|it| paths.layer(it.diff_id).exists()))
+            })
+        });
+        if !is_whole {
+            remove_image(paths, image)?;
+        }
+    }
+    Ok(())
 }
 
 /// Removes the image indexes; they are made anew from the layers' indexes when they are wanted.
@@ -138,9 +244,10 @@ pub fn remove_images(paths: &CachePaths) -> io::Result<u64> {
     Ok(n_removed)
 }
 
-/// Removes what fills left behind that ended before their time.
+/// Removes what processes left behind that ended before their time.
 ///
-/// A fill holds its layer's lock, so what belongs to a layer whose lock is free is nobody's.
+/// Whoever fills or removes a layer holds its lock, so what belongs to a layer whose lock is free is
+/// nobody's.
 ///
 /// # Errors
 /// Those of the file system.
@@ -154,22 +261,63 @@ pub(super) fn remove_leftovers(paths: &CachePaths) -> io::Result<()> {
             continue;
         };
         if let Some(_lock) = lock::try_lock(&paths.lock(layer))? {
-            match fs::remove_dir_all(paths.temporary().join(&name)) {
-                Err(err) if err.kind() != io::ErrorKind::NotFound => return Err(err),
-                Ok(()) | Err(_) => {}
-            }
+            found(fs::remove_dir_all(paths.temporary().join(&name)))?;
+        }
+    }
+    for name in names(paths.locks())? {
+        let Some(layer) = digest::from_hex(&name).map(DiffId::from_bytes) else {
+            continue;
+        };
+        if paths.layer(layer).try_exists()? {
+            continue;
+        }
+        if let Some(lock) = lock::try_lock(&paths.lock(layer))?
+            && !paths.layer(layer).try_exists()?
+        {
+            lock.remove()?;
+        }
+    }
+    for name in names(paths.images())? {
+        let path = paths.images().join(&name);
+        if name.ends_with(TEMPORARY_SUFFIX) && is_abandoned(&path)? {
+            found(fs::remove_file(path))?;
         }
     }
     Ok(())
 }
 
+/// Whether nobody can be writing the file any more.
+fn is_abandoned(path: &Path) -> io::Result<bool> {
+    let age = SystemTime::now().duration_since(last_use(path)?);
+    Ok(age.is_ok_and(|it| ABANDONED_AFTER < it))
+}
+
+/// The image indexes and their files.
+fn images(paths: &CachePaths) -> io::Result<Vec<(ManifestDigest, PathBuf)>> {
+    let names = names(paths.images())?;
+    let images = names.iter().filter_map(|name| {
+        let hex = name.strip_suffix(IMAGE_SUFFIX)?;
+        let image = digest::from_hex(hex).map(ManifestDigest::from_bytes)?;
+        Some((image, paths.images().join(name)))
+    });
+    Ok(images.collect())
+}
+
 /// The names in a directory; none if it does not exist.
 fn names(dir: PathBuf) -> io::Result<Vec<String>> {
-    match fs::read_dir(dir) {
-        Ok(entries) => entries
+    match found(fs::read_dir(dir))? {
+        Some(entries) => entries
             .map(|it| Ok(it?.file_name().to_string_lossy().into_owned()))
             .collect(),
-        Err(err) if err.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+        None => Ok(Vec::new()),
+    }
+}
+
+/// Makes an absence a value.
+fn found<T>(outcome: io::Result<T>) -> io::Result<Option<T>> {
+    match outcome {
+        Ok(value) => Ok(Some(value)),
+        Err(err) if err.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(err) => Err(err),
     }
 }

@@ -6,14 +6,20 @@ use std::{
     ops::Range,
     os::unix::fs::FileExt,
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
 use rustix::io::ReadWriteFlags;
+use tracing::debug;
 
-use super::state::{self, Initial, State};
+use super::{
+    lock,
+    room::Room,
+    state::{self, Initial, State},
+};
 use crate::{
     chunk,
-    digest::{ChunkDigest, DiffId},
+    digest::{ChunkDigest, DiffId, ManifestDigest},
     disk,
     index::{IndexError, layer_index::LayerIndex},
     sys::MappedFile,
@@ -59,16 +65,46 @@ impl CachePaths {
         self.root.join("images")
     }
 
+    /// The index of one image.
+    pub fn image(&self, image: ManifestDigest) -> PathBuf {
+        self.images().join(format!("{}{IMAGE_SUFFIX}", image.hex()))
+    }
+
     /// Holds what is not complete yet.
     pub(super) fn temporary(&self) -> PathBuf {
         self.root.join("tmp")
     }
 
-    /// The lock of whoever fills the layer.
+    /// Holds the locks.
+    pub(super) fn locks(&self) -> PathBuf {
+        self.root.join("locks")
+    }
+
+    /// The lock of whoever fills or removes the layer.
     pub(super) fn lock(&self, layer: DiffId) -> PathBuf {
-        self.root.join("locks").join(layer.hex())
+        self.locks().join(layer.hex())
+    }
+
+    /// Moves a layer's directory out of everybody's sight; returns where to, to be removed there.
+    ///
+    /// The caller holds the layer's fill lock. Whoever reads the layer keeps its open files.
+    ///
+    /// # Errors
+    /// Those of rename(2).
+    pub(super) fn set_aside(&self, layer: DiffId) -> io::Result<PathBuf> {
+        fs::create_dir_all(self.temporary())?;
+        let name = format!("{}{ASIDE_SUFFIX}", layer.hex());
+        let aside = disk::temporary_beside(&self.temporary().join(name));
+        fs::rename(self.layer(layer), &aside)?;
+        Ok(aside)
     }
 }
+
+/// Suffix of an image index's file name.
+pub(super) const IMAGE_SUFFIX: &str = ".clip";
+
+/// Part of the names of directories that were set aside, as opposed to fills under way.
+pub(super) const ASIDE_SUFFIX: &str = ".aside";
 
 /// Whether a read may wait for the disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -79,27 +115,49 @@ pub enum DiskWait {
     Allowed,
 }
 
-/// An open layer.
+/// An open layer. As long as it is open, no process removes it.
 #[derive(Debug)]
 pub struct LayerFile {
     dir: PathBuf,
     index: LayerIndex<MappedFile>,
+    /// Carries the pin.
     data: File,
-    state: State,
+    state: Arc<State>,
+    /// The last field, because fields are dropped in order: `data` is closed before it hears.
+    _listener: Option<Listener>,
+}
+
+/// Hears that a layer is closed.
+#[derive(Debug)]
+struct Listener(Arc<Room>);
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        self.0.released();
+    }
 }
 
 impl LayerFile {
-    /// Opens the layer in `dir`, or returns `None` if there is none.
+    /// Opens the layer in `dir`, or returns `None` if there is none, or none any more.
     ///
     /// # Errors
     /// `InvalidData` if its index is damaged or of another layer: the layer is to be made anew;
     /// else those of the file system.
     pub fn open(dir: &Path, layer: DiffId) -> io::Result<Option<Self>> {
-        let file = match File::open(dir.join(INDEX)) {
-            Ok(file) => file,
-            Err(err) if err.kind() == io::ErrorKind::NotFound => return Ok(None),
-            Err(err) => return Err(err),
-        };
+        match Self::open_pinned(dir, layer) {
+            // The directory may go until the pin is held.
+            Err(err) if err.kind() == io::ErrorKind::NotFound => Ok(None),
+            opened => opened,
+        }
+    }
+
+    fn open_pinned(dir: &Path, layer: DiffId) -> io::Result<Option<Self>> {
+        let data_path = dir.join(DATA);
+        let data = OpenOptions::new().read(true).write(true).open(&data_path)?;
+        if !lock::try_pin(&data)? {
+            return Ok(None);
+        }
+        let file = File::open(dir.join(INDEX))?;
         let damaged = |err: IndexError| io::Error::new(io::ErrorKind::InvalidData, err);
         if file.metadata()?.len() == 0 {
             return Err(damaged(IndexError::Truncated {
@@ -114,22 +172,32 @@ impl LayerFile {
         }
         // The checksum touched every page of the index; few of them are needed again soon.
         index.source().drop_resident();
-        let data = OpenOptions::new()
-            .create(true)
-            .truncate(false)
-            .read(true)
-            .write(true)
-            .open(dir.join(DATA))?;
         if data.metadata()?.len() != index.layer_bytes() {
             data.set_len(index.layer_bytes())?;
         }
         let state = State::open(&dir.join(STATE), index.layer_bytes(), state::boot())?;
-        Ok(Some(Self {
+        // Else the directory was replaced before the pin was held, and the files are of two.
+        Ok(lock::is_at(&data, &data_path)?.then(|| Self {
             dir: dir.to_owned(),
             index,
             data,
-            state,
+            state: Arc::new(state),
+            _listener: None,
         }))
+    }
+
+    /// Has `room` hear when the layer is closed.
+    pub(super) fn in_room(mut self, room: &Arc<Room>) -> Self {
+        self._listener = Some(Listener(Arc::clone(room)));
+        self
+    }
+
+    /// Notes that the layer is in use now.
+    pub(super) fn touch(&self) {
+        if let Err(err) = disk::touch(&self.data) {
+            // Then it is evicted too early, if at all.
+            debug!(layer.diff_id = %self.diff_id(), error = %err, "noting the use of a layer");
+        }
     }
 
     /// Publishes a layer whose index is known and whose data is yet to come.
@@ -160,11 +228,6 @@ impl LayerFile {
     /// Its directory.
     pub fn dir(&self) -> &Path {
         &self.dir
-    }
-
-    /// The data file: to ask for the free space of its disk.
-    pub(super) fn data(&self) -> &File {
-        &self.data
     }
 
     /// What it contains.
@@ -262,17 +325,17 @@ impl LayerFile {
         }))
     }
 
-    /// After an unclean stop: marks `chunk` present if what the disk has matches its digest.
+    /// After an unclean stop: marks `chunk` present if what the disk has matches its digest; says
+    /// whether it did.
     ///
     /// # Errors
     /// Those of the file system.
-    pub(super) fn adopt_chunk(&self, chunk: u32) -> io::Result<Option<u64>> {
+    pub(super) fn adopt_chunk(&self, chunk: u32) -> io::Result<bool> {
         if !self.state.is_suspect() || self.state.has(chunk) {
-            return Ok(None);
+            return Ok(false);
         }
-        let mut buf = Vec::new();
-        let good = self.verify_chunk(chunk, &mut buf)?;
-        Ok((good && self.state.set(chunk)).then_some(buf.len() as u64))
+        let is_right = self.verify_chunk(chunk, &mut Vec::new())?;
+        Ok(is_right && self.state.set(chunk))
     }
 
     /// Forgets a chunk whose bytes on disk are wrong; it will be fetched anew.
@@ -280,25 +343,48 @@ impl LayerFile {
         self.state.clear(chunk);
     }
 
-    /// Flushes a complete layer to stable storage, after which its bits survive a reboot.
-    ///
-    /// # Errors
-    /// Those of fsync(2).
-    ///
-    /// # Blocking
-    /// Waits for the disk, for long if much was written.
-    pub(super) fn flush(&self) -> io::Result<()> {
-        self.data.sync_all()?;
-        File::open(self.dir.join(INDEX))?.sync_all()?;
-        self.state.mark_flushed(&self.dir.join(STATE))?;
-        File::open(&self.dir)?.sync_all()?;
-        disk::sync_parent(&self.dir)
+    /// Gives what flushes the layer. It is no user of the layer, which may be removed meanwhile.
+    pub(super) fn flush(&self) -> Flush {
+        Flush {
+            dir: self.dir.clone(),
+            state: Arc::clone(&self.state),
+        }
     }
 
     /// Bytes of chunk `chunk`.
     pub fn chunk_bytes(&self, chunk: u32) -> u64 {
         let range = chunk::byte_range(chunk, self.layer_bytes());
         range.end - range.start
+    }
+}
+
+/// Flushes a complete layer to stable storage, after which its bits survive a reboot.
+#[derive(Debug)]
+pub(super) struct Flush {
+    dir: PathBuf,
+    state: Arc<State>,
+}
+
+impl Flush {
+    /// Does it, unless the layer was removed. One that was made anew meanwhile is flushed, but not
+    /// marked so, because the marks are those of the layer that this was made of.
+    ///
+    /// # Errors
+    /// Those of fsync(2).
+    ///
+    /// # Blocking
+    /// Waits for the disk, for long if much was written.
+    pub(super) fn run(self) -> io::Result<()> {
+        let sync = |name| File::open(self.dir.join(name))?.sync_all();
+        let flushed = sync(DATA)
+            .and_then(|()| sync(INDEX))
+            .and_then(|()| self.state.mark_flushed(&self.dir.join(STATE)))
+            .and_then(|()| sync("."))
+            .and_then(|()| disk::sync_parent(&self.dir));
+        match flushed {
+            Err(err) if err.kind() == io::ErrorKind::NotFound => Ok(()),
+            flushed => flushed,
+        }
     }
 }
 
@@ -342,10 +428,8 @@ impl Staging {
         let place = paths.layer(layer);
         fs::create_dir_all(paths.layers())?;
         if place.try_exists()? {
-            // A damaged layer: whoever still reads it keeps its open files.
-            let aside = disk::temporary_beside(&paths.temporary().join(layer.hex()));
-            fs::rename(&place, &aside)?;
-            fs::remove_dir_all(&aside)?;
+            // A damaged layer.
+            fs::remove_dir_all(paths.set_aside(layer)?)?;
         }
         fs::rename(&self.dir, &place)
     }

@@ -5,18 +5,17 @@
 //! when the whole stream has matched its digests; nobody reads it before. A refill writes in place,
 //! chunk by chunk, each verified against the index, and readers are served behind it.
 
-use std::{
-    fs::File,
-    io::{self, Write},
-};
+use std::{fs::File, io, os::unix::fs::FileExt};
 
 use sha2::{Digest, Sha256};
 
 use super::{
     CacheConfig,
     disk::{CachePaths, DATA, INDEX, LayerFile, STATE, Staging, usize_of},
+    evict::Bound,
     feed::FeedReader,
     pipeline::{self, Encoding, PipelineError, Sink},
+    room::{Claim, Room},
     state::{self, Initial, State},
 };
 use crate::{
@@ -35,6 +34,7 @@ const SPACE_CHECK_BYTES: u64 = 16 << 20;
 enum SinkError {
     Disk(io::Error),
     NoSpace,
+    NoRoom(Bound),
     Refused(String),
     Limit(&'static str, u64),
 }
@@ -45,6 +45,12 @@ impl From<io::Error> for SinkError {
             io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Self::NoSpace,
             _ => Self::Disk(err),
         }
+    }
+}
+
+impl From<Bound> for SinkError {
+    fn from(bound: Bound) -> Self {
+        Self::NoRoom(bound)
     }
 }
 
@@ -59,6 +65,8 @@ impl From<IndexError> for SinkError {
 pub(super) struct Blame<'a> {
     pub(super) layer: DiffId,
     pub(super) paths: &'a CachePaths,
+    /// The configured bound of the cache.
+    pub(super) max_bytes: u64,
 }
 
 impl Blame<'_> {
@@ -67,12 +75,24 @@ impl Blame<'_> {
         self.sink(SinkError::from(err))
     }
 
+    /// What it means that nothing more could be evicted.
+    pub(super) fn no_room(&self, bound: Bound) -> PresentError {
+        let path = self.paths.root().to_owned();
+        match bound {
+            Bound::Disk => PresentError::NoSpace { path },
+            Bound::Capacity => PresentError::CacheFull {
+                layer: self.layer,
+                path,
+                max_bytes: self.max_bytes,
+            },
+        }
+    }
+
     fn sink(&self, err: SinkError) -> PresentError {
         let layer = self.layer;
         match err {
-            SinkError::NoSpace => PresentError::NoSpace {
-                path: self.paths.root().to_owned(),
-            },
+            SinkError::NoSpace => self.no_room(Bound::Disk),
+            SinkError::NoRoom(bound) => self.no_room(bound),
             SinkError::Disk(err) => {
                 let path = self.paths.root().display();
                 PresentError::Disk {
@@ -109,16 +129,21 @@ impl Blame<'_> {
 pub(super) fn first_fill(
     paths: &CachePaths,
     config: &CacheConfig,
+    room: &Room,
     desc: &LayerDesc,
     reader: FeedReader,
     encoding: Encoding,
 ) -> Result<u64, PresentError> {
     let layer = desc.diff_id;
-    let blame = Blame { layer, paths };
+    let blame = Blame {
+        layer,
+        paths,
+        max_bytes: room.max_bytes(),
+    };
     let refused = |reason: String| PresentError::Refused { layer, reason };
     let staging = Staging::new(paths, layer).map_err(|err| blame.disk(err))?;
     let data = File::create_new(staging.dir().join(DATA)).map_err(|err| blame.disk(err))?;
-    let mut sink = FirstFill::new(data, config);
+    let mut sink = FirstFill::new(data, config, room);
     let (blob_bytes, blob) =
         pipeline::run(reader, encoding, &mut sink).map_err(|err| blame.pipeline(err))?;
     if encoding == Encoding::Blob && (blob_bytes, blob) != (desc.blob_bytes, desc.blob) {
@@ -128,6 +153,7 @@ pub(super) fn first_fill(
             desc.blob, desc.blob_bytes
         )));
     }
+    sink.claim_room().map_err(|err| blame.sink(err))?;
     let built = sink.finish().map_err(|err| blame.sink(err))?;
     if built.diff_id != layer {
         return Err(refused(format!(
@@ -150,13 +176,16 @@ pub(super) fn first_fill(
 struct FirstFill<'a> {
     data: File,
     config: &'a CacheConfig,
+    room: &'a Room,
     hasher: Sha256,
     chunk_hasher: blake3::Hasher,
     parser: tar::Parser,
     index: LayerIndexBuilder,
     n_entries: u64,
     layer_bytes: u64,
-    space_checked_at: u64,
+    /// How many of them the cache's account has.
+    claimed_bytes: u64,
+    claim_at: u64,
 }
 
 /// What a first fill found out.
@@ -168,17 +197,19 @@ struct Built {
 }
 
 impl<'a> FirstFill<'a> {
-    fn new(data: File, config: &'a CacheConfig) -> Self {
+    fn new(data: File, config: &'a CacheConfig, room: &'a Room) -> Self {
         Self {
             data,
             config,
+            room,
             hasher: Sha256::new(),
             chunk_hasher: blake3::Hasher::new(),
             parser: tar::Parser::new(tar::TarLimits::default()),
             index: LayerIndexBuilder::default(),
             n_entries: 0,
             layer_bytes: 0,
-            space_checked_at: 0,
+            claimed_bytes: 0,
+            claim_at: 0,
         }
     }
 
@@ -224,11 +255,18 @@ impl<'a> FirstFill<'a> {
             let max = config.max_layer_index_bytes;
             return Err(SinkError::Limit("cache.max_layer_index_bytes", max));
         }
-        if self.space_checked_at <= self.layer_bytes {
-            self.space_checked_at = self.layer_bytes + SPACE_CHECK_BYTES;
-            check_space(&self.data, config.min_free_bytes)?;
+        if self.claim_at <= self.layer_bytes {
+            self.claim_at = self.layer_bytes + SPACE_CHECK_BYTES;
+            self.claim_room()?;
         }
         Ok(())
+    }
+
+    /// Makes room for what was written since the last time.
+    fn claim_room(&mut self) -> Result<(), SinkError> {
+        let written_bytes = self.layer_bytes - self.claimed_bytes;
+        self.claimed_bytes = self.layer_bytes;
+        Ok(self.room.claim(written_bytes)?)
     }
 }
 
@@ -261,18 +299,10 @@ impl Sink for FirstFill<'_> {
             .push(bytes, &mut push)
             .map_err(|err| SinkError::Refused(err.to_string()))?;
         pushed?;
-        self.data.write_all(bytes)?;
+        let at = self.layer_bytes - bytes.len() as u64;
+        self.room.with_room(|| self.data.write_all_at(bytes, at))?;
         Ok(())
     }
-}
-
-/// Refuses to go on when the disk has less than `min_free_bytes` left.
-fn check_space(data: &File, min_free_bytes: u64) -> Result<(), SinkError> {
-    let disk = rustix::fs::fstatvfs(data).map_err(io::Error::from)?;
-    if disk.f_bavail.saturating_mul(disk.f_frsize) < min_free_bytes {
-        return Err(SinkError::NoSpace);
-    }
-    Ok(())
 }
 
 /// Fills the missing chunks of `layer` from its blob; `progress` hears of each chunk passed.
@@ -284,7 +314,7 @@ fn check_space(data: &File, min_free_bytes: u64) -> Result<(), SinkError> {
 /// For as long as the source delivers.
 pub(super) fn refill(
     paths: &CachePaths,
-    config: &CacheConfig,
+    room: &Room,
     layer: &LayerFile,
     reader: FeedReader,
     progress: &mut (dyn FnMut(u64) + Send),
@@ -292,10 +322,11 @@ pub(super) fn refill(
     let blame = Blame {
         layer: layer.diff_id(),
         paths,
+        max_bytes: room.max_bytes(),
     };
     let mut sink = Refill {
         layer,
-        min_free_bytes: config.min_free_bytes,
+        room,
         chunk: 0,
         buffer: Vec::with_capacity(usize_of(CHUNK_BYTES.min(layer.layer_bytes()))),
         progress,
@@ -317,7 +348,7 @@ pub(super) fn refill(
 /// wrong must not reach it.
 struct Refill<'a> {
     layer: &'a LayerFile,
-    min_free_bytes: u64,
+    room: &'a Room,
     chunk: u32,
     buffer: Vec<u8>,
     progress: &'a mut (dyn FnMut(u64) + Send),
@@ -340,10 +371,11 @@ impl Sink for Refill<'_> {
             rest = tail;
             if self.buffer.len() == chunk_bytes {
                 if self.chunk.is_multiple_of(16) {
-                    check_space(self.layer.data(), self.min_free_bytes)?;
+                    self.room.make(Claim::Read)?;
                 }
-                let Some(new_bytes) = self.layer.write_chunk(self.chunk, &self.buffer)? else {
-                    let chunk = self.chunk;
+                let chunk = self.chunk;
+                let write = || self.layer.write_chunk(chunk, &self.buffer);
+                let Some(new_bytes) = self.room.with_room(write)? else {
                     let reason = format!("chunk {chunk} does not match its digest in the index");
                     return Err(SinkError::Refused(reason));
                 };

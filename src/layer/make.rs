@@ -43,18 +43,16 @@ impl Inner {
             self.make_from_registry(origin).await?;
             Made::FromRegistry
         };
-        drop(lock);
         let layer = self.open_layer(origin)?.ok_or_else(|| PresentError::Disk {
             reason: format!("layer {diff_id} vanished while it was made"),
         })?;
+        // Until here the lock kept it from being evicted; from here on it is in use.
+        drop(lock);
         if made == Made::FromRegistry {
             self.upload_later(&origin.desc, layer.file(), Repair::default());
         }
         self.metrics.layer_cache_layers.inc();
-        let present_bytes = layer.file.present_bytes();
-        self.metrics
-            .layer_cache_bytes
-            .add(i64::try_from(present_bytes).unwrap_or(i64::MAX));
+        self.room.sweep_soon();
         if layer.file.is_complete() {
             self.flush_later(&layer);
         }
@@ -102,6 +100,7 @@ impl Inner {
                 return Ok(false);
             }
         }
+        self.make_room(diff_id, index.len() as u64).await?;
         LayerFile::create_empty(&self.paths, diff_id, &index, manifest.layer_bytes)
             .map_err(|err| self.blame(diff_id).disk(err))?;
         Ok(true)
@@ -115,6 +114,7 @@ impl Inner {
         desc: &LayerDesc,
         manifest: &Arc<RemoteManifest>,
     ) -> Result<bool, PresentError> {
+        self.make_room(desc.diff_id, manifest.layer_bytes).await?;
         let chunks = stream::unfold(0, |n: u32| async move {
             let digest = manifest.chunk_digests.get(n as usize)?;
             let range = chunk::byte_range(n, manifest.layer_bytes);
@@ -144,6 +144,8 @@ impl Inner {
     /// Builds the layer from its blob.
     async fn make_from_registry(self: &Arc<Self>, origin: &Origin) -> Result<(), PresentError> {
         let desc = &origin.desc;
+        // How large it becomes is not known; smaller than its blob it will hardly be.
+        self.make_room(desc.diff_id, desc.blob_bytes).await?;
         let permit = self.decompressions.acquire().await;
         let started = Instant::now();
         info!(layer.diff_id = %desc.diff_id, layer.blob = %desc.blob, bytes = desc.blob_bytes,
@@ -197,12 +199,17 @@ impl Inner {
     ) -> Result<u64, PresentError> {
         let (feed, reader) = feed::feed();
         let (paths, config, desc) = (self.paths.clone(), self.config.clone(), desc.clone());
-        let diff_id = desc.diff_id;
-        let work = self
-            .runtime
-            .spawn_blocking(move || fill::first_fill(&paths, &config, &desc, reader, encoding));
+        let (diff_id, room) = (desc.diff_id, Arc::clone(&self.room));
+        let work = self.runtime.spawn_blocking(move || {
+            fill::first_fill(&paths, &config, &room, &desc, reader, encoding)
+        });
         let ((), outcome) = tokio::join!(feed.run(stream), work);
-        outcome.unwrap_or_else(|err| Err(crashed(diff_id, &err)))
+        let outcome = outcome.unwrap_or_else(|err| Err(crashed(diff_id, &err)));
+        if outcome.is_err() {
+            // What was written counts no more.
+            self.room.sweep_soon();
+        }
+        outcome
     }
 }
 

@@ -4,11 +4,14 @@
 //!
 //! ```text
 //! layers/<diffid-hex>/index    what the layer contains, its chunk digests (layer_index)
-//! layers/<diffid-hex>/data     the decompressed tar, sparse: chunks that are absent are holes
+//! layers/<diffid-hex>/data     the decompressed tar, sparse: chunks that are absent are holes;
+//!                              flock: shared by whoever has the layer open; mtime: its last use
 //! layers/<diffid-hex>/state    which chunks are present: a bitmap, mapped by every process
-//! layers/<diffid-hex>/upload   empty; there while the remote content cache lacks the layer
-//! locks/<diffid-hex>           flock: held by the process that fills the layer
-//! tmp/*.tmp                    first fills under way; what a crash leaves is removed at start
+//! layers/<diffid-hex>/upload   there while the remote content cache lacks the layer
+//! images/<manifest-hex>.clip   an image's index (indexer); mtime: its last use
+//! locks/<diffid-hex>           flock: held by the process that fills or removes the layer
+//! tmp/*.tmp                    first fills under way, and layers on their way out; what a crash
+//!                              leaves is removed at start
 //! ```
 //!
 //! Invariants:
@@ -21,13 +24,17 @@
 //! - A layer is decompressed once per node, however many mounts, readers and processes want it: one
 //!   flight per layer in a process (`flight`), one lock file between processes (`lock`).
 //! - A broken cache never fails a reader: only the origin's last word does.
-//!
-//! Deliberately absent: eviction. What is here stays until `clip-csi cache rm`.
+//! - A layer that any process has open is never removed. Removing takes the fill lock, then the
+//!   data file's lock, then renames the directory away: whoever opens the layer meanwhile gets all
+//!   of it, or finds none and makes it anew.
+//! - The cache stays within its bounds (`evict` decides, `room` acts), except for what is in use:
+//!   then readers go on, and an image that would need more is refused.
 
 pub mod catalog;
 pub mod disk;
 pub mod store;
 
+mod evict;
 mod feed;
 mod fill;
 mod flight;
@@ -35,6 +42,7 @@ mod lock;
 mod make;
 mod pipeline;
 mod present;
+mod room;
 mod state;
 mod upload;
 
@@ -56,6 +64,12 @@ pub struct CacheConfig {
     pub max_layer_index_bytes: u64,
     /// Most inodes that one image may have.
     pub max_index_nodes: u32,
+    /// Bytes that the cache may take; 0 if the disk alone is the bound.
+    pub max_bytes: u64,
+    /// Share of `max_bytes` above which what is not in use is evicted, least recently used first.
+    pub high_watermark_percent: u32,
+    /// Share of `max_bytes` at which eviction ends.
+    pub low_watermark_percent: u32,
     /// Bytes that a fill leaves free on the disk.
     pub min_free_bytes: u64,
     /// How many layers are decompressed at once.
@@ -74,10 +88,38 @@ impl Default for CacheConfig {
             max_layer_entries: 10_000_000,
             max_layer_index_bytes: 1 << 30,
             max_index_nodes: 20_000_000,
+            max_bytes: 0,
+            high_watermark_percent: 90,
+            low_watermark_percent: 80,
             min_free_bytes: 256 << 20,
             max_decompressions: default_decompressions(),
             stall_timeout_seconds: 60,
         }
+    }
+}
+
+impl CacheConfig {
+    /// Checks what a type cannot.
+    ///
+    /// # Errors
+    /// One sentence that names the key and says what would do.
+    pub fn check(&self) -> Result<(), String> {
+        let (high, low) = (self.high_watermark_percent, self.low_watermark_percent);
+        for (key, percent) in [
+            ("high_watermark_percent", high),
+            ("low_watermark_percent", low),
+        ] {
+            if !(1..=100).contains(&percent) {
+                return Err(format!("cache.{key} = {percent}: it must be from 1 to 100"));
+            }
+        }
+        if high <= low {
+            return Err(format!(
+                "cache.low_watermark_percent = {low} must be less than \
+                 cache.high_watermark_percent = {high}"
+            ));
+        }
+        Ok(())
     }
 }
 

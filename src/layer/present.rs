@@ -127,13 +127,7 @@ impl Inner {
             .spawn_blocking(move || file.adopt_chunk(chunk))
             .await;
         match adopted {
-            Ok(Ok(Some(bytes))) => {
-                self.metrics
-                    .layer_cache_bytes
-                    .add(i64::try_from(bytes).unwrap_or(0));
-                Ok(true)
-            }
-            Ok(Ok(None)) => Ok(false),
+            Ok(Ok(is_adopted)) => Ok(is_adopted),
             // What cannot be read can be fetched.
             Ok(Err(err)) => {
                 debug!(layer.diff_id = %diff_id, chunk, error = %err, "chunk on disk cannot be read");
@@ -169,9 +163,10 @@ impl Inner {
             return Ok(false);
         };
         let delivered = bytes.len() as u64;
+        let room = Arc::clone(&self.room);
         let written = self
             .runtime
-            .spawn_blocking(move || file.write_chunk(chunk, &bytes))
+            .spawn_blocking(move || room.with_room(|| file.write_chunk(chunk, &bytes)))
             .await;
         let new_bytes = written
             .map_err(|err| crashed(diff_id, &err))?
@@ -179,9 +174,7 @@ impl Inner {
         let Some(new_bytes) = new_bytes else {
             return Ok(false);
         };
-        self.metrics
-            .layer_cache_bytes
-            .add(i64::try_from(new_bytes).unwrap_or(0));
+        self.room.grew(new_bytes);
         let tier = Tier::ContentCache.label();
         self.metrics
             .tier_read_bytes
@@ -306,10 +299,7 @@ impl Inner {
         let (inner, file, progress) = (Arc::clone(self), Arc::clone(&layer.file), progress.clone());
         let work = self.runtime.spawn_blocking(move || {
             let mut passed = |new_bytes| {
-                inner
-                    .metrics
-                    .layer_cache_bytes
-                    .add(i64::try_from(new_bytes).unwrap_or(0));
+                inner.room.grew(new_bytes);
                 let tier = Tier::Registry.label();
                 inner
                     .metrics
@@ -318,7 +308,7 @@ impl Inner {
                     .inc_by(new_bytes);
                 progress.send_replace(RefillState::Running);
             };
-            fill::refill(&inner.paths, &inner.config, &file, reader, &mut passed)
+            fill::refill(&inner.paths, &inner.room, &file, reader, &mut passed)
         });
         let ((), outcome) = tokio::join!(feed.run(stream), work);
         outcome.unwrap_or_else(|err| Err(crashed(diff_id, &err)))
@@ -332,6 +322,7 @@ fn is_transient(err: &PresentError) -> bool {
         PresentError::Timeout { .. } => true,
         PresentError::Refused { .. }
         | PresentError::NoSpace { .. }
+        | PresentError::CacheFull { .. }
         | PresentError::Disk { .. }
         | PresentError::Limit { .. }
         | PresentError::Unknown { .. } => false,

@@ -24,6 +24,7 @@ use super::{
     fill::Blame,
     flight::Flights,
     lock::{self, FillLock},
+    room::{Claim, Room},
     upload,
 };
 use crate::{
@@ -47,6 +48,7 @@ pub struct LayerStore(Arc<Inner>);
 pub(super) struct Inner {
     pub(super) paths: CachePaths,
     pub(super) config: CacheConfig,
+    pub(super) room: Arc<Room>,
     pub(super) remote: Option<Remote>,
     pub(super) metrics: Metrics,
     pub(super) runtime: Handle,
@@ -120,6 +122,12 @@ impl Layer {
     }
 }
 
+impl Drop for Layer {
+    fn drop(&mut self) {
+        self.file.touch();
+    }
+}
+
 impl LayerStore {
     /// Opens the store in the configured directory and removes what a crash left behind.
     ///
@@ -149,17 +157,13 @@ impl LayerStore {
             std::fs::create_dir_all(dir).map_err(in_dir)?;
         }
         catalog::remove_leftovers(&paths).map_err(in_dir)?;
-        let usage = catalog::usage(&paths).map_err(in_dir)?;
-        metrics
-            .layer_cache_bytes
-            .set(i64::try_from(usage.present_bytes).unwrap_or(i64::MAX));
-        metrics
-            .layer_cache_layers
-            .set(i64::try_from(usage.n_layers).unwrap_or(i64::MAX));
-        info!(path = %config.dir.display(), bytes = usage.present_bytes, layers = usage.n_layers,
-            "initialized OCI storage with disk cache");
+        let room = Room::new(paths.clone(), &config, metrics.clone(), runtime.clone());
+        let room = Arc::new(room.map_err(in_dir)?);
+        info!(path = %config.dir.display(), bytes = room.used_bytes(), max_bytes = config.max_bytes,
+            layers = metrics.layer_cache_layers.get(), "initialized OCI storage with disk cache");
         let store = Self(Arc::new(Inner {
             paths,
+            room,
             decompressions: Semaphore::new(config.max_decompressions.max(1)),
             config,
             remote,
@@ -170,7 +174,9 @@ impl LayerStore {
             chunk_flights: Flights::default(),
             tasks: Mutex::default(),
         }));
+        // What is to be uploaded is in use before anything is evicted.
         upload::resume(&store.0);
+        store.sweep_soon();
         Ok(store)
     }
 
@@ -215,6 +221,16 @@ impl LayerStore {
         Ok(layer)
     }
 
+    /// Has the cache looked at, and what is too much evicted, beside all else: something was added.
+    pub fn sweep_soon(&self) {
+        self.0.room.sweep_soon();
+    }
+
+    /// Waits for the evictions under way: what was asked for before this call is done after it.
+    pub async fn settle(&self) {
+        self.0.room.settle().await;
+    }
+
     /// Waits for the uploads under way, at most until `deadline`, then stops all work.
     pub async fn shutdown(&self, deadline: Duration) {
         if let Some(remote) = &self.0.remote {
@@ -223,6 +239,7 @@ impl LayerStore {
         let mut tasks =
             std::mem::take(&mut *self.0.tasks.lock().unwrap_or_else(PoisonError::into_inner));
         tasks.shutdown().await;
+        self.0.room.settle().await;
     }
 }
 
@@ -274,6 +291,7 @@ impl Inner {
         Blame {
             layer,
             paths: &self.paths,
+            max_bytes: self.config.max_bytes,
         }
     }
 
@@ -311,8 +329,9 @@ impl Inner {
         if let Some(layer) = layers.get(&diff_id).and_then(Weak::upgrade) {
             return Ok(Some(layer));
         }
+        file.touch();
         let layer = Arc::new(Layer {
-            file: Arc::new(file),
+            file: Arc::new(file.in_room(&self.room)),
             origin: Mutex::new(origin.clone()),
             refill: Mutex::default(),
             missed: Mutex::default(),
@@ -320,6 +339,19 @@ impl Inner {
         layers.retain(|_, it| 0 < it.strong_count());
         layers.insert(diff_id, Arc::downgrade(&layer));
         Ok(Some(layer))
+    }
+
+    /// Makes room for a layer that is to be made, or refuses it.
+    pub(super) async fn make_room(
+        &self,
+        layer: DiffId,
+        coming_bytes: u64,
+    ) -> Result<(), PresentError> {
+        let room = Arc::clone(&self.room);
+        let claim = Claim::Publish { coming_bytes };
+        let made = self.runtime.spawn_blocking(move || room.make(claim)).await;
+        made.map_err(|err| crashed(layer, &err))?
+            .map_err(|bound| self.blame(layer).no_room(bound))
     }
 
     /// Takes the right to fill the layer, unless another process has it.

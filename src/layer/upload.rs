@@ -100,7 +100,7 @@ pub(super) fn resume(inner: &Arc<Inner>) {
         match LayerFile::open(&dir.path(), DiffId::from_bytes(layer)) {
             Ok(Some(file)) if file.is_complete() => {
                 let upload = LayerUpload {
-                    file: Arc::new(file),
+                    file: Arc::new(file.in_room(&inner.room)),
                     blob,
                     blob_bytes,
                 };
@@ -130,11 +130,11 @@ impl Inner {
 
     /// Flushes a complete layer to stable storage, beside all else.
     pub(super) fn flush_later(self: &Arc<Self>, layer: &Arc<Layer>) {
-        let file = Arc::clone(layer.file());
+        let diff_id = layer.file().diff_id();
+        let flush = layer.file().flush();
         let runtime = self.runtime.clone();
         self.spawn(async move {
-            let diff_id = file.diff_id();
-            let flushed = runtime.spawn_blocking(move || file.flush()).await;
+            let flushed = runtime.spawn_blocking(|| flush.run()).await;
             // Unflushed chunks are verified again after a reboot: slower, never wrong.
             if let Ok(Err(err)) = flushed {
                 warn!(layer.diff_id = %diff_id, error = %err, "flushing a layer to disk");

@@ -136,6 +136,15 @@ pub enum MountError {
         /// The directory.
         path: PathBuf,
     },
+    /// The cache has no room for the image beside what is in use.
+    #[error("cannot mount image {image} now")]
+    CacheFull {
+        /// The image reference.
+        image: String,
+        /// Which layer, and what to do.
+        #[source]
+        cause: Box<PrepareError>,
+    },
     /// The target path is not the driver's to use.
     #[error("target path {} {reason}", .path.display())]
     Foreign {
@@ -183,7 +192,8 @@ impl MountError {
             | Self::Preparing { .. }
             | Self::Overloaded { .. }
             | Self::Unavailable { .. }
-            | Self::NoSpace { .. } => true,
+            | Self::NoSpace { .. }
+            | Self::CacheFull { .. } => true,
             Self::Invalid { .. }
             | Self::AlreadyExists { .. }
             | Self::ImageNotFound { .. }
@@ -218,6 +228,7 @@ impl MountError {
             PrepareError::Present(present) => match present {
                 PresentError::Refused { .. } => return Self::Refused { image, cause },
                 PresentError::NoSpace { path } => return Self::NoSpace { path: path.clone() },
+                PresentError::CacheFull { .. } => return Self::CacheFull { image, cause },
                 PresentError::Disk { reason } => {
                     return Self::System {
                         doing: format!("preparing image {image}"),

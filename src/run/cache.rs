@@ -3,6 +3,8 @@
 use std::{
     io::{self, Write},
     process::ExitCode,
+    thread,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context, bail};
@@ -16,22 +18,29 @@ use crate::{
     },
 };
 
+/// How long `rm` waits for layers that are in use, in all: whoever served a mount lets go of them a
+/// moment after it was unmounted.
+const IN_USE_WAIT: Duration = Duration::from_secs(3);
+
+const IN_USE_POLL: Duration = Duration::from_millis(50);
+
 /// Lists the layers with their bytes present and in all.
 pub(super) fn list(config: &CacheConfig) -> anyhow::Result<ExitCode> {
     let paths = CachePaths::new(&config.dir);
     let mut out = io::stdout().lock();
     let mut code = ExitCode::SUCCESS;
-    for layer in catalog::layers(&paths).with_context(|| in_dir(config))? {
-        match layer.file {
-            Ok(file) => {
+    for diff_id in catalog::layers(&paths).with_context(|| in_dir(config))? {
+        match catalog::open(&paths, diff_id) {
+            Ok(Some(file)) => {
                 let (present, all) = (file.present_bytes(), file.layer_bytes());
-                writeln!(out, "{} {present} of {all} bytes", layer.diff_id)?;
+                writeln!(out, "{diff_id} {present} of {all} bytes")?;
             }
+            // Evicted since it was listed.
+            Ok(None) => {}
             Err(err) => {
                 writeln!(
                     out,
-                    "{} unusable: {err}; it is made anew on next use",
-                    layer.diff_id
+                    "{diff_id} unusable: {err}; it is made anew on next use"
                 )?;
                 code = ExitCode::FAILURE;
             }
@@ -45,10 +54,11 @@ pub(super) fn verify(config: &CacheConfig) -> anyhow::Result<ExitCode> {
     let paths = CachePaths::new(&config.dir);
     let mut out = io::stdout().lock();
     let mut code = ExitCode::SUCCESS;
-    for layer in catalog::layers(&paths).with_context(|| in_dir(config))? {
-        let diff_id = layer.diff_id;
-        let file = match layer.file {
-            Ok(file) => file,
+    for diff_id in catalog::layers(&paths).with_context(|| in_dir(config))? {
+        let file = match catalog::open(&paths, diff_id) {
+            Ok(Some(file)) => file,
+            // Evicted since it was listed.
+            Ok(None) => continue,
             Err(err) => {
                 writeln!(
                     out,
@@ -71,7 +81,7 @@ pub(super) fn verify(config: &CacheConfig) -> anyhow::Result<ExitCode> {
     Ok(code)
 }
 
-/// Removes the named layers, or everything.
+/// Removes the named layers, or everything, except for what is in use.
 pub(super) fn remove(
     config: &CacheConfig,
     layers: &[String],
@@ -79,8 +89,7 @@ pub(super) fn remove(
 ) -> anyhow::Result<ExitCode> {
     let paths = CachePaths::new(&config.dir);
     let wanted: Vec<DiffId> = if all {
-        let layers = catalog::layers(&paths).with_context(|| in_dir(config))?;
-        layers.iter().map(|it| it.diff_id).collect()
+        catalog::layers(&paths).with_context(|| in_dir(config))?
     } else if layers.is_empty() {
         bail!("name the layers to remove (see `clip-csi cache ls`), or give --all");
     } else {
@@ -91,13 +100,21 @@ pub(super) fn remove(
     };
     let mut out = io::stdout().lock();
     let mut code = ExitCode::SUCCESS;
+    let deadline = Instant::now() + IN_USE_WAIT;
     for diff_id in wanted {
-        let removed = catalog::remove(&paths, diff_id)
-            .with_context(|| format!("removing layer {diff_id}"))?;
+        let removed = loop {
+            let removed = catalog::remove(&paths, diff_id)
+                .with_context(|| format!("removing layer {diff_id}"))?;
+            if removed != Removed::InUse || deadline <= Instant::now() {
+                break removed;
+            }
+            thread::sleep(IN_USE_POLL);
+        };
         let what = match removed {
             Removed::Yes => "removed",
             Removed::Absent => "is not in the cache",
-            Removed::Busy => "is being filled right now: try again",
+            Removed::Filling => "is being filled right now: try again",
+            Removed::InUse => "is in use: unmount the images that have it first",
         };
         writeln!(out, "{diff_id} {what}")?;
         if removed != Removed::Yes {

@@ -14,7 +14,7 @@ const MODULES: &[(&str, &[&str])] = &[
     ("secret", &[]),
     ("sys", &[]),
     ("telemetry", &[]),
-    ("metrics", &["sys"]),
+    ("metrics", &["disk", "sys"]),
     ("tar", &[]),
     ("index", &["chunk", "digest", "tar"]),
     ("codec", &[]),

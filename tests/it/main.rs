@@ -12,6 +12,7 @@
 mod admin;
 mod codec;
 mod csi;
+mod eviction;
 mod fs;
 mod fuse;
 mod fuse_fakes;

@@ -1,0 +1,192 @@
+//! Decides what leaves the local disk cache, and when: pure bookkeeping, no file system.
+//!
+//! Two bounds: the cache's own (`cache.max_bytes`, with a high watermark at which eviction begins
+//! and a low one at which it ends), and the disk's (`cache.min_free_bytes`). What was used least
+//! recently goes first. Who is in use is not known here: the caller tries, and says what came of it.
+
+use std::time::SystemTime;
+
+use super::CacheConfig;
+use crate::digest::{DiffId, ManifestDigest};
+
+/// Image indexes that are kept at most.
+///
+/// Far more images than a node runs; an index is made anew in milliseconds from its layers' ones,
+/// so that the bound only keeps files from piling up where every build is an image of its own.
+pub(super) const MAX_IMAGES: usize = 1000;
+
+/// How much the cache may take.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Bounds {
+    /// 0: the disk alone is the bound.
+    pub(super) max_bytes: u64,
+    high_bytes: u64,
+    low_bytes: u64,
+    min_free_bytes: u64,
+}
+
+/// How much it takes, and how much the disk has left.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Level {
+    pub(super) used_bytes: u64,
+    pub(super) free_bytes: u64,
+}
+
+/// One of the two bounds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Bound {
+    /// `cache.max_bytes`.
+    Capacity,
+    /// `cache.min_free_bytes`.
+    Disk,
+}
+
+impl Bound {
+    /// The value of the label `reason`.
+    pub(super) fn label(self) -> &'static str {
+        match self {
+            Self::Capacity => "capacity",
+            Self::Disk => "disk",
+        }
+    }
+}
+
+/// Bytes that have to go, by the bound that demands it. The larger number is enough for both.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Need {
+    pub(super) capacity_bytes: u64,
+    pub(super) disk_bytes: u64,
+}
+
+impl Need {
+    /// Bytes that have to go in all.
+    pub(super) fn bytes(self) -> u64 {
+        self.capacity_bytes.max(self.disk_bytes)
+    }
+}
+
+impl Bounds {
+    /// The bounds that are configured.
+    pub(super) fn new(config: &CacheConfig) -> Self {
+        let share = |percent: u32| {
+            let bytes = u128::from(config.max_bytes) * u128::from(percent) / 100;
+            u64::try_from(bytes).unwrap_or(u64::MAX)
+        };
+        Self {
+            max_bytes: config.max_bytes,
+            high_bytes: share(config.high_watermark_percent),
+            low_bytes: share(config.low_watermark_percent),
+            min_free_bytes: config.min_free_bytes,
+        }
+    }
+
+    /// What has to go before `coming_bytes` more may come.
+    ///
+    /// Nothing where evicting everything would not be enough: then it would only do harm.
+    pub(super) fn need(&self, level: Level, coming_bytes: u64) -> Need {
+        let Level {
+            used_bytes,
+            free_bytes,
+        } = level;
+        let wanted_bytes = used_bytes.saturating_add(coming_bytes);
+        let is_over =
+            self.max_bytes != 0 && coming_bytes <= self.max_bytes && self.high_bytes < wanted_bytes;
+        let wanted_free_bytes = self.min_free_bytes.saturating_add(coming_bytes);
+        let is_low = free_bytes < wanted_free_bytes
+            && wanted_free_bytes <= free_bytes.saturating_add(used_bytes);
+        // Twice the minimum, so that the next fill does not begin with an eviction again.
+        let enough_free_bytes = wanted_free_bytes.saturating_add(self.min_free_bytes);
+        Need {
+            capacity_bytes: if is_over {
+                wanted_bytes.saturating_sub(self.low_bytes)
+            } else {
+                0
+            },
+            disk_bytes: if is_low {
+                enough_free_bytes - free_bytes
+            } else {
+                0
+            },
+        }
+    }
+
+    /// The bound that `coming_bytes` more would break; the disk's is the harder one.
+    pub(super) fn broken_by(&self, level: Level, coming_bytes: u64) -> Option<Bound> {
+        if level.free_bytes < self.min_free_bytes.saturating_add(coming_bytes) {
+            Some(Bound::Disk)
+        } else if self.max_bytes != 0
+            && self.max_bytes < level.used_bytes.saturating_add(coming_bytes)
+        {
+            Some(Bound::Capacity)
+        } else {
+            None
+        }
+    }
+}
+
+/// Names what can be evicted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum ItemId {
+    /// A layer.
+    Layer(DiffId),
+    /// An image's index.
+    Image(ManifestDigest),
+}
+
+/// What can be evicted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Item {
+    pub(super) id: ItemId,
+    /// What it takes on disk.
+    pub(super) bytes: u64,
+    /// When it was opened or closed last.
+    pub(super) last_use: SystemTime,
+}
+
+/// What came of an attempt to remove an item.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Removal {
+    /// It takes no space any more.
+    Gone,
+    /// It is in use, or cannot be removed.
+    Stays,
+}
+
+/// Has items removed, least recently used first, until what has to go is gone or no item is left;
+/// returns the bytes that went.
+pub(super) fn reclaim(
+    mut items: Vec<Item>,
+    need: Need,
+    mut remove: impl FnMut(&Item, Bound) -> Removal,
+) -> u64 {
+    items.sort_unstable_by_key(|it| (it.last_use, it.id));
+    let mut freed_bytes = 0;
+    for item in &items {
+        if need.bytes() <= freed_bytes {
+            break;
+        }
+        let reason = if freed_bytes < need.capacity_bytes {
+            Bound::Capacity
+        } else {
+            Bound::Disk
+        };
+        if remove(item, reason) == Removal::Gone {
+            freed_bytes += item.bytes;
+        }
+    }
+    freed_bytes
+}
+
+/// Splits off the image indexes beyond the newest `max_images`.
+pub(super) fn split_surplus_images(items: &mut Vec<Item>, max_images: usize) -> Vec<Item> {
+    let is_image = |it: &Item| matches!(it.id, ItemId::Image(_));
+    let (mut images, rest): (Vec<Item>, Vec<Item>) = items.drain(..).partition(is_image);
+    images.sort_unstable_by_key(|it| std::cmp::Reverse((it.last_use, it.id)));
+    let surplus = images.split_off(max_images.min(images.len()));
+    *items = rest;
+    items.extend(images);
+    surplus
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,349 @@
+//! Keeps the local disk cache within its bounds: measures it, and removes what `evict` chooses.
+//!
+//! The account of what the cache takes is exact after each look at the directory; in between it is
+//! what that look found and what this process has written since. A look happens at start, after
+//! each layer that was made, when a bound seems broken, and when a layer is closed while one is.
+//! Other processes may use and evict from the same directory: each removal is decided by locks
+//! (`catalog::remove`), and what another one has removed counts as gone.
+
+use std::{
+    io,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use tokio::{runtime::Handle, task::JoinHandle};
+use tracing::{debug, info, warn};
+
+use super::{
+    CacheConfig,
+    catalog::{self, Removed},
+    disk::CachePaths,
+    evict::{self, Bound, Bounds, Item, ItemId, Level, MAX_IMAGES, Removal},
+};
+use crate::{disk, metrics::Metrics};
+
+/// How long nothing is evicted for readers after an eviction that could not free enough.
+///
+/// All is in use then, and a reader's next chunk is no reason to look through the cache again.
+const IN_VAIN_PAUSE: Duration = Duration::from_secs(1);
+
+/// The room that the cache has.
+#[derive(Debug)]
+pub(super) struct Room {
+    paths: CachePaths,
+    bounds: Bounds,
+    metrics: Metrics,
+    runtime: Handle,
+    used_bytes: AtomicU64,
+    /// What was warned of last, so that it is once.
+    ///
+    /// std Mutex: held for a whole eviction, on blocking threads only: one at a time.
+    warned: Mutex<Option<Bound>>,
+    /// std Mutex: held to copy it.
+    in_vain: Mutex<Option<Instant>>,
+    /// std Mutex: held to look and to start.
+    sweeper: Mutex<Sweeper>,
+}
+
+/// The task that evicts beside all else.
+#[derive(Debug, Default)]
+struct Sweeper {
+    is_running: bool,
+    /// Whether it is to go round once more.
+    is_wanted: bool,
+    task: Option<JoinHandle<()>>,
+}
+
+/// Who wants to write.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Claim {
+    /// A publish, that many bytes: it is refused if it would break a bound.
+    Publish { coming_bytes: u64 },
+    /// A reader, who goes on beyond `cache.max_bytes`.
+    Read,
+}
+
+impl Claim {
+    fn coming_bytes(self) -> u64 {
+        match self {
+            Self::Publish { coming_bytes } => coming_bytes,
+            Self::Read => 0,
+        }
+    }
+}
+
+impl Room {
+    /// Measures the cache. Nothing is evicted yet.
+    ///
+    /// # Errors
+    /// Those of the file system.
+    pub(super) fn new(
+        paths: CachePaths,
+        config: &CacheConfig,
+        metrics: Metrics,
+        runtime: Handle,
+    ) -> io::Result<Self> {
+        metrics
+            .layer_cache_capacity_bytes
+            .set(gauge(config.max_bytes));
+        metrics.watch_cache_disk(paths.root());
+        let room = Self {
+            paths,
+            bounds: Bounds::new(config),
+            metrics,
+            runtime,
+            used_bytes: AtomicU64::new(0),
+            warned: Mutex::default(),
+            in_vain: Mutex::default(),
+            sweeper: Mutex::default(),
+        };
+        room.look()?;
+        Ok(room)
+    }
+
+    /// Bytes that the cache takes.
+    pub(super) fn used_bytes(&self) -> u64 {
+        self.used_bytes.load(Ordering::Relaxed)
+    }
+
+    /// The configured bound.
+    pub(super) fn max_bytes(&self) -> u64 {
+        self.bounds.max_bytes
+    }
+
+    /// Counts bytes that were written for a reader, and evicts beside it if they are too many.
+    pub(super) fn grew(self: &Arc<Self>, bytes: u64) {
+        self.count(bytes);
+        if self.is_short() && !self.was_in_vain() {
+            self.sweep_soon();
+        }
+    }
+
+    /// Counts bytes that a first fill has written, and makes room for them.
+    ///
+    /// # Errors
+    /// As for [`make`](Self::make).
+    ///
+    /// # Blocking
+    /// While layers are removed.
+    pub(super) fn claim(&self, written_bytes: u64) -> Result<(), Bound> {
+        self.count(written_bytes);
+        self.make(Claim::Publish { coming_bytes: 0 })
+    }
+
+    /// Makes room by evicting what is not in use, if there is need.
+    ///
+    /// # Errors
+    /// The bound that `claim` would break even so.
+    ///
+    /// # Blocking
+    /// While layers are removed.
+    pub(super) fn make(&self, claim: Claim) -> Result<(), Bound> {
+        let coming_bytes = claim.coming_bytes();
+        let verdict = |level| match (self.bounds.broken_by(level, coming_bytes), claim) {
+            (None, _) | (Some(Bound::Capacity), Claim::Read) => Ok(()),
+            (Some(bound), _) => Err(bound),
+        };
+        let level = self.level();
+        let has_need = 0 < self.bounds.need(level, coming_bytes).bytes();
+        if verdict(level).is_ok() && (!has_need || self.was_in_vain()) {
+            return Ok(());
+        }
+        // A refusal rests on a fresh look, not on the account.
+        verdict(self.evict(coming_bytes))
+    }
+
+    /// Writes; if the disk is full all of a sudden, makes room and tries once more.
+    ///
+    /// # Errors
+    /// Those of `write`.
+    ///
+    /// # Blocking
+    /// While layers are removed.
+    pub(super) fn with_room<T>(&self, mut write: impl FnMut() -> io::Result<T>) -> io::Result<T> {
+        match write() {
+            Err(err) if err.kind() == io::ErrorKind::StorageFull => {
+                if let Err(bound) = self.make(Claim::Read) {
+                    debug!(reason = bound.label(), "no room on the disk");
+                }
+                write()
+            }
+            written => written,
+        }
+    }
+
+    /// Hears that a layer was closed: it can be evicted now, if nobody else has it open.
+    pub(super) fn released(self: &Arc<Self>) {
+        *lock(&self.in_vain) = None;
+        if self.is_short() {
+            self.sweep_soon();
+        }
+    }
+
+    /// Looks at the cache and evicts what is too much, beside all else.
+    pub(super) fn sweep_soon(self: &Arc<Self>) {
+        let mut sweeper = lock(&self.sweeper);
+        if sweeper.is_running {
+            sweeper.is_wanted = true;
+            return;
+        }
+        sweeper.is_running = true;
+        let room = Arc::clone(self);
+        sweeper.task = Some(self.runtime.spawn_blocking(move || room.sweep()));
+    }
+
+    /// Waits for a sweep under way.
+    pub(super) async fn settle(&self) {
+        let task = lock(&self.sweeper).task.take();
+        if let Some(task) = task {
+            // One that crashed has ended as well.
+            let _ = task.await;
+        }
+    }
+
+    fn sweep(&self) {
+        loop {
+            self.evict(0);
+            let mut sweeper = lock(&self.sweeper);
+            if !std::mem::take(&mut sweeper.is_wanted) {
+                sweeper.is_running = false;
+                return;
+            }
+        }
+    }
+
+    /// Looks at the cache and evicts until `coming_bytes` more fit; returns how it is then.
+    fn evict(&self, coming_bytes: u64) -> Level {
+        let mut warned = lock(&self.warned);
+        let mut items = match self.look() {
+            Ok(items) => items,
+            Err(err) => {
+                warn!(path = %self.paths.root().display(), error = %err, "cache cannot be measured, nothing is evicted");
+                return self.level();
+            }
+        };
+        for image in evict::split_surplus_images(&mut items, MAX_IMAGES) {
+            if self.remove(&image, Bound::Capacity) == Removal::Gone {
+                self.used_bytes.fetch_sub(image.bytes, Ordering::Relaxed);
+            }
+        }
+        let before = self.level();
+        let need = self.bounds.need(before, coming_bytes);
+        let freed_bytes = evict::reclaim(items, need, |item, reason| self.remove(item, reason));
+        if 0 < freed_bytes {
+            self.used_bytes.fetch_sub(freed_bytes, Ordering::Relaxed);
+            self.publish_account();
+            if let Err(err) = catalog::remove_orphaned_images(&self.paths) {
+                debug!(error = %err, "image indexes without layers stay");
+            }
+        }
+        // Some file systems free space some time after a file is removed; it is on its way.
+        let after = Level {
+            used_bytes: before.used_bytes.saturating_sub(freed_bytes),
+            free_bytes: before.free_bytes.saturating_add(freed_bytes),
+        };
+        *lock(&self.in_vain) = (freed_bytes < need.bytes()).then(Instant::now);
+        let broken = self.bounds.broken_by(after, 0);
+        if broken != *warned {
+            self.warn(broken, after);
+            *warned = broken;
+        }
+        after
+    }
+
+    fn warn(&self, broken: Option<Bound>, level: Level) {
+        let path = self.paths.root().display();
+        let Level {
+            used_bytes,
+            free_bytes,
+        } = level;
+        match broken {
+            Some(Bound::Capacity) => {
+                let max_bytes = self.bounds.max_bytes;
+                warn!(%path, used_bytes, max_bytes, "cache exceeds cache.max_bytes: what is left in it is in use");
+            }
+            Some(Bound::Disk) => {
+                warn!(%path, used_bytes, free_bytes, "cache disk has less than cache.min_free_bytes left: what is left in the cache is in use, or too little");
+            }
+            None => info!(%path, used_bytes, free_bytes, "cache is within its bounds again"),
+        }
+    }
+
+    /// Removes an item unless it is in use.
+    fn remove(&self, item: &Item, reason: Bound) -> Removal {
+        let removed = match item.id {
+            ItemId::Layer(layer) => catalog::remove(&self.paths, layer),
+            ItemId::Image(image) => {
+                catalog::remove_image(&self.paths, image).map(|()| Removed::Yes)
+            }
+        };
+        match (removed, item.id) {
+            (Ok(Removed::Yes), ItemId::Layer(layer)) => {
+                info!(layer.diff_id = %layer, bytes = item.bytes, reason = reason.label(), "evicted layer");
+                let evictions = &self.metrics.layer_cache_evictions;
+                evictions.with_label_values(&[reason.label()]).inc();
+                self.metrics.layer_cache_evicted_bytes.inc_by(item.bytes);
+                self.metrics.layer_cache_layers.dec();
+                Removal::Gone
+            }
+            (Ok(Removed::Yes | Removed::Absent), _) => Removal::Gone,
+            (Ok(Removed::Filling | Removed::InUse), _) => Removal::Stays,
+            (Err(err), _) => {
+                warn!(item = ?item.id, error = %err, "removing from the cache failed");
+                Removal::Stays
+            }
+        }
+    }
+
+    /// Brings the account in line with what is there.
+    fn look(&self) -> io::Result<Vec<Item>> {
+        let contents = catalog::measure(&self.paths)?;
+        self.used_bytes
+            .store(contents.used_bytes, Ordering::Relaxed);
+        self.publish_account();
+        self.metrics
+            .layer_cache_layers
+            .set(gauge(contents.n_layers));
+        Ok(contents.items)
+    }
+
+    fn count(&self, bytes: u64) {
+        self.used_bytes.fetch_add(bytes, Ordering::Relaxed);
+        self.publish_account();
+    }
+
+    fn publish_account(&self) {
+        self.metrics.layer_cache_bytes.set(gauge(self.used_bytes()));
+    }
+
+    fn level(&self) -> Level {
+        // What cannot be asked is no reason to evict; the write itself will tell.
+        let space = disk::space(self.paths.root());
+        Level {
+            used_bytes: self.used_bytes(),
+            free_bytes: space.map_or(u64::MAX, |it| it.free_bytes),
+        }
+    }
+
+    fn is_short(&self) -> bool {
+        0 < self.bounds.need(self.level(), 0).bytes()
+    }
+
+    fn was_in_vain(&self) -> bool {
+        lock(&self.in_vain).is_some_and(|it| it.elapsed() < IN_VAIN_PAUSE)
+    }
+}
+
+/// Nothing that is locked here panics half-way.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Gauges are signed; no disk comes near their end.
+fn gauge(value: u64) -> i64 {
+    i64::try_from(value).unwrap_or(i64::MAX)
+}
