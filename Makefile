@@ -54,7 +54,7 @@ check: ## Format, clippy and rustdoc, each without a warning
 unit: ## Unit and integration tests
 	@cargo test $(CARGO_FLAGS)
 
-e2e: build ## End-to-end tests alone (root; E2E="-k NAME" picks some)
+e2e: build ## End-to-end tests alone (root; CASES=name,name or E2E="-k NAME" picks some)
 	@./e2e/tools.sh >/dev/null
-	python3 e2e/images.py build
-	python3 e2e/run.py $(E2E)
+	$(if $(CASES)$(E2E),,./e2e/tools.sh kubernetes >/dev/null; python3 e2e/images.py build)
+	python3 e2e/run.py --cases "$(CASES)" $(E2E)

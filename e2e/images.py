@@ -169,6 +169,15 @@ def machine_sources() -> tuple[str, str, str]:
     raise process.Failed(f"apt of this machine has no source for {suite} main")
 
 
+def debian_source() -> tuple[str, str, list[str]]:
+    """For mmdebstrap: the suite, the line of a sources.list, and options, so that it fetches as this machine's apt does."""
+    suite, address, signed_by = machine_sources()
+    trust = f"[signed-by={signed_by}] " if signed_by.startswith("/") else ""
+    proxy = re.findall(r"P='(.*)'", run("apt-config", "shell", "P", "Acquire::http::Proxy").stdout)
+    options = [f"--aptopt=Acquire::http::Proxy {json.dumps(proxy[0])}"] if proxy else []
+    return suite, f"deb {trust}{address} {suite} main", options
+
+
 def debian_version() -> str:
     return "\n".join(["4", *BIG_WHEELS, *SMALL_WHEELS])
 
@@ -187,15 +196,11 @@ def debian_python(it: Image) -> None:
     def commit(what: str) -> None:
         run("umoci", "repack", "--refresh-bundle", "--history.created_by", what, "--image", reference, bundle)
 
-    suite, address, signed_by = machine_sources()
-    trust = f"[signed-by={signed_by}] " if signed_by.startswith("/") else ""
-    proxy = run("apt-config", "shell", "P", "Acquire::http::Proxy").stdout
-    proxy = re.findall(r"P='(.*)'", proxy)
-    proxy_options = [f"--aptopt=Acquire::http::Proxy {json.dumps(proxy[0])}"] if proxy else []
+    suite, source, options = debian_source()
     # mmdebstrap wants an empty or no directory and gives it the time of the build.
     rootfs.rmdir()
-    run("mmdebstrap", "--quiet", "--variant=minbase", "--mode=root", "--include=ca-certificates,python3", *proxy_options,
-        suite, rootfs, f"deb {trust}{address} {suite} main", env={"SOURCE_DATE_EPOCH": str(TIME)})
+    run("mmdebstrap", "--quiet", "--variant=minbase", "--mode=root", "--include=ca-certificates,python3", *options,
+        suite, rootfs, source, env={"SOURCE_DATE_EPOCH": str(TIME)})
     # What mmdebstrap takes from this machine: the mirror and the resolver. Neither belongs into an image.
     (rootfs / "etc/apt/sources.list").write_text(f"deb http://deb.debian.org/debian {suite} main\n")
     (rootfs / "etc/resolv.conf").write_text("nameserver 127.0.0.1\n")

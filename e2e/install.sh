@@ -18,8 +18,13 @@ needs=(
     redis-server:redis-server setfattr:attr setcap:libcap2-bin zstd:zstd
 )
 if [ "$what" = test ]; then
-    # The tests also need password files and certificates for the registry, and Prometheus for the chart's rules.
-    needs+=(htpasswd:apache2-utils openssl:openssl promtool:prometheus)
+    # Password files and certificates for the registry.
+    needs+=(htpasswd:apache2-utils openssl:openssl)
+    # The cluster: containers and images, and a Prometheus that watches it and tests the chart's rules.
+    needs+=(
+        containerd:containerd runc:runc buildah:buildah busybox:busybox-static etcd:etcd-server
+        ip:iproute2 nsenter:util-linux promtool:prometheus
+    )
 fi
 
 missing=()
@@ -29,8 +34,13 @@ done
 # No command tells these: headers to link against, certificates to trust.
 [ -e /usr/include/stdio.h ] || missing+=(libc6-dev)
 [ -s /etc/ssl/certs/ca-certificates.crt ] || missing+=(ca-certificates)
-# Nor this one: a Python module that reads the chart's values.
-[ "$what" != test ] || python3 -c 'import yaml' 2>/dev/null || missing+=(python3-yaml)
+if [ "$what" = test ]; then
+    # Nor these: a Python module that reads the chart's values, and plugins for the pods' network.
+    python3 -c 'import yaml' 2>/dev/null || missing+=(python3-yaml)
+    [ -x /usr/lib/cni/bridge ] || [ -x /opt/cni/bin/bridge ] || missing+=(containernetworking-plugins)
+    # The one that the pods run is alone in its image.
+    ! ldd "$(command -v busybox)" >/dev/null 2>&1 || missing+=(busybox-static)
+fi
 
 updated=
 apt() {
@@ -93,15 +103,20 @@ else
     say "Rust: cargo $(rust_here)"
 fi
 
-# --- Go, for csi-sanity and the CSI client; not needed when the cache holds them already ---
-go_needed="$(sed -n 's/^go \([0-9]*\.[0-9]*\).*/\1/p' "$E2E_DIR/tools/go.mod")"
+# --- Go, for csi-sanity, the CSI client and Kubernetes; not needed when the cache holds them already ---
+module=tools
+[ "$what" = demo ] || module=tools/kubernetes
+go_needed="$(sed -n 's/^go \([0-9]*\.[0-9]*\).*/\1/p' "$E2E_DIR/$module/go.mod")"
 # From 1.21 on, Go fetches the version that go.mod asks for by itself, with its checksum.
 go_self_updating=1.21
 go_here() { GOTOOLCHAIN=local go version 2>/dev/null | sed -n 's/^go version go\([0-9.]*\).*/\1/p'; }
-if GO_SKIP_BUILD=1 "$E2E_DIR/tools.sh" >/dev/null 2>&1; then
-    say "Go: not needed, csi-sanity and csictl are in the cache"
+tools_are_built() {
+    GO_SKIP_BUILD=1 "$E2E_DIR/tools.sh" csi && { [ "$what" = demo ] || GO_SKIP_BUILD=1 "$E2E_DIR/tools.sh" kubernetes; }
+}
+if tools_are_built >/dev/null 2>&1; then
+    say "Go: not needed, all that it builds is in the cache"
 elif at_least "$(go_here || true)" "$go_self_updating"; then
-    say "Go: $(go_here) (csi-sanity needs $go_needed)"
+    say "Go: $(go_here) (the tools need $go_needed)"
 else
     say "Go: have '$(go_here || true)', need $go_self_updating; trying apt"
     apt install golang-go || true
@@ -125,6 +140,6 @@ else
     fi
     at_least "$(go_here || true)" "$go_self_updating" \
         || die "no Go >= $go_self_updating: apt has none; install it (https://go.dev/dl), put go into PATH and run again"
-    say "Go: $(go_here) (csi-sanity needs $go_needed)"
+    say "Go: $(go_here) (the tools need $go_needed)"
 fi
 [ -e /dev/fuse ] || die "no /dev/fuse: load the module fuse (modprobe fuse), or give the container the device"

@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""The end-to-end tests: the program, a real registry, a real Redis, real images.
+"""The end-to-end tests: the program, a real registry, a real Redis, real images, a real Kubernetes.
 
-usage: run.py [-k PATTERN]... [--list] [--failfast] [--keep]
+usage: run.py [-k PATTERN]... [--cases NAME,NAME...] [--list] [--failfast] [--keep]
 
-Needs root and a built program (`make e2e` builds it); takes down all that it puts up. The last line
-counts: "N passed, N failed, N skipped". Seeds are printed, CLIP_E2E_SEED sets them.
+Needs root and a built program (`make e2e` builds it); takes down all that it puts up. Ends with a table
+of the cases and their times; the last line counts: "N passed, N failed, N skipped". Seeds are printed,
+CLIP_E2E_SEED sets them. A case is named by its method or its module, without `test_` and `e2e_`.
 """
 
 import argparse
@@ -16,11 +17,17 @@ import unittest
 
 from harness import environment, paths, process
 
-MODULES = ["test_tree", "test_images", "test_chart", "e2e_tree", "e2e_sharing", "e2e_csi", "e2e_mirrors", "e2e_bad_input", "e2e_remote", "e2e_cache", "e2e_kill"]
+# Cheap and general first; the cluster last, because it takes longest.
+MODULES = ["test_tree", "test_images", "test_chart", "e2e_tree", "e2e_sharing", "e2e_csi", "e2e_mirrors", "e2e_bad_input", "e2e_remote",
+           "e2e_cache", "e2e_kill", "e2e_cluster", "e2e_operations"]
 
 
 class Result(unittest.TextTestResult):
-    """Prints one line a test, with its time."""
+    """Prints one line a test, with its time, and keeps it for the table."""
+
+    def __init__(self, *args, **settings):
+        super().__init__(*args, **settings)
+        self.table: list[tuple[str, float, unittest.TestCase]] = []
 
     def startTest(self, test):
         super().startTest(test)
@@ -32,7 +39,23 @@ class Result(unittest.TextTestResult):
         skipped = {id(it): why for it, why in self.skipped}
         what = "FAIL" if id(test) in bad else "skip" if id(test) in skipped else "ok  "
         why = f" ({skipped[id(test)]})" if id(test) in skipped else ""
-        print(f"{what}  {time.monotonic() - self.begin:6.1f} s  {test.id()}{why}", flush=True)
+        seconds = time.monotonic() - self.begin
+        print(f"{what}  {seconds:6.1f} s  {test.id()}{why}", flush=True)
+        self.table.append((what, seconds, test))
+
+    def print_table(self) -> None:
+        print(f"\n{'case':<72} {'part':<14} {'time':>8}  result")
+        for what, seconds, test in self.table:
+            part, case = names(test)
+            print(f"{case:<72} {part:<14} {seconds:6.1f} s  {what}")
+        print()
+
+
+def names(test: unittest.TestCase) -> tuple[str, str]:
+    """The short names of a test's module and of the test: e2e_cluster.Install.test_inline is cluster and inline."""
+    module, _, method = test.id().partition(".")[0], *test.id().rpartition(".")[1:]
+    return module.removeprefix("e2e_").removeprefix("test_").replace("_", "-"), method.removeprefix("test_").replace("_", "-")
+
 
 
 def tests_of(suite):
@@ -46,14 +69,21 @@ def tests_of(suite):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-k", action="append", metavar="PATTERN", default=[], help="only tests whose name has it, or matches it")
+    parser.add_argument("--cases", metavar="NAME,NAME...", default="", help="only these cases, or all of these parts")
     parser.add_argument("--list", action="store_true", help="print the tests' names and end")
     parser.add_argument("--failfast", action="store_true", help="end at the first failure")
     parser.add_argument("--keep", action="store_true", help="leave logs and caches for a look")
     args = parser.parse_args()
 
+    every = list(tests_of(unittest.defaultTestLoader.loadTestsFromNames(MODULES)))
+    cases = {it.strip() for it in args.cases.split(",") if it.strip()}
+    unknown = cases - {name for test in every for name in names(test)}
+    if unknown:
+        sys.exit(f"run.py: no case is called {', '.join(sorted(unknown))}; --list prints all")
     chosen = [
-        test for test in tests_of(unittest.defaultTestLoader.loadTestsFromNames(MODULES))
-        if not args.k or any(pattern in test.id() or fnmatch.fnmatch(test.id(), pattern) for pattern in args.k)
+        test for test in every
+        if (not args.k or any(pattern in test.id() or fnmatch.fnmatch(test.id(), pattern) for pattern in args.k))
+        and (not cases or cases & set(names(test)))
     ]
     if args.list:
         print("\n".join(test.id() for test in chosen))
@@ -69,7 +99,8 @@ def main() -> None:
         environment.shared = shared
         runner = unittest.TextTestRunner(stream=sys.stdout, resultclass=Result, verbosity=0, failfast=args.failfast)
         result = runner.run(unittest.TestSuite(chosen))
-        left = [*process.mounts_below(work), *environment.children_left()]
+        left = [*shared.take_down_cluster(), *process.mounts_below(work), *environment.children_left()]
+    result.print_table()
     if left:
         print(f"FAIL  left behind: {left}")
     failed = len({str(getattr(it, "test_case", it)) for it, _ in [*result.failures, *result.errors]}) + len(result.unexpectedSuccesses) + bool(left)

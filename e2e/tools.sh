@@ -1,21 +1,59 @@
 #!/usr/bin/env bash
-# Builds csi-sanity and csictl from e2e/tools into the cache and prints the directory they are in.
+# Builds the Go programs of e2e/tools into the cache and prints the directory they are in.
+# usage: tools.sh [csi|kubernetes]
+#   csi         csi-sanity and csictl (the default)
+#   kubernetes  Kubernetes' own programs, Helm, the cluster's sidecars, and in crds/ the kinds of Prometheus' operator
 # A no-op when the cache holds them for these very sources.
 set -euo pipefail
 . "$(dirname "$0")/paths.sh"
 
-key="$(cat "$E2E_DIR"/tools/go.mod "$E2E_DIR"/tools/go.sum "$E2E_DIR"/tools/csictl/*.go | sha256sum | cut -c1-12)"
-out="$CLIP_E2E_CACHE/tools-$key"
-if [ ! -x "$out/csi-sanity" ] || [ ! -x "$out/csictl" ]; then
+what="${1:-csi}"
+flags='-s -w'
+case "$what" in
+csi)
+    module="$E2E_DIR/tools"
+    sources=("$module"/csictl/*.go)
+    packages=(./csictl github.com/kubernetes-csi/csi-test/v5/cmd/csi-sanity)
+    about="csi-sanity and csictl (Go, once; a minute or two)"
+    ;;
+kubernetes)
+    module="$E2E_DIR/tools/kubernetes"
+    sources=("$module"/*/*.go)
+    packages=(
+        k8s.io/kubernetes/cmd/{kube-apiserver,kube-controller-manager,kube-scheduler,kubelet,kubectl}
+        helm.sh/helm/v4/cmd/helm sigs.k8s.io/controller-tools/cmd/controller-gen ./csi-node-driver-registrar ./livenessprobe
+    )
+    version="$(sed -n 's|^\tk8s.io/kubernetes v\([0-9.]*\).*|\1|p' "$module/go.mod")"
+    # Without these it calls itself v0.0.0, and Helm and kubelet refuse to work with it.
+    for it in k8s.io/component-base/version k8s.io/client-go/pkg/version; do
+        flags+=" -X $it.gitVersion=v$version -X $it.gitMajor=1 -X $it.gitMinor=$(cut -d. -f2 <<<"$version")"
+    done
+    about="Kubernetes $version and Helm (Go, once; about seven minutes on two idle cores)"
+    ;;
+*) die "usage: tools.sh [csi|kubernetes]" ;;
+esac
+
+key="$(cat "$0" "$module"/go.mod "$module"/go.sum "${sources[@]}" | sha256sum | cut -c1-12)"
+out="$CLIP_E2E_CACHE/tools-$what-$key"
+if [ ! -d "$out" ]; then
     # Asked whether a build would be needed.
     [ -z "${GO_SKIP_BUILD:-}" ] || exit 1
     command -v go >/dev/null || die "no Go toolchain: run e2e/install.sh test"
-    say "building csi-sanity and csictl (Go, once; a minute or two)"
+    say "building $about"
+    begin=$SECONDS
     new="$(mktemp -d "$CLIP_E2E_CACHE/tools.XXXXXX")"
+    trap 'rm -rf "$new"' EXIT
     # -mod=readonly: go.mod and go.sum are the pin, a build never changes them.
-    (cd "$E2E_DIR/tools" && CGO_ENABLED=0 GOTOOLCHAIN=auto GOFLAGS=-mod=readonly go build -trimpath -buildvcs=false \
-        -ldflags '-s -w' -o "$new/" ./csictl github.com/kubernetes-csi/csi-test/v5/cmd/csi-sanity)
-    rm -rf "$out"
-    mv "$new" "$out"
+    (cd "$module" && CGO_ENABLED=0 GOTOOLCHAIN=auto GOFLAGS=-mod=readonly go build -trimpath -buildvcs=false \
+        -ldflags "$flags" -o "$new/" "${packages[@]}"
+        if [ "$what" = kubernetes ]; then
+            "$new/controller-gen" crd paths=github.com/prometheus-operator/prometheus-operator/pkg/apis/monitoring/v1 "output:crd:dir=$new/crds"
+            rm "$new/controller-gen"
+        fi)
+    chmod 755 "$new"
+    # At once: a directory under its name is whole. Another run may have been faster.
+    rm -rf "$CLIP_E2E_CACHE/tools-$what-"????????????
+    mv -T "$new" "$out"
+    say "built in $((SECONDS - begin)) s"
 fi
 echo "$out"

@@ -1,4 +1,4 @@
-"""What all end-to-end tests share: one registry, the images, and a test case that cleans up."""
+"""What all end-to-end tests share: one registry, one cluster, the images, and a test case that cleans up."""
 
 import os
 import pathlib
@@ -10,6 +10,8 @@ import unittest
 import compare
 import images
 import tree
+from cluster.cluster import Cluster
+from cluster.release import Release
 
 from . import driver, process, services
 
@@ -18,11 +20,13 @@ shared: "Environment | None" = None
 
 
 class Environment:
-    """One registry for all tests; images are pushed when a test first wants them."""
+    """One registry for all tests; images are pushed, and the cluster is put up, when a test first wants them."""
 
     def __init__(self, work: pathlib.Path):
         self.work = work
         self.pushed: dict[str, str] = {}
+        self._cluster: Cluster | None = None
+        self._release: Release | None = None
 
     def __enter__(self):
         self.registry = services.Registry(self.work, self.work / "registry")
@@ -30,6 +34,26 @@ class Environment:
 
     def __exit__(self, *_):
         self.registry.stop()
+        self.take_down_cluster()
+
+    def cluster(self) -> Cluster:
+        if self._cluster is None:
+            self._cluster = Cluster(self.work / "cluster").__enter__()
+        return self._cluster
+
+    def release(self) -> Release:
+        """The chart on the cluster; `ensure` installs it."""
+        if self._release is None:
+            self._release = Release(self.cluster())
+        return self._release
+
+    def take_down_cluster(self) -> list[str]:
+        """What is left of it afterwards: nothing."""
+        cluster, self._cluster = self._cluster, None
+        if cluster is None:
+            return []
+        cluster.__exit__()
+        return cluster.left()
 
     def push(self, name: str) -> str:
         if name not in self.pushed:

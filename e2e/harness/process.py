@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import tempfile
+import threading
 import time
 
 # How long a server or a state may take on a loaded two-core machine.
@@ -24,11 +25,12 @@ class Failed(Exception):
     """A command or a wait that failed, with what it printed."""
 
 
-def run(*command, check=True, env=None, timeout=600, cwd=None) -> subprocess.CompletedProcess:
+def run(*command, check=True, env=None, timeout=600, cwd=None, stdin: str | None = None) -> subprocess.CompletedProcess:
     """Runs a command to its end; with check, raises Failed with its output unless it exits with 0."""
     words = [os.fspath(word) if not isinstance(word, bytes) else word for word in command]
     full_env = {**os.environ, **env} if env else None
-    done = subprocess.run(words, capture_output=True, text=True, errors="backslashreplace", env=full_env, timeout=timeout, cwd=cwd)
+    done = subprocess.run(words, capture_output=True, text=True, errors="backslashreplace", env=full_env, timeout=timeout, cwd=cwd,
+                          **({"stdin": subprocess.DEVNULL} if stdin is None else {"input": stdin}))
     if check and done.returncode != 0:
         raise Failed(f"{' '.join(map(str, words))}: exit status {done.returncode}\n{done.stdout}{done.stderr}")
     return done
@@ -63,10 +65,12 @@ class Server:
 
     def __init__(self, command, stdout: pathlib.Path, stderr: pathlib.Path | None = None, env=None):
         self.command = [os.fspath(word) for word in command]
+        # It ends with this program, even by `kill -9`. To the kernel that means with the thread that started it.
+        tied = ["setpriv", "--pdeathsig", "KILL"] if threading.current_thread() is threading.main_thread() else []
         self.stdout, self.stderr = stdout, stderr or stdout
         with open(stdout, "ab") as out, open(self.stderr, "ab") as err:
             self.process = subprocess.Popen(
-                self.command, stdin=subprocess.DEVNULL, stdout=out, stderr=err,
+                tied + self.command, stdin=subprocess.DEVNULL, stdout=out, stderr=err,
                 env={**os.environ, **env} if env else None,
                 # Its own group, so that ^C reaches this program first, which then takes it down.
                 start_new_session=True,
@@ -104,6 +108,17 @@ class Server:
         self.process.wait()
 
 
+class Here:
+    """Where services run by default: this machine, its loopback. The cluster's machines are such places, too."""
+
+    address = "127.0.0.1"
+    server = Server
+    listens = staticmethod(listens)
+
+    def connect(self, port: int, timeout: float = 10) -> socket.socket:
+        return socket.create_connection((self.address, port), timeout)
+
+
 def unescape_mountinfo(text: str) -> str:
     """Undoes mountinfo's \\040 style of escapes."""
     raw = text.encode()
@@ -126,6 +141,20 @@ def unmount_below(directory) -> None:
         subprocess.run(["umount", "-l", point], stderr=subprocess.DEVNULL, check=False)
 
 
+# In a scratch directory: who made it.
+OWNER = "owner.pid"
+
+
+def remove_of_dead_runs(parent: pathlib.Path) -> None:
+    """Removes scratch directories of runs that were killed before they could."""
+    for owner in parent.glob(f"*/{OWNER}"):
+        with contextlib.suppress(OSError, ValueError):
+            if not pathlib.Path("/proc", str(int(owner.read_text()))).exists():
+                unmount_below(owner.parent)
+                if not mounts_below(owner.parent):
+                    shutil.rmtree(owner.parent, ignore_errors=True)
+
+
 @contextlib.contextmanager
 def workspace(prefix: str, keep: bool = False):
     """A scratch directory; what is mounted below it is unmounted and it is removed in any case.
@@ -137,10 +166,13 @@ def workspace(prefix: str, keep: bool = False):
 
     parent = paths.cache() / "work"
     parent.mkdir(exist_ok=True)
+    remove_of_dead_runs(parent)
     directory = pathlib.Path(tempfile.mkdtemp(prefix=prefix + ".", dir=parent))
+    (directory / OWNER).write_text(str(os.getpid()))
 
     def on_signal(number, _frame):
-        raise SystemExit(128 + number)
+        # What ^C raises, because a test that fails by anything else is followed by the next one.
+        raise KeyboardInterrupt(signal.Signals(number).name)
 
     old = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:

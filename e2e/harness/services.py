@@ -1,10 +1,9 @@
-"""The real services: docker-registry and redis-server, on free loopback ports."""
+"""The real services: docker-registry and redis-server, on free loopback ports or on a machine of the cluster."""
 
 import collections
 import json
 import pathlib
 import re
-import socket
 import urllib.request
 
 from . import process
@@ -16,9 +15,9 @@ class Registry:
     """A docker-registry. Its access log tells which blobs were fetched."""
 
     def __init__(self, work: pathlib.Path, storage: pathlib.Path, *, htpasswd: str | None = None,
-                 tls: tuple[pathlib.Path, pathlib.Path] | None = None, name="registry"):
-        self.port, debug_port = process.free_port(), process.free_port()
-        self.host = f"127.0.0.1:{self.port}"
+                 tls: tuple[pathlib.Path, pathlib.Path] | None = None, name="registry", where=process.Here(), port: int | None = None):
+        self.port = port or process.free_port()
+        self.host = f"{where.address}:{self.port}"
         self.access_log = work / f"{name}.access.log"
         config = work / f"{name}.yml"
         auth, certificate = "", ""
@@ -32,15 +31,15 @@ class Registry:
             "log: {level: warn, accesslog: {disabled: false}}\n"
             f"storage: {{filesystem: {{rootdirectory: {json.dumps(str(storage))}}}, delete: {{enabled: true}},"
             " cache: {blobdescriptor: inmemory}}\n"
-            f"http: {{addr: '{self.host}', debug: {{addr: '127.0.0.1:{debug_port}', prometheus: {{enabled: true, path: /metrics}}}}{certificate}}}\n"
+            f"http: {{addr: '{self.host}'{certificate}}}\n"
             "health: {storagedriver: {enabled: false}}\n" + auth
         )
-        self.server = process.Server(
+        self.server = where.server(
             ["docker-registry", "serve", config], stdout=self.access_log, stderr=work / f"{name}.log",
             # docker-registry configures itself from REGISTRY_*; none of the caller's may leak in.
             env={"OTEL_TRACES_EXPORTER": "none"},
         )
-        self.server.wait_ready(lambda: process.listens(self.port), "docker-registry")
+        self.server.wait_ready(lambda: where.listens(self.port), "docker-registry")
 
     def blob_gets(self, since: int = 0) -> collections.Counter:
         """How often each blob was fetched successfully, from byte `since` of the access log on."""
@@ -62,13 +61,13 @@ class Registry:
 class Redis:
     """A redis-server without persistence that evicts what has a TTL, as the documentation advises."""
 
-    def __init__(self, work: pathlib.Path, *, port: int | None = None, maxmemory="512mb"):
-        self.port = port or process.free_port()
-        self.url = f"redis://127.0.0.1:{self.port}"
+    def __init__(self, work: pathlib.Path, *, port: int | None = None, maxmemory="512mb", where=process.Here()):
+        self.where, self.port = where, port or process.free_port()
+        self.url = f"redis://{where.address}:{self.port}"
         directory = work / f"redis-{self.port}"
         directory.mkdir(exist_ok=True)
-        self.server = process.Server(
-            ["redis-server", "--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no",
+        self.server = where.server(
+            ["redis-server", "--port", str(self.port), "--bind", where.address, "--protected-mode", "no", "--save", "", "--appendonly", "no",
              "--dir", directory, "--maxmemory", maxmemory, "--maxmemory-policy", "volatile-lfu"],
             stdout=directory / "log",
         )
@@ -77,7 +76,7 @@ class Redis:
     def command(self, *words: str) -> str | None:
         """The reply's first line without its type, or None when nobody answers."""
         try:
-            with socket.create_connection(("127.0.0.1", self.port), timeout=2) as connection:
+            with self.where.connect(self.port, timeout=2) as connection:
                 payload = b"".join(b"$%d\r\n%s\r\n" % (len(w.encode()), w.encode()) for w in words)
                 connection.sendall(b"*%d\r\n" % len(words) + payload)
                 return connection.makefile("rb").readline().decode().strip()[1:]
@@ -94,5 +93,9 @@ class Redis:
 def metrics(port: int) -> dict[str, float]:
     """A /metrics page: 'name{labels}' as it is written -> value."""
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as page:
-        lines = page.read().decode().splitlines()
+        return parse_metrics(page.read().decode())
+
+
+def parse_metrics(page: str) -> dict[str, float]:
+    lines = page.splitlines()
     return {line.rsplit(" ", 1)[0]: float(line.rsplit(" ", 1)[1]) for line in lines if line and not line.startswith("#")}

@@ -1,0 +1,156 @@
+"""Brings the cluster up, speaks to it with kubectl, and takes it down without a trace.
+
+A machine `cp` with the control plane, a registry and a Redis; two nodes `n1` and `n2`. All is below one
+scratch directory and in namespaces of its own; the host's network, mounts and /var/lib stay as they are.
+"""
+
+import json
+import pathlib
+import subprocess
+import time
+
+import images
+from harness import oci, process, services
+from harness.process import say
+
+from . import cgroups, containers, leftovers
+from .control_plane import ADDRESS, ControlPlane
+from .machine import NO_PROXY
+from .node import Node
+
+REGISTRY = f"{ADDRESS}:5000"
+PRIVATE_REGISTRY = f"{ADDRESS}:5001"
+NODES = ["n1", "n2"]
+# How long a state of the cluster may take on a loaded two-core machine.
+PATIENCE_SECONDS = 120
+
+
+class Cluster:
+    def __init__(self, work: pathlib.Path):
+        self.work = work
+        if pathlib.Path("/var/lib") in work.resolve().parents:
+            raise process.Failed(f"{work} is below /var/lib, which the nodes have for themselves: name another place in CLIP_E2E_CACHE")
+
+    def __enter__(self):
+        begin = time.monotonic()
+        self.tools = containers.tools()
+        self.work.mkdir()
+        cgroups.remove_of_dead_runs()
+        self.before = leftovers.Host()
+        self.nodes: dict[str, Node] = {}
+        self.plane = None
+        try:
+            self._up()
+        except BaseException:
+            self.show_logs()
+            self._down()
+            raise
+        say(f"cluster of {len(self.nodes)} nodes up in {time.monotonic() - begin:.1f} s")
+        return self
+
+    def _up(self) -> None:
+        self.plane = ControlPlane(self.work, self.tools)
+        # All that can be done while the API server starts.
+        self.plane.start()
+        machine = self.plane.machine
+        self.registry = services.Registry(self.work, self.work / "registry", where=machine, port=5000)
+        self.redis = services.Redis(self.work, where=machine, port=6379)
+        with machine.network():
+            containers.push(REGISTRY, self.work)
+        for number, name in enumerate(NODES, 1):
+            self.nodes[name] = Node(number, self.plane, self.work, f"{REGISTRY}/pause:1", [REGISTRY, PRIVATE_REGISTRY])
+        self.plane.wait()
+        for node in self.nodes.values():
+            node.start_kubelet()
+        process.wait_until(self._nodes_ready, "both nodes to be ready", PATIENCE_SECONDS)
+        process.wait_until(lambda: self.kubectl("get", "serviceaccount", "default", check=False).returncode == 0, "the ServiceAccount that pods need", PATIENCE_SECONDS)
+
+    def _nodes_ready(self) -> bool:
+        time.sleep(0.2)
+        nodes = self.get("nodes")["items"]
+        return len(nodes) == len(NODES) and all(condition(node, "Ready") for node in nodes)
+
+    def __exit__(self, *_):
+        self._down()
+
+    def _down(self) -> None:
+        """Ends everything; `left` tells whether it worked."""
+        machines = [node.machine for node in self.nodes.values()] + ([self.plane.machine] if self.plane else [])
+        self.namespaces = set().union(*(machine.namespaces for machine in machines))
+        for node in self.nodes.values():
+            node.stop()
+        if self.plane:
+            self.plane.stop()
+
+    def left(self) -> list[str]:
+        """What there still is of the cluster after it was taken down."""
+        return leftovers.of(self.work, self.namespaces, self.before)
+
+    def show_logs(self) -> None:
+        """After a failure, what each server had to say last."""
+        for log in sorted((self.work / "log").glob("*")):
+            lines = log.read_text(errors="backslashreplace").splitlines()[-8:]
+            print(f"--- end of {log.name}:", *lines, sep="\n", flush=True)
+
+    # --- speaking to it ---
+
+    def kubectl(self, *words, check=True, timeout=300, stdin: str | None = None) -> subprocess.CompletedProcess:
+        command = [self.tools / "kubectl", "--kubeconfig", self.plane.kubeconfig, *words]
+        return self._client(command, check, timeout, stdin)
+
+    def helm(self, *words, check=True, timeout=600) -> subprocess.CompletedProcess:
+        home = self.work / "helm"
+        env = {"HELM_CACHE_HOME": str(home), "HELM_CONFIG_HOME": str(home), "HELM_DATA_HOME": str(home)}
+        return self._client([self.tools / "helm", "--kubeconfig", self.plane.kubeconfig, *words], check, timeout, None, env)
+
+    def _client(self, command, check, timeout, stdin, env=None) -> subprocess.CompletedProcess:
+        with self.plane.machine.network():
+            return process.run(*command, check=check, timeout=timeout, stdin=stdin, env={**NO_PROXY, **(env or {})})
+
+    def apply(self, *objects: dict) -> None:
+        self.kubectl("apply", "--filename", "-", stdin="\n---\n".join(json.dumps(it) for it in objects))
+
+    def get(self, *words) -> dict:
+        return json.loads(self.kubectl("get", *words, "-o", "json").stdout)
+
+    def wait(self, resource: str, name: str, condition, what: str, seconds: float = PATIENCE_SECONDS) -> dict:
+        """The object once `condition` holds for it, seen the moment the API server has it; None stands for no object.
+
+        `resource` is a path of the API: "api/v1/namespaces/default/pods".
+        """
+        deadline = time.monotonic() + seconds
+        last = None
+        try:
+            # A watch without a version begins with what is there. It has a bound so that it is taken up again when it hangs.
+            if not self._exists(resource, name) and condition(None):
+                return None
+            while time.monotonic() < deadline:
+                answer = self.plane.request("GET", f"/{resource}?watch=1&timeoutSeconds=30&fieldSelector=metadata.name%3D{name}", timeout=deadline - time.monotonic())
+                for line in answer:
+                    event = json.loads(line)
+                    if event["type"] == "ERROR":
+                        # The watch has lost its place: a new one begins again with what is there.
+                        break
+                    last = None if event["type"] == "DELETED" else event["object"]
+                    if condition(last):
+                        return last
+        except TimeoutError:
+            pass
+        raise process.Failed(f"waited {seconds} s in vain for {what}; last seen: {json.dumps(last and last.get('status'), indent=1)}")
+
+    def _exists(self, resource: str, name: str) -> bool:
+        return self.plane.request("GET", f"/{resource}/{name}").status == 200
+
+    def push(self, name: str, host: str = REGISTRY) -> str:
+        """Pushes a test image; its reference."""
+        with self.plane.machine.network():
+            return images.get(name).push(host)
+
+    def push_as(self, name: str, repository: str) -> None:
+        """Pushes a test image under another name."""
+        with self.plane.machine.network():
+            oci.push(images.get(name).layout, images.TAG, REGISTRY, f"e2e/{repository}")
+
+
+def condition(thing: dict, name: str) -> bool:
+    return any(it["type"] == name and it["status"] == "True" for it in thing.get("status", {}).get("conditions", []))

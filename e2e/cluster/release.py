@@ -1,0 +1,147 @@
+"""The chart, installed by the real Helm as a user would, and what its pods say of themselves."""
+
+import base64
+import http.client
+import json
+import secrets
+import tempfile
+import time
+
+from harness import oci, paths, process, services
+
+from . import project_image
+from .cluster import ADDRESS, NODES, PRIVATE_REGISTRY, REGISTRY, Cluster, condition
+from .pods import DRIVER, SHELL
+
+CHART = paths.REPO / "deploy/helm/clip-csi"
+NAME = NAMESPACE = "clip-csi"
+REMOTE_SECRET = "clip-csi-remote"
+METRICS_PORT = 9808
+REPOSITORY = "clip-csi/clip-csi"
+# For the upgrade: the same image under another name, as a new version is.
+NEXT_TAG = "next"
+
+
+def secret(name: str, namespace: str, **data: str) -> dict:
+    return {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": name, "namespace": namespace},
+            "data": {key: base64.b64encode(value.encode()).decode() for key, value in data.items()}}
+
+
+def values() -> dict:
+    """What differs from the defaults here: where images come from, and the remote cache."""
+    shell, _, tag = SHELL.removeprefix(f"{REGISTRY}/").partition(":")
+    local = {"image": {"registry": REGISTRY}}
+    return {
+        "image": {"registry": REGISTRY},
+        "sidecars": {"nodeDriverRegistrar": local, "livenessProbe": local},
+        "registries": {"hosts": {REGISTRY: {"plainHttp": True}, PRIVATE_REGISTRY: {"plainHttp": True}}},
+        "remote": {"kind": "redis", "url": f"redis://{ADDRESS}:6379/0", "existingSecret": {"name": REMOTE_SECRET}},
+        "test": {"image": {"registry": REGISTRY, "repository": shell, "tag": tag}},
+    }
+
+
+def merged(base: dict, over: dict) -> dict:
+    return {**base, **{key: merged(base[key], value) if isinstance(value, dict) and isinstance(base.get(key), dict) else value for key, value in over.items()}}
+
+
+class Release:
+    def __init__(self, cluster: Cluster):
+        self.cluster = cluster
+        self.installed = False
+        self.changed = False
+        layout = project_image.layout()
+        with cluster.plane.machine.network():
+            for tag in (project_image.version(), NEXT_TAG):
+                oci.push(layout, project_image.TAG, REGISTRY, REPOSITORY, tag)
+        cluster.kubectl("create", "namespace", NAMESPACE)
+        cluster.apply(secret(REMOTE_SECRET, NAMESPACE, **{"hmac-key": secrets.token_hex(32)}))
+
+    def helm(self, verb: str, over: dict | None = None, *words, check=True):
+        """install, upgrade or template, with `over` beside the values above."""
+        with tempfile.NamedTemporaryFile("w", suffix=".json", dir=self.cluster.work) as file:
+            json.dump(merged(values(), over or {}), file)
+            file.flush()
+            return self.cluster.helm(verb, NAME, CHART, "--namespace", NAMESPACE, "--values", file.name, *words, check=check)
+
+    def install(self, over: dict | None = None) -> None:
+        """As the README says, until the pods are ready."""
+        try:
+            self.helm("install", over, "--wait", "--timeout", "180s")
+        except process.Failed as error:
+            raise process.Failed(f"{error}\n{self.describe()}") from error
+        self.installed, self.changed = True, bool(over)
+
+    def upgrade(self, over: dict | None = None, *words) -> None:
+        self.helm("upgrade", over, "--wait", "--timeout", "180s", *words)
+        self.changed = True
+
+    def uninstall(self) -> None:
+        self.cluster.helm("uninstall", NAME, "--namespace", NAMESPACE, "--wait", "--timeout", "120s")
+        process.wait_until(lambda: not self.pods(), "the node pods to end", 60)
+        self.installed = False
+
+    def ensure(self) -> None:
+        """Installed with the plain values: what most cases want."""
+        if self.installed and self.changed:
+            self.uninstall()
+        if not self.installed:
+            self.install()
+
+    def fresh(self) -> None:
+        """Installed with the plain values, with nothing in any cache."""
+        if self.installed:
+            self.uninstall()
+        for name in NODES:
+            self.cluster.nodes[name].machine.run("rm", "-rf", "--one-file-system", "/var/lib/clip-csi/cache")
+        self.cluster.redis.command("FLUSHALL")
+        self.install()
+
+    def pods(self) -> dict[str, dict]:
+        """The node pods by node."""
+        items = self.cluster.get("pods", "--namespace", NAMESPACE, "--selector", "app.kubernetes.io/component=node")["items"]
+        return {it["spec"]["nodeName"]: it for it in items}
+
+    def replace_pod(self, node: str) -> None:
+        """What an operator does after an upgrade: the node's pod is deleted, and the new one is waited for."""
+        old = self.pods()[node]["metadata"]["name"]
+        self.cluster.kubectl("delete", "pod", old, "--namespace", NAMESPACE, "--timeout=60s")
+        def new():
+            time.sleep(0.3)
+            it = self.pods().get(node)
+            return it and it["metadata"]["name"] != old and condition(it, "Ready")
+        process.wait_until(new, f"the new pod of {node} to be ready", 120)
+
+    def exec(self, node: str, *command) -> str:
+        """A command of the driver's container."""
+        return self.cluster.kubectl("exec", self.pods()[node]["metadata"]["name"], "--namespace", NAMESPACE, "--container", "clip-csi", "--", *command).stdout
+
+    def describe(self) -> str:
+        return self.cluster.kubectl("describe", "pods", "--namespace", NAMESPACE, check=False).stdout + "".join(self.logs(node) for node in self.pods())
+
+    def logs(self, node: str, lines: int = 20) -> str:
+        name = self.pods()[node]["metadata"]["name"]
+        return self.cluster.kubectl("logs", name, "--namespace", NAMESPACE, "--all-containers", "--prefix", f"--tail={lines}", check=False).stdout
+
+    def registered(self, node: str) -> bool:
+        return any(it["name"] == DRIVER for it in self.cluster.get("csinode", node)["spec"].get("drivers") or [])
+
+    def page(self, node: str, path: str = "/metrics") -> str:
+        address = self.pods()[node]["status"]["podIP"]
+        with self.cluster.plane.machine.network():
+            connection = http.client.HTTPConnection(address, METRICS_PORT, timeout=10)
+            connection.request("GET", path)
+            return connection.getresponse().read().decode()
+
+    def metrics(self, node: str) -> dict[str, float]:
+        return services.parse_metrics(self.page(node))
+
+    def left_on_nodes(self) -> list[str]:
+        """Mounts, directories, sockets and processes of the driver on the nodes."""
+        found = []
+        for name in NODES:
+            node = self.cluster.nodes[name]
+            found += [f"{name}: mount {it}" for it in node.machine.mounts() if DRIVER in it or "kubernetes.io~csi" in it]
+            found += [f"{name}: process {it}" for it in node.machine.processes().values() if "clip-csi" in it.split(" ")[0] or "driver-registrar" in it]
+            found += [f"{name}: {it.relative_to(node.work)}" for pattern in (f"kubelet/plugins/{DRIVER}", "kubelet/plugins_registry/*", "kubelet/pods/*/volumes/kubernetes.io~csi")
+                      for it in node.work.glob(pattern)]
+        return found
