@@ -370,29 +370,3 @@ fn every_cause_is_sorted() {
     let sorted = MountError::of_image("i", PrepareError::Source(not_found()));
     assert!(!sorted.is_transient());
 }
-
-#[tokio::test]
-async fn nothing_of_the_state_stays_when_no_volume_does() {
-    skip_without_mounts!("mount: leave");
-    let world = World::new();
-    let target = world.scratch.target("pod");
-    world.publish("v", &target, "app").await.unwrap();
-    assert!(!world.table.clone().leave(), "a volume is published");
-    // Nothing that a running table needs was taken from it.
-    world.unpublish("v", &target).await;
-    world.publish("v", &target, "app").await.unwrap();
-    world.unpublish("v", &target).await;
-    assert!(world.table.leave());
-    assert!(!world.scratch.state_dir().exists());
-    let (_table, found) = world.scratch.recover(&FakeMounter::new(), &Metrics::new());
-    assert_eq!(found.volumes, 0);
-}
-
-#[tokio::test]
-async fn what_is_not_the_drivers_is_left() {
-    let world = World::new();
-    let foreign = world.scratch.state_dir().join("volumes/note.txt");
-    disk::publish(&foreign, b"mine").unwrap();
-    assert!(!world.table.leave());
-    assert!(foreign.exists());
-}
