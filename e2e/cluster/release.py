@@ -71,8 +71,9 @@ class Release:
             raise process.Failed(f"{error}\n{self.describe()}") from error
         self.installed, self.changed = True, bool(over)
 
-    def upgrade(self, over: dict | None = None, *words) -> None:
-        self.helm("upgrade", over, "--wait", "--timeout", "180s", *words)
+    def upgrade(self, over: dict | None = None) -> None:
+        """Without --wait: Helm would wait for pods that are replaced only when somebody says so (updateStrategy OnDelete)."""
+        self.helm("upgrade", over)
         self.changed = True
 
     def uninstall(self) -> None:
@@ -109,7 +110,10 @@ class Release:
             time.sleep(0.3)
             it = self.pods().get(node)
             return it and it["metadata"]["name"] != old and condition(it, "Ready")
-        process.wait_until(new, f"the new pod of {node} to be ready", 120)
+        try:
+            process.wait_until(new, f"the new pod of {node} to be ready", 120)
+        except process.Failed as error:
+            raise process.Failed(f"{error}\n{self.describe()}") from error
 
     def exec(self, node: str, *command) -> str:
         """A command of the driver's container."""

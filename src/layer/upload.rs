@@ -141,12 +141,8 @@ impl Inner {
         let flush = layer.file().flush();
         let runtime = self.runtime.clone();
         self.spawn(async move {
-<<<<<<< ours
             tokio::time::sleep(FLUSH_DELAY).await;
-            let flushed = runtime.spawn_blocking(|| flush?.run()).await;
-=======
             let flushed = runtime.spawn_blocking(|| flush.run()).await;
->>>>>>> theirs
             // Unflushed chunks are verified again after a reboot: slower, never wrong.
             if let Ok(Err(err)) = flushed {
                 warn!(layer.diff_id = %diff_id, error = %err, "flushing a layer to disk");
