@@ -1,6 +1,8 @@
-"""`clip-csi cache ls|verify|rm` on a cache that real mounts have filled."""
+"""`clip-csi cache ls|verify|rm` on a cache that real mounts have filled, and the cache's bounds."""
 
 import pathlib
+import subprocess
+import time
 
 import images
 from harness import driver, process
@@ -63,7 +65,150 @@ class Cache(Case):
         worker.must_publish("v", self.env.push("demo1"))
         self.cache("ls")
         self.cache("verify", check=False)
-        self.cache("rm", "--all", check=False)
-        # Refused or obeyed: what is mounted stays right.
+        refused = self.cache("rm", "--all", check=False)
+        self.assertEqual(refused.returncode, 1)
+        self.assertIn("is in use", refused.stdout)
         driver.drop_from_page_cache(worker.target("v"))
         self.assert_tree("demo1", worker.target("v"))
+
+
+class Eviction(Case):
+    """Image A has one layer of 31.5 MB, image B five layers of 11.6 MB in all: there is room for one of them."""
+
+    A, B = "demo1", "nasty"
+    MAX_BYTES = 36_000_000
+
+    def bounded(self, **cache) -> pathlib.Path:
+        return self.config(cache={"max_bytes": self.MAX_BYTES, "min_free_bytes": 0, **cache})
+
+    def used(self, worker: driver.Worker) -> int:
+        return int(process.run("du", "-s", "--block-size=1", worker.cache_dir).stdout.split()[0])
+
+    def kept(self, worker: driver.Worker) -> set[str]:
+        return {path.name for path in (worker.cache_dir / "layers").iterdir()}
+
+    def layers(self, name: str) -> set[str]:
+        return {it.removeprefix("sha256:") for it in images.get(name).layout.diff_ids(images.TAG)}
+
+    def see(self, worker: driver.Worker, name: str) -> None:
+        """Publishes the image, finds it right, and unpublishes it."""
+        worker.must_publish("v", self.env.push(name))
+        self.assert_tree(name, worker.target("v"))
+        worker.must_unpublish("v")
+
+    def test_an_image_that_is_not_in_use_makes_room_for_the_next(self):
+        worker = self.worker(config=self.bounded())
+        self.see(worker, self.A)
+        self.assertEqual(self.kept(worker), self.layers(self.A))
+        self.see(worker, self.B)
+        self.assertEqual(self.kept(worker), self.layers(self.B))
+        self.assertEqual(worker.metric("layer_cache_evictions_total", reason="capacity"), 1)
+        self.assertEqual(worker.metric("layer_cache_evictions_total", reason="disk"), 0)
+        layer_bytes = images.get(self.A).note()["layer_bytes"][0]
+        self.assertGreaterEqual(worker.metric("layer_cache_evicted_bytes_total"), layer_bytes)
+        self.assertEqual(worker.metric("layer_cache_capacity_bytes"), self.MAX_BYTES)
+        self.assertEqual(worker.metric("layer_cache_layers"), len(self.layers(self.B)))
+        self.assertLess(self.used(worker), self.MAX_BYTES)
+        self.assertLess(abs(worker.metric("layer_cache_bytes") - self.used(worker)), 1 << 20)
+        self.assertEqual(len(list((worker.cache_dir / "images").iterdir())), 1, "the index of A stays without its layer")
+        # What was evicted is fetched again, once.
+        mark = self.registry.mark()
+        self.see(worker, self.A)
+        self.assertEqual(self.layer_gets(self.A, mark), [1])
+
+    def test_the_order_survives_a_restart(self):
+        worker = self.worker(config=self.bounded(max_bytes=50_000_000))
+        self.see(worker, self.A)
+        self.see(worker, self.B)
+        # Used again, so that B is older.
+        self.see(worker, self.A)
+        worker.stop()
+        # A alone is below the low watermark.
+        worker.config = self.bounded(low_watermark_percent=89)
+        worker.start()
+        process.wait_until(lambda: worker.metric("layer_cache_bytes") < self.MAX_BYTES, "eviction at start")
+        self.assertLess(self.kept(worker) & self.layers(self.B), self.layers(self.B))
+        self.assertLessEqual(self.layers(self.A), self.kept(worker), "what was used last went first")
+
+    def test_an_image_in_use_is_never_evicted(self):
+        worker = self.worker(config=self.bounded())
+        worker.must_publish("a", self.env.push(self.A))
+        reply = worker.publish("b", self.env.push(self.B))
+        self.assertEqual(reply.code, "RESOURCE_EXHAUSTED", reply.message)
+        self.assertIn(f"cache.max_bytes = {self.MAX_BYTES}", reply.message)
+        driver.drop_from_page_cache(worker.target("a"))
+        self.assert_tree(self.A, worker.target("a"))
+        self.assertLessEqual(self.layers(self.A), self.kept(worker))
+        self.assertEqual(worker.metric("layer_cache_evictions_total"), 0)
+        worker.must_unpublish("a")
+        worker.must_publish("b", self.env.push(self.B))
+        self.assert_tree(self.B, worker.target("b"))
+
+    def test_an_image_that_another_process_has_mounted_is_never_evicted(self):
+        worker = self.worker(config=self.bounded())
+        directory = self.mount(self.env.push(self.A), cache_dir=worker.cache_dir)
+        reply = worker.publish("b", self.env.push(self.B))
+        self.assertIn("cache.max_bytes", reply.message)
+        driver.drop_from_page_cache(directory)
+        self.assert_tree(self.A, directory)
+        # A process that is killed uses nothing any more.
+        for entry in pathlib.Path("/proc").glob("[0-9]*/cmdline"):
+            words = entry.read_bytes().split(b"\0")
+            if b"mount" in words and str(directory).encode() in words:
+                process.run("kill", "-9", entry.parent.name)
+        process.unmount_below(directory)
+        process.wait_until(lambda: worker.publish("b", self.env.push(self.B)).ok, "room for B")
+        self.assert_tree(self.B, worker.target("b"))
+        self.assertEqual(self.kept(worker), self.layers(self.B))
+
+    def test_a_full_disk_evicts_and_then_says_so(self):
+        cache_dir = self.work / "a" / "cache"
+        cache_dir.mkdir(parents=True)
+        process.run("mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", cache_dir)
+        worker = self.worker(config=self.config(cache={"min_free_bytes": 4 << 20}))
+        self.see(worker, self.A)
+        self.assertEqual(worker.metric("layer_cache_disk_size_bytes"), 40 << 20)
+        before = worker.metric("layer_cache_disk_free_bytes")
+        self.assertLess(before, 10 << 20)
+        worker.must_publish("b", self.env.push(self.B))
+        self.assert_tree(self.B, worker.target("b"))
+        self.assertEqual(worker.metric("layer_cache_evictions_total", reason="disk"), 1)
+        self.assertGreater(worker.metric("layer_cache_disk_free_bytes"), before)
+        reply = worker.publish("a", self.env.push(self.A))
+        self.assertEqual(reply.code, "RESOURCE_EXHAUSTED", reply.message)
+        self.assertIn("is full: free space there", reply.message)
+        driver.drop_from_page_cache(worker.target("b"))
+        self.assert_tree(self.B, worker.target("b"))
+        worker.must_unpublish("b")
+        self.see(worker, self.A)
+        worker.stop()
+
+    def test_killed_while_it_evicts(self):
+        worker = self.worker(config=self.bounded())
+        print(f"seed {self.seed}")
+        self.see(worker, self.A)
+        begin = time.monotonic()
+        self.see(worker, self.B)
+        took = time.monotonic() - begin
+        for number in range(12):
+            name = self.A if number % 2 == 0 else self.B
+            worker.target("v").parent.mkdir(exist_ok=True)
+            publishing = subprocess.Popen(
+                [driver.csictl(), "--endpoint", f"unix://{worker.socket}", "publish", "v", worker.target("v"), f"image={self.env.push(name)}"],
+                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            time.sleep(self.dice.uniform(0, took))
+            worker.kill()
+            publishing.wait(30)
+            worker.start()
+            worker.must_publish("v", self.env.push(name))
+            self.assert_tree(name, worker.target("v"))
+            worker.must_unpublish("v")
+            self.assertEqual(list((worker.cache_dir / "tmp").iterdir()), [], f"left after kill {number}")
+        worker.stop()
+        self.assertEqual(driver.clip("cache", "verify", cache_dir=worker.cache_dir).returncode, 0)
+        self.assertLess(self.used(worker), self.MAX_BYTES)
+
+    def test_watermarks_that_make_no_sense_are_refused(self):
+        for words, text in [({"high_watermark_percent": 0}, "from 1 to 100"), ({"low_watermark_percent": 90}, "must be less than")]:
+            done = driver.clip("cache", "ls", config=self.config(cache=words), check=False)
+            self.assertEqual((done.returncode, text in done.stderr), (64, True), done.stderr)
