@@ -164,7 +164,7 @@ pub enum CacheCommand {
     Ls,
     /// Compare every chunk with its digest; wrong ones are dropped and fetched anew.
     Verify,
-    /// Remove layers, by DiffID (`sha256:…`), or all.
+    /// Remove layers that are not in use, by DiffID (`sha256:…`), or all.
     Rm {
         /// The layers.
         layers: Vec<String>,

@@ -23,7 +23,6 @@ pub mod tier;
 pub mod registry;
 pub mod remote;
 
-pub mod kubernetes;
 pub mod node_taint;
 
 pub mod layer;

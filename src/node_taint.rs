@@ -9,16 +9,19 @@
 
 use std::time::Duration;
 
-use serde::Deserialize;
+use k8s_openapi::api::{core::v1::Node, storage::v1::CSINode};
+use kube::{
+    Api, Client, Config,
+    api::{ApiResource, DynamicObject, Patch, PatchParams},
+};
 use serde_json::{Value, json};
 use tokio::time::sleep;
 use tracing::{debug, info, warn};
 
-use crate::{
-    kubernetes::{Api, ApiError, InCluster},
-    sys,
-    telemetry::error_chain,
-};
+use crate::{sys, telemetry::error_chain};
+
+/// How long a connection or an answer may take; the API server itself gives up after a minute.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// First wait; each further one is twice as long.
 ///
@@ -31,8 +34,9 @@ const MAX_WAIT_FOR_KUBELET: Duration = Duration::from_secs(10);
 /// Longest wait after a failure: a cluster of nodes must not crowd an API server that comes back.
 const MAX_WAIT: Duration = Duration::from_secs(30);
 
-/// Conflicts in a row that are usual: some controllers write a new node's taints at the same time.
-const USUAL_CONFLICTS: u32 = 5;
+/// Conflicts that are worth a word: some are usual, because controllers write a new node's taints at
+/// the same time.
+const UNUSUAL_CONFLICTS: u32 = 6;
 
 /// A taint's key, as `kubectl taint` takes it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -86,6 +90,19 @@ pub struct StartupTaint {
     pub key: TaintKey,
 }
 
+/// Says why the API server cannot be asked.
+#[derive(Debug, thiserror::Error)]
+#[error("not in a pod of a cluster: set automountServiceAccountToken for this pod")]
+pub struct NotInCluster(#[source] kube::config::InClusterError);
+
+/// Finds the API server as a pod does.
+///
+/// # Errors
+/// [`NotInCluster`] says what is missing.
+pub fn cluster_of_this_pod() -> Result<Config, NotInCluster> {
+    Config::incluster().map_err(NotInCluster)
+}
+
 /// How far it has come.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Step {
@@ -93,64 +110,45 @@ enum Step {
     NotRegistered,
     /// So many taints were removed, and none is left.
     Done { n_removed: usize },
+    /// The node was changed since it was read.
+    Conflict,
 }
 
-#[derive(Deserialize)]
-struct CsiNode {
-    spec: CsiNodeSpec,
-}
-
-#[derive(Deserialize)]
-struct CsiNodeSpec {
-    /// `null` in a node without any driver.
-    drivers: Option<Vec<CsiNodeDriver>>,
-}
-
-#[derive(Deserialize)]
-struct CsiNodeDriver {
-    name: String,
-}
-
-#[derive(Deserialize)]
-struct Node {
-    spec: NodeSpec,
-}
-
-#[derive(Deserialize)]
-struct NodeSpec {
-    /// Whole, with fields that this release does not know: they are written back.
-    #[serde(default)]
-    taints: Vec<Value>,
-}
-
-/// Returns the JSON patch that removes the taints with `key`, `None` if there is none.
+/// Returns the JSON patch (RFC 6902) that removes the taints with `key`, and how many those are;
+/// `None` if there is none.
 ///
 /// The list is replaced as a whole: a taint cannot be named in a patch but by its place, and the
 /// `test` makes the patch fail if the list is another one by then.
-fn plan(taints: &[Value], key: &TaintKey) -> Option<Value> {
+fn plan(taints: &[Value], key: &TaintKey) -> Option<(Value, usize)> {
     let has_key = |taint: &&Value| taint["key"] == key.0.as_str();
     let left: Vec<_> = taints.iter().filter(|it| !has_key(it)).collect();
-    if left.len() == taints.len() {
+    let n_removed = taints.len() - left.len();
+    if n_removed == 0 {
         return None;
     }
-    Some(json!([
+    let patch = json!([
         {"op": "test", "path": "/spec/taints", "value": taints},
         {"op": "replace", "path": "/spec/taints", "value": left},
-    ]))
+    ]);
+    Some((patch, n_removed))
 }
 
 /// Removes the taint, however long it takes.
 ///
 /// # Cancellation
 /// Safe: a patch is applied or not.
-pub async fn remove(cluster: InCluster, taint: StartupTaint) {
+pub async fn remove(mut cluster: Config, taint: StartupTaint) {
+    cluster.connect_timeout = Some(REQUEST_TIMEOUT);
+    cluster.read_timeout = Some(REQUEST_TIMEOUT);
+    cluster.write_timeout = Some(REQUEST_TIMEOUT);
     let mut wait = FIRST_WAIT;
     let mut last_error = String::new();
     let mut n_conflicts = 0;
     loop {
-        // A client for each attempt: it costs nothing beside the wait, and nothing stays of it.
-        let step = match Api::new(cluster.clone()) {
-            Ok(api) => attempt(&api, &taint).await,
+        // A client for each attempt: it reads the token that is valid by now, and nothing stays of
+        // it in memory.
+        let step = match Client::try_from(cluster.clone()) {
+            Ok(client) => attempt(client, &taint).await,
             Err(err) => Err(err),
         };
         match step {
@@ -171,10 +169,16 @@ pub async fn remove(cluster: InCluster, taint: StartupTaint) {
                 );
                 wait = wait.min(MAX_WAIT_FOR_KUBELET);
             }
-            // Somebody else was quicker; the next attempt sees what they did.
-            Err(err @ ApiError::Conflict { .. }) if n_conflicts < USUAL_CONFLICTS => {
-                debug!(error = %err, "trying again");
+            Ok(Step::Conflict) => {
+                // The next attempt sees what somebody else did.
                 n_conflicts += 1;
+                if n_conflicts == UNUSUAL_CONFLICTS {
+                    warn!(
+                        node.name = taint.node,
+                        taint = taint.key.0,
+                        "startup taint stays for now: the node's taints change all the time"
+                    );
+                }
             }
             Err(err) => {
                 let text = error_chain(&err);
@@ -194,32 +198,40 @@ pub async fn remove(cluster: InCluster, taint: StartupTaint) {
     }
 }
 
-async fn attempt(api: &Api, taint: &StartupTaint) -> Result<Step, ApiError> {
-    let node = &taint.node;
-    let what = format!("CSINode {node}");
-    let path = format!("/apis/storage.k8s.io/v1/csinodes/{node}");
-    let csi_node: CsiNode = match api.get(&path, &what).await {
-        Ok(it) => it,
-        // Kubelet makes it when the first driver registers.
-        Err(ApiError::Refused { status: 404, .. }) => return Ok(Step::NotRegistered),
-        Err(err) => return Err(err),
+async fn attempt(client: Client, taint: &StartupTaint) -> kube::Result<Step> {
+    let csi_nodes: Api<CSINode> = Api::all(client.clone());
+    // Kubelet makes the object when the first driver registers.
+    let Some(csi_node) = csi_nodes.get_opt(&taint.node).await? else {
+        return Ok(Step::NotRegistered);
     };
-    let drivers = csi_node.spec.drivers.unwrap_or_default();
+    let drivers = csi_node.spec.drivers;
     if !drivers.iter().any(|it| it.name == taint.driver) {
         return Ok(Step::NotRegistered);
     }
-    let what = format!("Node {node}");
-    let path = format!("/api/v1/nodes/{node}");
-    let object: Node = api.get(&path, &what).await?;
-    let taints = object.spec.taints;
-    let Some(patch) = plan(&taints, &taint.key) else {
+    // As it came: a taint may have fields that this release's types do not know.
+    let kind = ApiResource::erase::<Node>(&());
+    let nodes: Api<DynamicObject> = Api::all_with(client, &kind);
+    let node = nodes.get(&taint.node).await?;
+    let taints = node.data["spec"]["taints"].as_array();
+    let taints = taints.map(Vec::as_slice).unwrap_or_default();
+    let Some((patch, n_removed)) = plan(taints, &taint.key) else {
         return Ok(Step::Done { n_removed: 0 });
     };
-    api.patch(&path, &what, &patch).await?;
-    let n_left = patch[1]["value"].as_array().map_or(0, Vec::len);
-    Ok(Step::Done {
-        n_removed: taints.len() - n_left,
-    })
+    let patch: json_patch::Patch =
+        serde_json::from_value(patch).map_err(kube::Error::SerdeError)?;
+    let patched = nodes
+        .patch(
+            &taint.node,
+            &PatchParams::default(),
+            &Patch::Json::<()>(patch),
+        )
+        .await;
+    match patched {
+        Ok(_) => Ok(Step::Done { n_removed }),
+        // 422 is what a failed `test` of a patch answers (apiserver, handlers/patch.go).
+        Err(kube::Error::Api(status)) if matches!(status.code, 409 | 422) => Ok(Step::Conflict),
+        Err(err) => Err(err),
+    }
 }
 
 #[cfg(test)]
@@ -239,16 +251,17 @@ mod tests {
         for (taints, left) in [
             (vec![], None),
             (vec![&near, &other], None),
-            (vec![&ours], Some(vec![])),
-            (vec![&other, &ours, &near], Some(vec![&other, &near])),
-            (vec![&ours, &other, &ours_too], Some(vec![&other])),
+            (vec![&ours], Some((vec![], 1))),
+            (vec![&other, &ours, &near], Some((vec![&other, &near], 1))),
+            (vec![&ours, &other, &ours_too], Some((vec![&other], 2))),
         ] {
             let taints: Vec<Value> = taints.into_iter().cloned().collect();
-            let expected = left.map(|left| {
-                json!([
+            let expected = left.map(|(left, n_removed)| {
+                let patch = json!([
                     {"op": "test", "path": "/spec/taints", "value": taints},
                     {"op": "replace", "path": "/spec/taints", "value": left},
-                ])
+                ]);
+                (patch, n_removed)
             });
             assert_eq!(plan(&taints, &key("a/b")), expected, "{taints:?}");
         }

@@ -156,7 +156,9 @@ pub enum SourceError {
         registry: String,
     },
     /// The image exists, but not for the platform asked for.
-    #[error("{image} has no manifest for platform {wanted}; it has: {available}")]
+    #[error(
+        "{image} has no manifest for platform {wanted}; it has: {available}; push it for {wanted}, or set the platform attribute"
+    )]
     WrongPlatform {
         /// The image reference.
         image: String,
@@ -176,7 +178,9 @@ pub enum SourceError {
         hint: String,
     },
     /// Credentials are right, but give no access (HTTP 403).
-    #[error("{registry} refuses access to {what}: the credentials lack the right to pull it")]
+    #[error(
+        "{registry} refuses access to {what}: the credentials lack the right to pull it: have it granted, or give others"
+    )]
     Forbidden {
         /// What was asked for.
         what: String,

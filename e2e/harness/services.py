@@ -8,7 +8,7 @@ import urllib.request
 
 from . import process
 
-BLOB_GET = re.compile(r'"GET /v2/\S+/blobs/(sha256:[0-9a-f]{64}) HTTP/[0-9.]+" (\d{3})')
+BLOB_GET = re.compile(r'"GET /v2/\S+/blobs/(sha256:[0-9a-f]{64})(?:\?\S*)? HTTP/[0-9.]+" (\d{3})')
 
 
 class Registry:

@@ -133,7 +133,7 @@ mod tests {
                     available: "linux/amd64".to_owned(),
                 },
                 Code::NotFound,
-                "cannot mount image app: r.example/app:1 has no manifest for platform linux/arm64; it has: linux/amd64",
+                "cannot mount image app: r.example/app:1 has no manifest for platform linux/arm64; it has: linux/amd64; push it for linux/arm64, or set the platform attribute",
             ),
             (
                 SourceError::Unauthorized {
@@ -150,7 +150,7 @@ mod tests {
                     registry: registry(),
                 },
                 Code::PermissionDenied,
-                "cannot mount image app: r.example refuses access to r.example/app:1: the credentials lack the right to pull it",
+                "cannot mount image app: r.example refuses access to r.example/app:1: the credentials lack the right to pull it: have it granted, or give others",
             ),
             (
                 SourceError::RateLimited {

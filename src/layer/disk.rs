@@ -344,18 +344,11 @@ impl LayerFile {
     }
 
     /// Gives what flushes the layer. It is no user of the layer, which may be removed meanwhile.
-    ///
-    /// # Errors
-    /// Those of open(2).
-    pub(super) fn flush(&self) -> io::Result<Flush> {
-        let open = |name| File::open(self.dir.join(name));
-        Ok(Flush {
-            // Opened anew: a duplicate would share the pin.
-            content: [open(DATA)?, open(INDEX)?],
-            state_file: open(STATE)?,
-            dirs: [open(".")?, open("..")?],
+    pub(super) fn flush(&self) -> Flush {
+        Flush {
+            dir: self.dir.clone(),
             state: Arc::clone(&self.state),
-        })
+        }
     }
 
     /// Bytes of chunk `chunk`.
@@ -368,15 +361,13 @@ impl LayerFile {
 /// Flushes a complete layer to stable storage, after which its bits survive a reboot.
 #[derive(Debug)]
 pub(super) struct Flush {
-    content: [File; 2],
+    dir: PathBuf,
     state: Arc<State>,
-    state_file: File,
-    /// The layer's directory, and the one that it is in.
-    dirs: [File; 2],
 }
 
 impl Flush {
-    /// Does it.
+    /// Does it, unless the layer was removed. One that was made anew meanwhile is flushed, but not
+    /// marked so, because the marks are those of the layer that this was made of.
     ///
     /// # Errors
     /// Those of fsync(2).
@@ -384,9 +375,16 @@ impl Flush {
     /// # Blocking
     /// Waits for the disk, for long if much was written.
     pub(super) fn run(self) -> io::Result<()> {
-        self.content.iter().try_for_each(File::sync_all)?;
-        self.state.mark_flushed(&self.state_file)?;
-        self.dirs.iter().try_for_each(File::sync_all)
+        let sync = |name| File::open(self.dir.join(name))?.sync_all();
+        let flushed = sync(DATA)
+            .and_then(|()| sync(INDEX))
+            .and_then(|()| self.state.mark_flushed(&self.dir.join(STATE)))
+            .and_then(|()| sync("."))
+            .and_then(|()| disk::sync_parent(&self.dir));
+        match flushed {
+            Err(err) if err.kind() == io::ErrorKind::NotFound => Ok(()),
+            flushed => flushed,
+        }
     }
 }
 

@@ -1,4 +1,7 @@
 //! Carries a layer's bytes from the network, where code is async, to the threads that decompress.
+//!
+//! The sending end counts and hashes what passes: its thread mostly waits for the network, while
+//! the one that decompresses decides how long a layer takes.
 
 use std::{
     io::{self, BufRead, Read},
@@ -17,76 +20,88 @@ use crate::{digest::BlobDigest, tier::SourceError};
 /// At up to 64 KiB each this bridges a pause of a millisecond at a gigabyte per second.
 const BUFFERS_IN_FLIGHT: usize = 2;
 
+/// How the stream ended.
+#[derive(Debug)]
+enum End {
+    /// All of it was sent: so many bytes, with this digest.
+    Whole(u64, BlobDigest),
+    /// The source failed.
+    Failed(SourceError),
+}
+
+/// Where the sending end leaves word; empty as long as it sends.
+///
+/// std Mutex: held to store or to copy, never across an await.
+type SharedEnd = Arc<Mutex<Option<End>>>;
+
 /// The sending end: lives on the runtime.
 #[derive(Debug)]
 pub(super) struct Feed {
     sender: mpsc::Sender<Bytes>,
-    failure: Arc<Mutex<Option<SourceError>>>,
+    end: SharedEnd,
 }
 
-/// The receiving end: a blocking reader that counts and hashes what passes.
+/// The receiving end: a blocking reader.
 #[derive(Debug)]
 pub(super) struct FeedReader {
     receiver: mpsc::Receiver<Bytes>,
-    failure: Arc<Mutex<Option<SourceError>>>,
+    end: SharedEnd,
     current: Bytes,
-    hasher: Sha256,
-    n_bytes: u64,
 }
 
 /// Makes both ends.
 pub(super) fn feed() -> (Feed, FeedReader) {
     let (sender, receiver) = mpsc::channel(BUFFERS_IN_FLIGHT);
-    let failure = Arc::new(Mutex::new(None));
+    let end = SharedEnd::default();
     let reader = FeedReader {
         receiver,
-        failure: Arc::clone(&failure),
+        end: Arc::clone(&end),
         current: Bytes::new(),
-        hasher: Sha256::new(),
-        n_bytes: 0,
     };
-    (Feed { sender, failure }, reader)
+    (Feed { sender, end }, reader)
 }
 
 impl Feed {
     /// Sends all of `stream`; returns when it ended, failed, or nobody reads any more.
     pub(super) async fn run(self, stream: impl Stream<Item = Result<Bytes, SourceError>>) {
         let mut stream = std::pin::pin!(stream);
+        let (mut hasher, mut n_bytes) = (Sha256::new(), 0);
         while let Some(item) = stream.next().await {
             match item {
                 Ok(bytes) if bytes.is_empty() => {}
                 Ok(bytes) => {
+                    // A network buffer takes a tenth of a millisecond.
+                    hasher.update(&bytes);
+                    n_bytes += bytes.len() as u64;
                     if self.sender.send(bytes).await.is_err() {
                         return;
                     }
                 }
-                Err(err) => {
-                    self.fail(err);
-                    return;
-                }
+                Err(err) => return self.end(End::Failed(err)),
             }
         }
+        let digest = BlobDigest::from_bytes(hasher.finalize().into());
+        self.end(End::Whole(n_bytes, digest));
     }
 
-    /// Makes the reader fail with `err`.
-    pub(super) fn fail(&self, err: SourceError) {
-        *self.failure.lock().unwrap_or_else(PoisonError::into_inner) = Some(err);
+    fn end(&self, end: End) {
+        *self.end.lock().unwrap_or_else(PoisonError::into_inner) = Some(end);
     }
 }
 
 impl FeedReader {
     /// What the source failed with, if it did: then no other error is the cause.
     pub(super) fn failure(&self) -> Option<SourceError> {
-        self.failure
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone()
+        match &*self.end.lock().unwrap_or_else(PoisonError::into_inner) {
+            Some(End::Failed(err)) => Some(err.clone()),
+            Some(End::Whole(..)) | None => None,
+        }
     }
 
     /// Reads what is left, and returns how many bytes there were in all, and their digest.
     ///
     /// # Errors
-    /// If the source failed.
+    /// If the source failed, or the sending end went away in the middle.
     pub(super) fn finish(&mut self) -> io::Result<(u64, BlobDigest)> {
         loop {
             let len = self.fill_buf()?.len();
@@ -95,25 +110,29 @@ impl FeedReader {
             }
             self.consume(len);
         }
-        let digest = std::mem::take(&mut self.hasher).finalize();
-        Ok((self.n_bytes, BlobDigest::from_bytes(digest.into())))
+        match &*self.end.lock().unwrap_or_else(PoisonError::into_inner) {
+            Some(End::Whole(n_bytes, digest)) => Ok((*n_bytes, *digest)),
+            Some(End::Failed(err)) => Err(io::Error::other(err.clone())),
+            None => Err(interrupted()),
+        }
     }
+}
+
+/// The error of a stream that neither ended nor failed: whoever sent it was stopped.
+fn interrupted() -> io::Error {
+    io::Error::other("the download was stopped")
 }
 
 impl BufRead for FeedReader {
     fn fill_buf(&mut self) -> io::Result<&[u8]> {
         if self.current.is_empty() {
             match self.receiver.blocking_recv() {
-                Some(bytes) => {
-                    self.hasher.update(&bytes);
-                    self.n_bytes += bytes.len() as u64;
-                    self.current = bytes;
-                }
-                None => {
-                    if let Some(err) = self.failure() {
-                        return Err(io::Error::other(err));
-                    }
-                }
+                Some(bytes) => self.current = bytes,
+                None => match &*self.end.lock().unwrap_or_else(PoisonError::into_inner) {
+                    Some(End::Whole(..)) => {}
+                    Some(End::Failed(err)) => return Err(io::Error::other(err.clone())),
+                    None => return Err(interrupted()),
+                },
             }
         }
         Ok(&self.current)
@@ -173,5 +192,19 @@ mod tests {
         let (outcome, failed) = read.await.unwrap();
         assert_eq!(outcome, Err("r is unavailable: gone".to_owned()));
         assert!(failed);
+    }
+
+    #[tokio::test]
+    async fn a_sender_that_is_stopped_is_no_end() {
+        let (feed, mut reader) = feed();
+        feed.sender.send(Bytes::from_static(b"ab")).await.unwrap();
+        drop(feed);
+        let read = tokio::task::spawn_blocking(move || {
+            let mut all = Vec::new();
+            let outcome = reader.read_to_end(&mut all).map_err(|it| it.to_string());
+            (all, outcome)
+        });
+        let stopped = Err("the download was stopped".to_owned());
+        assert_eq!(read.await.unwrap(), (b"ab".to_vec(), stopped));
     }
 }

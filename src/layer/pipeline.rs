@@ -1,9 +1,8 @@
 //! Decompresses a layer in one pass, with bounded memory, on two threads.
 //!
-//! The first thread reads, hashes the blob and inflates; the second hashes the tar, cuts it into
-//! chunks, parses it and writes. Inflating costs about as much as all the rest together, so that a
-//! layer takes little longer than inflating it alone. A fixed set of buffers goes round between
-//! the two.
+//! The first thread inflates; the second hashes the tar, cuts it into chunks, parses it and writes.
+//! Inflating costs about as much as all the rest together, so that a layer takes little longer than
+//! inflating it alone. A fixed set of buffers goes round between the two.
 
 use std::{
     io::{self, BufRead, Read},

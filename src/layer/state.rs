@@ -139,16 +139,16 @@ impl State {
         self.words.load(WORD_FLAGS) & FLAG_SUSPECT != 0
     }
 
-    /// Records in `file`, the state's, that the data is on stable storage: the bits survive a reboot.
+    /// Records that the data is on stable storage, so that the bits survive a reboot.
     ///
     /// Call only after fsync of the data, with all bits set before that.
     ///
     /// # Errors
     /// Those of fsync(2).
-    pub(super) fn mark_flushed(&self, file: &File) -> io::Result<()> {
+    pub(super) fn mark_flushed(&self, path: &Path) -> io::Result<()> {
         self.words.set_bits(WORD_FLAGS, FLAG_FLUSHED);
         // Shared maps and file share pages, so fsync of any descriptor writes the bits.
-        file.sync_all()
+        File::open(path)?.sync_all()
     }
 }
 
@@ -205,7 +205,7 @@ mod tests {
         disk::publish(&path, &State::initial(LAYER_BYTES, Initial::Present, 1)).unwrap();
         State::open(&path, LAYER_BYTES, 1)
             .unwrap()
-            .mark_flushed(&File::open(&path).unwrap())
+            .mark_flushed(&path)
             .unwrap();
         let state = State::open(&path, LAYER_BYTES, 2).unwrap();
         assert_eq!((state.n_present(), state.is_suspect()), (71, false));

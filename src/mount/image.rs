@@ -27,7 +27,7 @@ pub trait ImageMounter: Send + Sync + fmt::Debug {
     fn prepare<'a>(
         &'a self,
         request: &'a ImageRequest,
-        progress: &'a Progress,
+        progress: &'a Arc<Progress>,
     ) -> BoxFuture<'a, Result<PreparedImage, PrepareError>>;
 
     /// Mounts the prepared image read-only at `dir`, with [`super::SOURCE_NAME`] as its `fsname`.
@@ -155,7 +155,7 @@ impl Progress {
         *lock(&self.phase) = phase.into();
     }
 
-    /// Says how many bytes there are to do in all.
+    /// Says how many bytes there are to do.
     pub fn set_total(&self, bytes: u64) {
         self.total_bytes.store(bytes, Ordering::Relaxed);
     }
@@ -171,11 +171,13 @@ impl fmt::Display for Progress {
         const MEGABYTE: u64 = 1_000_000;
         let phase = lock(&self.phase).clone();
         f.write_str(if phase.is_empty() { "starting" } else { &phase })?;
-        let done = self.done_bytes.load(Ordering::Relaxed) / MEGABYTE;
-        match self.total_bytes.load(Ordering::Relaxed) / MEGABYTE {
-            0 => Ok(()),
-            total => write!(f, ", {done} of {total} MB"),
+        let total = self.total_bytes.load(Ordering::Relaxed);
+        // A layer that came wrong is read twice.
+        let done = self.done_bytes.load(Ordering::Relaxed).min(total);
+        if total < MEGABYTE {
+            return Ok(());
         }
+        write!(f, ", {} of {} MB", done / MEGABYTE, total / MEGABYTE)
     }
 }
 
@@ -235,5 +237,10 @@ mod tests {
         progress.set_total(150_000_000);
         progress.add_done(12_345_678);
         assert_eq!(progress.to_string(), "streaming layer 2 of 5, 12 of 150 MB");
+        progress.add_done(150_000_000);
+        assert_eq!(
+            progress.to_string(),
+            "streaming layer 2 of 5, 150 of 150 MB"
+        );
     }
 }

@@ -17,7 +17,7 @@ use rustls::{
 
 use super::{
     config::RegistryConfigError,
-    transport::{protocol, root_cause, unavailable},
+    transport::{root_cause, unavailable},
 };
 use crate::tier::SourceError;
 
@@ -100,16 +100,17 @@ pub(crate) fn build_client(
         .map_err(|error| wrong(root_cause(&error)))
 }
 
-/// Turns a failure to get any answer into an error: TLS faults need a person, the rest may pass.
+/// Turns a failure to get any answer into an error that may pass. TLS faults need a person, but once
+/// the configuration is mended, or the certificate renewed, the volumes that wait recover.
 pub(crate) fn send_error(host: &str, error: reqwest::Error) -> SourceError {
     match find_tls_error(&error) {
-        Some(rustls::Error::InvalidCertificate(why)) => protocol(
+        Some(rustls::Error::InvalidCertificate(why)) => unavailable(
             host,
             format!(
                 "its TLS certificate is not trusted ({why}): if it is right, name its CA in ca_file for this host"
             ),
         ),
-        Some(rustls::Error::InvalidMessage(_)) => protocol(
+        Some(rustls::Error::InvalidMessage(_)) => unavailable(
             host,
             "it does not speak TLS: set plain_http for this host if this is meant".to_owned(),
         ),

@@ -4,6 +4,7 @@
 //! parts, and only then work. `engine` is what all modes share: registry, cache, indexer.
 
 mod cache;
+mod counted;
 mod engine;
 mod index;
 mod mount;

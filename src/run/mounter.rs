@@ -2,7 +2,10 @@
 
 use std::{any::Any, io, path::Path, sync::Arc};
 
-use super::engine::{Engine, Wanted};
+use super::{
+    counted::Counted,
+    engine::{Engine, Wanted},
+};
 use crate::{
     config::FuseConfig,
     fs::ClipFs,
@@ -18,7 +21,7 @@ use crate::{
     },
     registry::{Credentials, DockerConfig, ImageRef, Platform},
     sys::MappedFile,
-    tier::{BoxFuture, MakePresent},
+    tier::{BlobSource, BoxFuture, MakePresent},
 };
 
 /// Opens images with an [`Engine`] and serves them from this process.
@@ -106,7 +109,7 @@ impl InProcess {
     async fn open(
         &self,
         request: &ImageRequest,
-        progress: &Progress,
+        progress: &Arc<Progress>,
     ) -> Result<PreparedImage, PrepareError> {
         let Wanted {
             image,
@@ -119,10 +122,20 @@ impl InProcess {
             .registry
             .resolve(&image, &platform, &credentials)
             .await?;
-        let blob_bytes = resolved.layers.iter().map(|it| it.blob_bytes).sum();
-        progress.set_total(blob_bytes);
-        progress.set_phase(format!("fetching {} layers", resolved.layers.len()));
-        let blobs = self.engine.registry.blobs(&image, &credentials);
+        let paths = self.engine.store.paths();
+        let missing = resolved.layers.iter();
+        let missing = missing.filter(|it| !paths.layer(it.diff_id).exists());
+        let missing: Vec<_> = missing.map(|it| it.blob_bytes).collect();
+        progress.set_total(missing.iter().sum());
+        progress.set_phase(format!(
+            "fetching {} of {} layers",
+            missing.len(),
+            resolved.layers.len()
+        ));
+        let blobs: Arc<dyn BlobSource> = Arc::new(Counted {
+            source: self.engine.registry.blobs(&image, &credentials),
+            progress: Arc::clone(progress),
+        });
         let opened = self.engine.indexer.open(&resolved, &blobs).await?;
         let fs = self
             .file_system(opened)
@@ -143,7 +156,7 @@ impl ImageMounter for InProcess {
     fn prepare<'a>(
         &'a self,
         request: &'a ImageRequest,
-        progress: &'a Progress,
+        progress: &'a Arc<Progress>,
     ) -> BoxFuture<'a, Result<PreparedImage, PrepareError>> {
         Box::pin(self.open(request, progress))
     }

@@ -28,7 +28,6 @@ use crate::{
         CsiConfig, PluginName, Registration, RegistrationConfig, RegistrationOutcome, Server,
         bind_private,
     },
-    kubernetes::InCluster,
     metrics::Metrics,
     mount::{ImageMounter, MountTable, MountTableConfig},
     node_taint::{self, StartupTaint, TaintKey},
@@ -114,9 +113,9 @@ pub(super) async fn run(args: NodeArgs, config: Config) -> anyhow::Result<ExitCo
 }
 
 /// What `--startup-taint` asks for, and where.
-fn startup_taint(key: &str, args: &NodeArgs) -> Result<(InCluster, StartupTaint), BadConfig> {
+fn startup_taint(key: &str, args: &NodeArgs) -> Result<(kube::Config, StartupTaint), BadConfig> {
     let key: TaintKey = key.parse().map_err(BadConfig::new)?;
-    let cluster = InCluster::of_this_pod().map_err(BadConfig::new)?;
+    let cluster = node_taint::cluster_of_this_pod().map_err(BadConfig::new)?;
     let taint = StartupTaint {
         node: args.node_id.clone(),
         driver: args.driver_name.clone(),

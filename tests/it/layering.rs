@@ -71,8 +71,7 @@ const MODULES: &[(&str, &[&str])] = &[
         "mount",
         &["digest", "disk", "metrics", "registry", "secret", "tier"],
     ),
-    ("kubernetes", &[]),
-    ("node_taint", &["kubernetes", "sys", "telemetry"]),
+    ("node_taint", &["sys", "telemetry"]),
     ("pb", &[]),
     (
         "csi",
@@ -107,7 +106,6 @@ const MODULES: &[(&str, &[&str])] = &[
             "fuse",
             "index",
             "indexer",
-            "kubernetes",
             "layer",
             "metrics",
             "mount",

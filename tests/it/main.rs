@@ -22,6 +22,7 @@ mod layer_distrust;
 mod layer_fixture;
 mod layering;
 mod layers;
+mod leave;
 mod metrics_doc;
 mod mount;
 mod mount_fixture;

@@ -2,21 +2,21 @@
 
 #![expect(clippy::unwrap_used, reason = "helpers of tests fail the test")]
 
-use std::{
-    ffi::CString, fs, io, os::fd::AsRawFd, path::Path, sync::atomic::Ordering, time::Duration,
-};
+#[path = "mount/preparations.rs"]
+mod preparations;
+#[path = "mount/recovery.rs"]
+mod recovery;
+
+use std::{fs, io, path::Path, sync::atomic::Ordering};
 
 use clip_csi::{
     disk,
     metrics::Metrics,
-    mount::{
-        MountError, MountInfo, MountTable, PrepareError, PullCredentials, Recovered, SOURCE_NAME,
-    },
+    mount::{MountError, MountInfo, MountTable, PrepareError, PullCredentials, Recovered},
     secret::Secret,
     tier::SourceError,
 };
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
-use tokio::time::timeout;
 
 use crate::mount_fixture::{
     FakeMounter, Scratch, manifest, publish_request, skip_without_mounts, unpublish_request,
@@ -271,36 +271,6 @@ async fn a_failed_publish_leaves_nothing() {
 }
 
 #[tokio::test]
-async fn the_same_volume_or_target_is_busy_while_it_is_worked_on() {
-    skip_without_mounts!("mount: busy");
-    let world = World::new();
-    let target = world.scratch.target("pod");
-    let first = world.publish("v", &target, "slow");
-    let second = async {
-        while world.mounter.n_prepared() == 0 {
-            tokio::task::yield_now().await;
-        }
-        let same_volume = world
-            .publish("v", &world.scratch.target("other"), "app")
-            .await;
-        let same_target = world.publish("w", &target, "app").await;
-        let unpublish = world.table.unpublish(unpublish_request("v", &target)).await;
-        world.mounter.gate.add_permits(1);
-        [same_volume, same_target, unpublish]
-    };
-    let (first, refused) = tokio::join!(first, second);
-    first.unwrap();
-    for outcome in refused {
-        assert!(
-            matches!(outcome, Err(MountError::Busy { .. })),
-            "{outcome:?}"
-        );
-    }
-    world.unpublish("v", &target).await;
-    world.assert_nothing_is_left(&target);
-}
-
-#[tokio::test]
 async fn unpublish_of_what_is_not_there_succeeds() {
     let world = World::new();
     let target = world.scratch.target("pod");
@@ -315,133 +285,6 @@ async fn unpublish_of_what_is_not_there_succeeds() {
     disk::publish(&target.join("file"), b"data").unwrap();
     world.unpublish("unknown", &target).await;
     assert_eq!(fs::read(target.join("file")).unwrap(), b"data");
-}
-
-#[tokio::test]
-async fn slow_work_is_detached_from_the_call_and_the_next_call_joins_it() {
-    skip_without_mounts!("mount: slow preparation");
-    let world = World::new();
-    let target = world.scratch.target("pod");
-    let err = world.publish("v", &target, "slow").await.unwrap_err();
-    assert!(matches!(err, MountError::Preparing { .. }), "{err:?}");
-    assert_eq!(
-        err.to_string(),
-        "image slow is still being prepared after 0 s (streaming layer 1 of 2, 20 of 60 MB): \
-         it is mounted once it is ready, nothing needs to be done"
-    );
-    world.assert_nothing_is_left(&target);
-    // Others need not wait, and other rights share no work.
-    world
-        .publish("w", &world.scratch.target("other"), "app")
-        .await
-        .unwrap();
-    let mut request = publish_request("x", &world.scratch.target("third"), "slow");
-    request.image.credentials = PullCredentials::DockerConfig(Secret::new(b"{}".to_vec()));
-    let err = world.table.publish(request).await.unwrap_err();
-    assert!(matches!(err, MountError::Preparing { .. }), "{err:?}");
-    assert_eq!(world.mounter.n_prepared(), 3);
-
-    // The work is as old as the first call: this one joined it.
-    let err = world.publish("v", &target, "slow").await.unwrap_err();
-    let MountError::Preparing { waited, .. } = err else {
-        panic!("{err:?}");
-    };
-    assert!(
-        2 * world.scratch.config().prepare_wait <= waited,
-        "{waited:?}"
-    );
-    assert_eq!(
-        world.mounter.n_prepared(),
-        3,
-        "the second call did not join"
-    );
-
-    // One permit for each work, one for a call that comes after its end.
-    world.mounter.gate.add_permits(3);
-    world.publish("v", &target, "slow").await.unwrap();
-    assert_eq!(image_at(&target), "slow");
-}
-
-#[tokio::test]
-async fn a_failure_is_told_to_all_who_wait_and_not_kept() {
-    skip_without_mounts!("mount: failed preparation");
-    let world = World::new();
-    let (one, two) = (world.scratch.target("one"), world.scratch.target("two"));
-    world.mounter.fail("slow", unavailable());
-    let release = async {
-        while world.mounter.n_prepared() == 0 {
-            tokio::task::yield_now().await;
-        }
-        // A second one for a call that comes late.
-        world.mounter.gate.add_permits(2);
-    };
-    let (one_told, two_told, ()) = tokio::join!(
-        world.publish("v1", &one, "slow"),
-        world.publish("v2", &two, "slow"),
-        release
-    );
-    for told in [one_told, two_told] {
-        assert!(
-            matches!(told, Err(MountError::Unavailable { .. })),
-            "{told:?}"
-        );
-    }
-    world.mounter.failures.lock().unwrap().clear();
-    world.mounter.gate.add_permits(1);
-    world.publish("v1", &one, "slow").await.unwrap();
-}
-
-#[tokio::test]
-async fn a_failure_that_nobody_heard_is_told_once() {
-    skip_without_mounts!("mount: unheard failure");
-    let world = World::new();
-    let target = world.scratch.target("pod");
-    world.mounter.fail("slow", not_found());
-    let err = world.publish("v", &target, "slow").await.unwrap_err();
-    assert!(matches!(err, MountError::Preparing { .. }), "{err:?}");
-    world.mounter.gate.add_permits(1);
-    while world.mounter.gate.available_permits() != 0 {
-        tokio::task::yield_now().await;
-    }
-    tokio::task::yield_now().await;
-    let err = world.publish("v", &target, "slow").await.unwrap_err();
-    assert!(matches!(err, MountError::ImageNotFound { .. }), "{err:?}");
-    assert_eq!(world.mounter.n_prepared(), 1);
-    world.mounter.failures.lock().unwrap().clear();
-    world.mounter.gate.add_permits(1);
-    world.publish("v", &target, "slow").await.unwrap();
-    assert_eq!(world.mounter.n_prepared(), 2);
-}
-
-#[tokio::test]
-async fn a_panic_in_the_work_is_an_error_of_the_call_only() {
-    skip_without_mounts!("mount: panic");
-    let world = World::new();
-    let target = world.scratch.target("pod");
-    for n_calls in 1..=2 {
-        let err = world.publish("v", &target, "panic").await.unwrap_err();
-        assert!(matches!(err, MountError::System { .. }), "{err:?}");
-        assert_eq!(world.mounter.n_prepared(), n_calls);
-    }
-    world.publish("v", &target, "app").await.unwrap();
-}
-
-#[tokio::test]
-async fn a_call_that_is_dropped_lets_go_of_the_volume() {
-    skip_without_mounts!("mount: dropped call");
-    let world = World::new();
-    let target = world.scratch.target("pod");
-    {
-        let call = world.publish("v", &target, "slow");
-        tokio::select! {
-            outcome = call => panic!("{outcome:?}"),
-            () = async { while world.mounter.n_prepared() == 0 { tokio::task::yield_now().await } } => {}
-        }
-    }
-    assert_eq!(world.mounter.gate.available_permits(), 0);
-    // One for the work that goes on, one for a call that comes after its end.
-    world.mounter.gate.add_permits(2);
-    world.publish("v", &target, "slow").await.unwrap();
 }
 
 #[tokio::test]
@@ -510,223 +353,8 @@ async fn a_target_below_a_linked_directory_is_published_once() {
     world.assert_nothing_is_left(&target);
 }
 
-#[tokio::test]
-async fn a_source_that_died_is_replaced_when_the_volume_is_published_again() {
-    skip_without_mounts!("mount: dead source");
-    let world = World::new();
-    let (one, two) = (world.scratch.target("one"), world.scratch.target("two"));
-    world.publish("v1", &one, "app").await.unwrap();
-    world.publish("v2", &two, "app").await.unwrap();
-    world.mounter.alive.store(false, Ordering::SeqCst);
-    let dead = device_at(&one);
-    world.publish("v1", &one, "app").await.unwrap();
-    world.mounter.alive.store(true, Ordering::SeqCst);
-    assert_eq!(
-        (world.mounter.n_mounts(), world.metrics.mounts.get()),
-        (2, 1)
-    );
-    assert_ne!(device_at(&one), dead);
-    assert_eq!(device_at(&two), dead);
-    world.unpublish("v2", &two).await;
-    assert_eq!(image_at(&one), "app");
-    world.unpublish("v1", &one).await;
-    world.assert_nothing_is_left(&one);
-}
-
-/// A FUSE mount as the driver's sources are, whose server never answers; dead once the file is
-/// closed.
-fn mount_fuse(path: &Path) -> io::Result<fs::File> {
-    let device = fs::OpenOptions::new()
-        .read(true)
-        .write(true)
-        .open("/dev/fuse")?;
-    let options = format!(
-        "fd={},rootmode=40000,user_id=0,group_id=0",
-        device.as_raw_fd()
-    );
-    let options = CString::new(options).unwrap();
-    let flags = MountFlags::NOSUID | MountFlags::NODEV;
-    mount(SOURCE_NAME, path, "fuse", flags, options.as_c_str())?;
-    Ok(device)
-}
-
-#[tokio::test]
-async fn hung_and_dead_fuse_mounts_are_detached_without_being_touched() {
-    skip_without_mounts!("mount: hung FUSE");
-    for dead in [false, true] {
-        let scratch = Scratch::new();
-        let (lost, again) = (scratch.target("lost"), scratch.target("again"));
-        let source = scratch.state_dir().join("sources/00/mnt");
-        let mut servers = Vec::new();
-        for path in [&lost, &again, &source] {
-            fs::create_dir_all(path).unwrap();
-            match mount_fuse(path) {
-                Ok(server) => servers.push(server),
-                Err(err) => {
-                    eprintln!("SKIP mount: hung FUSE: {err}");
-                    return;
-                }
-            }
-        }
-        if dead {
-            servers.clear();
-            assert!(fs::metadata(&lost).is_err(), "the mount is not dead");
-        }
-        let started = tokio::task::spawn_blocking(move || {
-            let (mounter, metrics) = (FakeMounter::new(), Metrics::new());
-            let (table, recovered) = scratch.recover(&mounter, &metrics);
-            (
-                World {
-                    table,
-                    mounter,
-                    metrics,
-                    scratch,
-                },
-                recovered,
-            )
-        });
-        let limit = Duration::from_secs(5);
-        let (world, recovered) = timeout(limit, started).await.unwrap().unwrap();
-        assert_eq!(recovered.stale_sources, 1);
-        assert!(!source.exists());
-        // Both without a record: known by their name alone.
-        let published = world.publish("v", &again, "app");
-        timeout(limit, published).await.unwrap().unwrap();
-        assert_eq!(image_at(&again), "app");
-        timeout(limit, world.unpublish("w", &lost)).await.unwrap();
-        timeout(limit, world.unpublish("v", &again)).await.unwrap();
-        assert!(!lost.exists());
-        world.assert_nothing_is_left(&again);
-    }
-}
-
 fn device_at(path: &Path) -> clip_csi::mount::Device {
     MountInfo::read().unwrap().at(path).last().unwrap().device
-}
-
-#[tokio::test]
-async fn after_a_crash_sources_are_cleared_and_volumes_can_be_unpublished_or_published_again() {
-    skip_without_mounts!("mount: recover");
-    let world = World::new();
-    let (again, gone, orphan) = (
-        world.scratch.target("again"),
-        world.scratch.target("gone"),
-        world.scratch.target("orphan"),
-    );
-    world.publish("v1", &again, "app").await.unwrap();
-    world.publish("v2", &gone, "other").await.unwrap();
-    world.publish("v3", &orphan, "other").await.unwrap();
-    unmount(&orphan, UnmountFlags::DETACH).unwrap();
-    fs::remove_dir_all(orphan.parent().unwrap()).unwrap();
-    let volumes = world.scratch.state_dir().join("volumes");
-    disk::publish(&volumes.join("broken.json"), b"{").unwrap();
-    disk::publish(&volumes.join("broken.json.1-2-3.tmp"), b"{").unwrap();
-
-    let (world, recovered) = world.crash_and_recover();
-    assert_eq!(
-        recovered,
-        Recovered {
-            volumes: 2,
-            orphans: 1,
-            bad_records: 1,
-            stale_sources: 2
-        }
-    );
-    assert_eq!(world.scratch.names("sources"), [""; 0]);
-    assert_eq!(
-        world.scratch.mounted(),
-        [Path::new("pods/again/mount"), Path::new("pods/gone/mount")]
-    );
-    assert_eq!(
-        (world.metrics.mounts.get(), world.metrics.volumes.get()),
-        (0, 0)
-    );
-    assert_eq!(world.metrics.dead_volumes.get(), 2);
-
-    world.publish("v1", &again, "app").await.unwrap();
-    assert_eq!(world.metrics.dead_volumes.get(), 1);
-    assert_eq!(world.mounter.n_mounts(), 1);
-    assert_eq!(
-        MountInfo::read().unwrap().at(&again).count(),
-        1,
-        "the dead bind is still below"
-    );
-    assert_eq!(image_at(&again), "app");
-
-    world.unpublish("v2", &gone).await;
-    assert!(!gone.exists());
-    assert_eq!(world.metrics.dead_volumes.get(), 0);
-    world.unpublish("v1", &again).await;
-    fs::remove_file(volumes.join("broken.json.bad")).unwrap();
-    world.assert_nothing_is_left(&again);
-}
-
-#[tokio::test]
-async fn a_dead_volume_that_cannot_be_mounted_anew_is_kept_or_undone_as_the_error_says() {
-    skip_without_mounts!("mount: failed republish");
-    let world = World::new();
-    let target = world.scratch.target("pod");
-    world.publish("v", &target, "app").await.unwrap();
-    let (world, _) = world.crash_and_recover();
-    world.mounter.fail("app", unavailable());
-    let err = world.publish("v", &target, "app").await.unwrap_err();
-    assert!(matches!(err, MountError::Unavailable { .. }), "{err:?}");
-    assert_eq!(world.metrics.dead_volumes.get(), 1);
-    assert_eq!(world.scratch.mounted(), [Path::new("pods/pod/mount")]);
-    assert_eq!(world.scratch.names("volumes").len(), 1);
-    world.mounter.fail("app", not_found());
-    let err = world.publish("v", &target, "app").await.unwrap_err();
-    assert!(matches!(err, MountError::ImageNotFound { .. }), "{err:?}");
-    world.assert_nothing_is_left(&target);
-    assert_eq!(world.metrics.dead_volumes.get(), 0);
-
-    // A volume whose mount is gone, as after a reboot, is none that is dead.
-    world.mounter.failures.lock().unwrap().clear();
-    world.publish("v", &target, "app").await.unwrap();
-    unmount(&target, UnmountFlags::DETACH).unwrap();
-    let (world, recovered) = world.crash_and_recover();
-    assert_eq!(
-        (recovered.volumes, world.metrics.dead_volumes.get()),
-        (1, 0)
-    );
-    world.unpublish("v", &target).await;
-
-    // The same when the mount itself fails.
-    world.publish("v", &target, "app").await.unwrap();
-    let (world, _) = world.crash_and_recover();
-    world.mounter.mount_fails.store(true, Ordering::SeqCst);
-    let err = world.publish("v", &target, "app").await.unwrap_err();
-    assert!(matches!(err, MountError::System { .. }), "{err:?}");
-    world.assert_nothing_is_left(&target);
-}
-
-#[tokio::test]
-async fn a_record_that_went_bad_while_running_is_put_aside() {
-    skip_without_mounts!("mount: bad record");
-    let world = World::new();
-    let target = world.scratch.target("pod");
-    world.publish("v", &target, "app").await.unwrap();
-    let name = world.scratch.names("volumes").pop().unwrap();
-    let path = world.scratch.state_dir().join("volumes").join(&name);
-    disk::publish(&path, b"garbage").unwrap();
-    world.unpublish("v", &target).await;
-    assert_eq!(world.scratch.names("volumes"), [format!("{name}.bad")]);
-    assert!(!target.exists());
-    assert_eq!(world.scratch.mounted(), Vec::<std::path::PathBuf>::new());
-}
-
-#[tokio::test]
-async fn two_processes_cannot_share_a_state_directory() {
-    let world = World::new();
-    let second = MountTable::recover(world.scratch.config(), FakeMounter::new(), &Metrics::new());
-    let err = second.unwrap_err();
-    let source = std::error::Error::source(&err).unwrap().to_string();
-    assert!(
-        source.starts_with("another clip-csi process uses this"),
-        "{err}: {source}"
-    );
-    drop(world.table);
-    let (_table, _) = world.scratch.recover(&FakeMounter::new(), &Metrics::new());
 }
 
 #[test]
@@ -741,30 +369,4 @@ fn every_cause_is_sorted() {
     assert!(sorted.is_transient());
     let sorted = MountError::of_image("i", PrepareError::Source(not_found()));
     assert!(!sorted.is_transient());
-}
-
-#[tokio::test]
-async fn nothing_of_the_state_stays_when_no_volume_does() {
-    skip_without_mounts!("mount: leave");
-    let world = World::new();
-    let target = world.scratch.target("pod");
-    world.publish("v", &target, "app").await.unwrap();
-    assert!(!world.table.clone().leave(), "a volume is published");
-    // Nothing that a running table needs was taken from it.
-    world.unpublish("v", &target).await;
-    world.publish("v", &target, "app").await.unwrap();
-    world.unpublish("v", &target).await;
-    assert!(world.table.leave());
-    assert!(!world.scratch.state_dir().exists());
-    let (_table, found) = world.scratch.recover(&FakeMounter::new(), &Metrics::new());
-    assert_eq!(found.volumes, 0);
-}
-
-#[tokio::test]
-async fn what_is_not_the_drivers_is_left() {
-    let world = World::new();
-    let foreign = world.scratch.state_dir().join("volumes/note.txt");
-    disk::publish(&foreign, b"mine").unwrap();
-    assert!(!world.table.leave());
-    assert!(foreign.exists());
 }

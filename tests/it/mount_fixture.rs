@@ -181,7 +181,7 @@ impl ImageMounter for FakeMounter {
     fn prepare<'a>(
         &'a self,
         request: &'a ImageRequest,
-        progress: &'a Progress,
+        progress: &'a Arc<Progress>,
     ) -> BoxFuture<'a, Result<PreparedImage, PrepareError>> {
         Box::pin(async move {
             self.prepared.lock().unwrap().push(request.clone());

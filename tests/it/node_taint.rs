@@ -9,10 +9,7 @@ use std::{
     time::Duration,
 };
 
-use clip_csi::{
-    kubernetes::InCluster,
-    node_taint::{self, StartupTaint},
-};
+use clip_csi::node_taint::{self, StartupTaint};
 use serde_json::{Value, json};
 use tokio::time::timeout;
 
@@ -31,31 +28,41 @@ struct Cluster {
     rival: Option<Value>,
 }
 
+/// How an API server says that it does not do what was asked.
+fn status(code: u16, message: &str) -> String {
+    json!({
+        "apiVersion": "v1", "kind": "Status", "status": "Failure",
+        "code": code, "message": message, "reason": "",
+    })
+    .to_string()
+}
+
 impl Cluster {
+    fn node(&self) -> Value {
+        let mut spec = json!({"podCIDR": "10.0.0.0/24"});
+        if !self.taints.is_empty() {
+            spec["taints"] = json!(self.taints);
+        }
+        json!({"apiVersion": "v1", "kind": "Node", "metadata": {"name": "n1"}, "spec": spec})
+    }
+
     fn answer(&mut self, request: &Request) -> Reply {
         if !self.faults.is_empty() {
             return self.faults.remove(0);
         }
-        match (request.method.as_str(), request.path.as_str()) {
+        let path = request.path.trim_end_matches(['?', '&']);
+        match (request.method.as_str(), path) {
             ("GET", "/apis/storage.k8s.io/v1/csinodes/n1") if self.drivers == "absent" => {
-                Reply::new(
-                    404,
-                    r#"{"kind":"Status","message":"csinodes n1 not found"}"#,
-                )
+                Reply::new(404, status(404, "csinodes n1 not found"))
             }
             ("GET", "/apis/storage.k8s.io/v1/csinodes/n1") => {
-                Reply::new(200, json!({"spec": {"drivers": self.drivers}}).to_string())
+                let object = json!({
+                    "apiVersion": "storage.k8s.io/v1", "kind": "CSINode",
+                    "metadata": {"name": "n1"}, "spec": {"drivers": self.drivers},
+                });
+                Reply::new(200, object.to_string())
             }
-            ("GET", "/api/v1/nodes/n1") => {
-                let mut spec = json!({"podCIDR": "10.0.0.0/24"});
-                if !self.taints.is_empty() {
-                    spec["taints"] = json!(self.taints);
-                }
-                Reply::new(
-                    200,
-                    json!({"metadata": {"name": "n1"}, "spec": spec}).to_string(),
-                )
-            }
+            ("GET", "/api/v1/nodes/n1") => Reply::new(200, self.node().to_string()),
             ("PATCH", "/api/v1/nodes/n1") => {
                 self.taints.extend(self.rival.take());
                 let patch: Value = serde_json::from_slice(&request.body).unwrap();
@@ -71,10 +78,10 @@ impl Cluster {
                     (&json!("test"), &json!("replace"))
                 );
                 if patch[0]["value"] != json!(self.taints) {
-                    return Reply::new(422, r#"{"kind":"Status","message":"test failed"}"#);
+                    return Reply::new(422, status(422, "test failed"));
                 }
                 self.taints = patch[1]["value"].as_array().unwrap().clone();
-                Reply::new(200, "{}")
+                Reply::new(200, self.node().to_string())
             }
             (method, path) => panic!("{method} {path}"),
         }
@@ -94,7 +101,7 @@ impl World {
         let shared = Arc::clone(&cluster);
         let server = HttpServer::start(move |request| shared.lock().unwrap().answer(request)).await;
         let dir = tempfile::tempdir().unwrap();
-        write(&dir.path().join("token"), "t1\n");
+        write(&dir.path().join("token"), "t1");
         Self {
             cluster,
             server,
@@ -104,11 +111,9 @@ impl World {
 
     /// Runs until the taint is removed, which must not take long.
     async fn remove(&self) {
-        let config = InCluster {
-            url: format!("http://{}", self.server.host()),
-            ca_file: None,
-            token_file: self.dir.path().join("token"),
-        };
+        let url = format!("http://{}", self.server.host());
+        let mut config = kube::Config::new(url.parse().unwrap());
+        config.auth_info.token_file = Some(self.dir.path().join("token").display().to_string());
         let taint = StartupTaint {
             node: "n1".to_owned(),
             driver: "csi.clip-csi.dev".to_owned(),
@@ -219,7 +224,7 @@ async fn an_api_server_that_fails_is_asked_again_with_the_token_of_the_hour() {
         taints: vec![ours()],
         faults: vec![
             Reply::new(503, "etcd is down"),
-            Reply::new(401, r#"{"kind":"Status","message":"Unauthorized"}"#),
+            Reply::new(401, status(401, "Unauthorized")),
             Reply::new(200, "{").cut(0),
         ],
         ..Cluster::default()

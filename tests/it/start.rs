@@ -87,7 +87,7 @@ fn a_bad_setting_ends_the_program_before_it_binds_or_makes_anything() {
         ),
         (
             ["--startup-taint", "a/b"],
-            "--startup-taint: not in a pod of a cluster: KUBERNETES_SERVICE_HOST is not set",
+            "--startup-taint: not in a pod of a cluster: set automountServiceAccountToken for this pod",
         ),
     ] {
         refuse(dir.path(), "", &words, expected);

@@ -385,7 +385,7 @@ async fn a_registry_that_is_down_leaves_what_mirrors_have_to_volumes_without_cre
     assert!(error.is_transient(), "{error}");
 
     // What neither has: both say so.
-    let other = format!("{}/team/other", origin.host()).parse().unwrap();
+    let other = format!("{}/team/app:none", origin.host()).parse().unwrap();
     let error = client
         .resolve(&other, &amd64(), &Credentials::Anonymous)
         .await
