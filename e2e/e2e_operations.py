@@ -33,6 +33,12 @@ MORE = {
 }
 
 
+def settled() -> bool:
+    """Between two looks at something that costs to look at."""
+    time.sleep(0.5)
+    return True
+
+
 class Chart(DriverCase):
     def setUp(self):
         super().setUp()
@@ -88,7 +94,7 @@ class Chart(DriverCase):
         monitors, rules = (self.cluster.get(f"{kind}.monitoring.coreos.com", "--namespace", NAMESPACE)["items"] for kind in ("podmonitors", "prometheusrules"))
         prometheus = Prometheus(self.cluster, self.work, monitors, rules)
         self.addCleanup(prometheus.stop)
-        process.wait_until(lambda: self.settled() and prometheus.targets_up() == len(NODES), "both nodes to be scraped", 60)
+        process.wait_until(lambda: settled() and prometheus.targets_up() == len(NODES), "both nodes to be scraped", 60)
         groups = {it["name"] for it in prometheus.get("rules")["groups"]}
         self.assertEqual(groups, {group["name"] for it in rules for group in it["spec"]["groups"]})
         self.traffic()
@@ -96,19 +102,13 @@ class Chart(DriverCase):
         self.assertEqual(board, dashboard.load())
         panels = dashboard.panels(board, rate_interval="20s", range_seconds=300)
         self.assertGreater(len(panels), 20)
-        process.wait_until(lambda: self.settled() and not self.empty(prometheus, panels), f"all panels to have data; now without: {self.empty(prometheus, panels)}", 60)
+        process.wait_until(lambda: settled() and not self.empty(prometheus, panels), f"all panels to have data; now without: {self.empty(prometheus, panels)}", 60)
         for it in prometheus.get("rules")["groups"]:
             for rule in it["rules"]:
                 self.assertEqual(rule["health"], "ok", rule)
         recorded = [rule["name"] for it in prometheus.get("rules")["groups"] for rule in it["rules"] if rule["type"] == "recording"]
         self.assertEqual([it for it in recorded if not prometheus.query(it)], [], "recording rules without data")
         say(f"{len(panels)} panels and {len(recorded)} recording rules have data; {sum(len(it['rules']) for it in prometheus.get('rules')['groups'])} rules are loaded")
-
-    @staticmethod
-    def settled() -> bool:
-        """Between two looks at Prometheus."""
-        time.sleep(0.5)
-        return True
 
     @staticmethod
     def empty(prometheus: Prometheus, panels: list) -> list[str]:
@@ -160,7 +160,10 @@ class PodStart(DriverCase):
             self.drop_image(N2, reference)
             # The image is the pod's own: its files are at / and it has no nc.
             command = ["bash", "-c", f"cat /{file} >/dev/null && echo pulled >/dev/tcp/{address}/{PORT}; trap exit TERM; sleep 3600 & wait"]
-            return started("pulled", command=command, container={"image": reference})
+            mark = self.cluster.registry.mark()
+            found = started("pulled", command=command, container={"image": reference})
+            self.assertGreaterEqual(min(self.blob_gets(self.IMAGE, mark)), 1, "every layer was pulled")
+            return found
 
         def warm() -> float:
             return started("warm", image=reference)
@@ -207,6 +210,8 @@ class PodStart(DriverCase):
     def drop_image(self, node: str, reference: str) -> None:
         """Makes containerd forget an image and its layers."""
         ctr = self.cluster.nodes[node].ctr
+        # A container holds its layers, and kubelet removes it some time after its pod.
+        process.wait_until(lambda: settled() and reference not in ctr("containers", "ls").stdout, "containers of the image to go", 60)
         rows = [line.split() for line in ctr("images", "ls").stdout.splitlines()[1:]]
         digests = {row[2] for row in rows if row[0] == reference}
         names = [row[0] for row in rows if row[2] in digests]
