@@ -14,11 +14,11 @@ use std::{
 };
 
 use tokio::{sync::watch, time::sleep};
-use tokio_stream::wrappers::UnixListenerStream;
+use tokio_stream::{StreamExt as _, wrappers::UnixListenerStream};
 use tonic::{Request, Response, Status, transport::Server as Transport};
 use tracing::{debug, error, info};
 
-use super::{PluginName, PrivateSocket, ServeError, bind_private};
+use super::{PluginName, PrivateSocket, ServeError, authority::MendedStream, bind_private};
 use crate::{
     metrics::Metrics,
     pb::registration::{
@@ -107,12 +107,13 @@ impl Registration {
     /// [`ServeError`] if the socket fails.
     pub async fn serve(self, shutdown: impl Future<Output = ()>) -> Result<(), ServeError> {
         let (listener, file) = self.socket.into_parts();
+        let incoming = UnixListenerStream::new(listener).map(|it| it.map(MendedStream::new));
         let (stopping, stopped) = tokio::sync::oneshot::channel();
         let service = registration_server::RegistrationServer::new(self.service)
             .max_decoding_message_size(MAX_REQUEST_BYTES);
         let serving = Transport::builder()
             .add_service(service)
-            .serve_with_incoming_shutdown(UnixListenerStream::new(listener), async {
+            .serve_with_incoming_shutdown(incoming, async {
                 shutdown.await;
                 // Before anything else ends: kubelet sends no more volumes then.
                 drop(file);
