@@ -30,7 +30,7 @@ demo: ## Play the three stories on real services and print the table (root; inst
 	$(call say,Playing the three stories)
 	@python3 e2e/demo.py
 
-test: ## Everything that continuous integration runs (root; installs what is missing; about 20 minutes the first time)
+test: ## Everything that continuous integration runs (root; installs what is missing; about 35 minutes the first time)
 	$(call say,1/4 Installing what is missing)
 	@$(MAKE) install
 	$(call say,2/4 Format and lints and documentation)
@@ -54,7 +54,7 @@ check: ## Format, clippy and rustdoc, each without a warning
 unit: ## Unit and integration tests
 	@cargo test $(CARGO_FLAGS)
 
-e2e: build ## End-to-end tests alone (root; CASES=name,name or E2E="-k NAME" picks some)
+e2e: install build ## End-to-end tests alone (root; CASES=name,name or E2E="-k NAME" picks some)
 	@./e2e/tools.sh >/dev/null
 	$(if $(CASES)$(E2E),,./e2e/tools.sh kubernetes >/dev/null; python3 e2e/images.py build)
 	python3 e2e/run.py --cases "$(CASES)" $(E2E)

@@ -28,6 +28,7 @@ class Result(unittest.TextTestResult):
     def __init__(self, *args, **settings):
         super().__init__(*args, **settings)
         self.table: list[tuple[str, float, unittest.TestCase]] = []
+        Result.last = self
 
     def startTest(self, test):
         super().startTest(test)
@@ -98,7 +99,13 @@ def main() -> None:
     with process.workspace("e2e", keep=args.keep) as work, environment.Environment(work) as shared:
         environment.shared = shared
         runner = unittest.TextTestRunner(stream=sys.stdout, resultclass=Result, verbosity=0, failfast=args.failfast)
-        result = runner.run(unittest.TestSuite(chosen))
+        try:
+            result = runner.run(unittest.TestSuite(chosen))
+        except KeyboardInterrupt as interrupt:
+            # What has failed so far is why somebody has had enough.
+            Result.last.printErrors()
+            Result.last.print_table()
+            sys.exit(f"run.py: ended by {interrupt or 'SIGINT'}")
         left = [*shared.take_down_cluster(), *process.mounts_below(work), *environment.children_left()]
     result.print_table()
     if left:

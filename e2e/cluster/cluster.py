@@ -121,11 +121,11 @@ class Cluster:
         deadline = time.monotonic() + seconds
         last = None
         try:
-            # A watch without a version begins with what is there. It has a bound so that it is taken up again when it hangs.
+            # A watch of version 0 begins with what the API server has in memory, at once. It has a bound so that it is taken up again when it hangs.
             if not self._exists(resource, name) and condition(None):
                 return None
             while time.monotonic() < deadline:
-                answer = self.plane.request("GET", f"/{resource}?watch=1&timeoutSeconds=30&fieldSelector=metadata.name%3D{name}", timeout=deadline - time.monotonic())
+                answer = self.plane.request("GET", f"/{resource}?watch=1&resourceVersion=0&timeoutSeconds=30&fieldSelector=metadata.name%3D{name}", timeout=deadline - time.monotonic())
                 for line in answer:
                     event = json.loads(line)
                     if event["type"] == "ERROR":

@@ -88,6 +88,8 @@ def layout() -> oci.Layout:
                 build(pathlib.Path(directory))
             finally:
                 process.unmount_below(directory)
+            if source_hash() != done.name:
+                raise process.Failed("the sources changed while the image was built: run it again")
             # At once: a directory under its name is whole.
             (pathlib.Path(directory) / "layout").rename(done)
     return oci.Layout(done)
@@ -95,6 +97,13 @@ def layout() -> oci.Layout:
 
 def build(directory: pathlib.Path) -> None:
     begin = time.monotonic()
+    # A copy, so that every file is newer than what an earlier build left: cargo goes by times.
+    context = directory / "context"
+    for file in source_files():
+        copy = context / file.relative_to(paths.REPO)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, copy)
+
     buildah = Buildah(directory)
     base = buildah("from", "scratch").stdout.strip()
     buildah("add", "--quiet", base, base_tar(), "/")
@@ -102,12 +111,6 @@ def build(directory: pathlib.Path) -> None:
     buildah("commit", "--quiet", base, "docker.io/library/rust:1.95-slim-bookworm")
     buildah("rm", base)
 
-    # A copy, so that every file is newer than what an earlier build left: cargo goes by times.
-    context = directory / "context"
-    for file in source_files():
-        copy = context / file.relative_to(paths.REPO)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(file, copy)
     # Dependencies stay compiled between builds, and crates are those that this machine has fetched.
     target = paths.cache() / f"project-target-{PROFILE}"
     target.mkdir(exist_ok=True)

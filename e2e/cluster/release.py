@@ -65,11 +65,13 @@ class Release:
 
     def install(self, over: dict | None = None) -> None:
         """As the README says, until the pods are ready."""
+        # Also when it fails: then it is there, and no good to the next case.
+        self.installed = self.changed = True
         try:
-            self.helm("install", over, "--wait", "--timeout", "180s")
+            self.helm("install", over, "--wait", "--timeout", "120s")
         except process.Failed as error:
             raise process.Failed(f"{error}\n{self.describe()}") from error
-        self.installed, self.changed = True, bool(over)
+        self.changed = bool(over)
 
     def upgrade(self, over: dict | None = None) -> None:
         """Without --wait: Helm would wait for pods that are replaced only when somebody says so (updateStrategy OnDelete)."""
