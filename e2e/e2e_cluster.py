@@ -4,10 +4,11 @@ import time
 import unittest
 
 import images
+from cluster import project_image
 from cluster.case import ClusterCase, DriverCase, docker_config, truth
 from cluster.cluster import NODES, PRIVATE_REGISTRY, REGISTRY, condition
 from cluster.pods import SHELL, STAY, pod
-from cluster.release import CHART, secret
+from cluster.release import CHART, REPOSITORY, secret
 from harness import process, services
 from harness.process import say
 
@@ -32,6 +33,22 @@ class Platform(ClusterCase):
 
 
 class Install(ClusterCase):
+    def test_image(self):
+        """The image that buildah makes of the Dockerfile: small, labelled, not root, and its program runs with nothing beside it."""
+        self.env.release()
+        layout = project_image.layout()
+        config = layout.read_json(layout.manifest(project_image.TAG)["config"]["digest"])["config"]
+        self.assertEqual(config["User"], "65532:65532")
+        self.assertEqual(config["Labels"]["org.opencontainers.image.version"], project_image.version())
+        compressed = sum(it["size"] for it in layout.layers(project_image.TAG))
+        say(f"the project's image has {compressed / 1e6:.1f} MB compressed, of which nothing is a shell")
+        self.assertLess(compressed, 20e6)
+        image = f"{REGISTRY}/{REPOSITORY}:{project_image.version()}"
+        self.create(pod("image", command=[], container={"image": image, "command": None, "args": ["--version"]}, securityContext={"runAsNonRoot": True}))
+        self.assertEqual(self.wait_succeeded("image"), f"clip-csi {project_image.version()}\n")
+        self.create(pod("no-shell", container={"image": image}))
+        self.wait_pod("no-shell", lambda it: it["status"].get("phase") == "Failed", "refused, because there is no shell")
+
     def test_install(self):
         """`helm install --wait`: the pods are ready on both nodes, and kubelet knows the driver."""
         self.cluster.helm("lint", "--strict", CHART, "--set", f"image.registry={REGISTRY}")

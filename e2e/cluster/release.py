@@ -18,6 +18,8 @@ NAME = NAMESPACE = "clip-csi"
 REMOTE_SECRET = "clip-csi-remote"
 METRICS_PORT = 9808
 REPOSITORY = "clip-csi/clip-csi"
+# What the node pods run.
+PROGRAMS = {"clip-csi", "csi-node-driver-registrar", "livenessprobe"}
 # For the upgrade: the same image under another name, as a new version is.
 NEXT_TAG = "next"
 
@@ -147,7 +149,7 @@ class Release:
         for name in NODES:
             node = self.cluster.nodes[name]
             found += [f"{name}: mount {it}" for it in node.machine.mounts() if DRIVER in it or "kubernetes.io~csi" in it]
-            found += [f"{name}: process {it}" for it in node.machine.processes().values() if "clip-csi" in it.split(" ")[0] or "driver-registrar" in it]
+            found += [f"{name}: process {it}" for it in node.machine.processes().values() if it.split(" ")[0].rpartition("/")[2] in PROGRAMS]
             found += [f"{name}: {it.relative_to(node.work)}" for pattern in (f"kubelet/plugins/{DRIVER}", "kubelet/plugins_registry/*", "kubelet/pods/*/volumes/kubernetes.io~csi")
                       for it in node.work.glob(pattern)]
         return found
