@@ -1,16 +1,18 @@
-//! Makes kubelet's call of the Registration service legible to our HTTP/2 server.
+//! Lets kubelet call a gRPC server on a Unix socket: mends the `:authority` that grpc-go makes.
 //!
-//! Kubelet calls a plugin's registration socket with the socket's path, percent-encoded, as the
-//! `:authority` (kubernetes, `pkg/kubelet/pluginmanager/operationexecutor`; gRPC for Go puts it
-//! there). RFC 3986 has no such authority where `http::uri` looks for one, so that the server
-//! (h2) would end the stream with PROTOCOL_ERROR. Nobody here asks for the authority: its value is
-//! overwritten in the first HEADERS frame of a connection, by one of equal length, so that no other
-//! byte changes. Later requests refer to it through the connection's HPACK table.
+//! Where grpc-go dials a path, and nobody says what the authority is, it sends the path,
+//! percent-encoded: `%2Fvar%2Flib%2Fkubelet%2F…`. That is a legal host (RFC 3986, 3.2.2), but the
+//! `h2` crate takes it for malformed and ends the stream with `PROTOCOL_ERROR`. Kubelet's plugin
+//! manager dials so, up to 1.36 at least (`pkg/kubelet/pluginmanager/operationexecutor`, `dial`).
 //!
-//! Kubelet names an authority when it calls CSI itself, so that only this socket needs it.
+//! So the bytes that come are looked through, and the value of each literal `:authority` is replaced
+//! by `localhost` (RFC 9113, 4.1 and 6.2; RFC 7541, 6). Everything else passes as it is. The two
+//! ends' tables of headers then differ in that value, and in its length: their indexes agree as long
+//! as no table is full, which the two calls of a registration are far from.
 
 use std::{
     io,
+    ops::Range,
     pin::Pin,
     task::{Context, Poll, ready},
 };
@@ -21,296 +23,366 @@ use tokio::{
 };
 use tonic::transport::server::Connected;
 
-/// What a client says first (RFC 9113, 3.4).
-const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
-/// Length, type, flags and stream of a frame (RFC 9113, 4.1).
-const FRAME_HEADER_BYTES: usize = 9;
+/// Bytes of the client's preface (RFC 9113, 3.4).
+const PREFACE_BYTES: usize = 24;
+
+/// Bytes of a frame's head: length, type, flags, stream.
+const HEAD_BYTES: usize = 9;
+
+/// The type of a frame that opens a stream.
 const HEADERS: u8 = 1;
-const PADDED: u8 = 0x08;
+
+/// Flags of such a frame.
+const PADDED: u8 = 0x8;
 const PRIORITY: u8 = 0x20;
-/// Longest frame that a client may send before it has our settings (RFC 9113, 6.5.2).
-const MAX_FRAME_BYTES: usize = 16_384;
-/// `:authority` in HPACK's static table (RFC 7541, appendix A).
+
+/// Longest frame that is looked into: what a client may send without having asked (RFC 9113, 4.2).
+const MAX_FRAME_BYTES: usize = 16 << 10;
+
+/// `:authority` in the static table (RFC 7541, appendix A).
 const AUTHORITY: usize = 1;
 
-/// A connection whose first HEADERS frame names an authority that every parser takes.
+/// What stands there instead: a literal of nine bytes, not compressed.
+const LOCALHOST: &[u8] = b"\x09localhost";
+
+/// Bytes that are read at once.
+const READ_BYTES: usize = 4 << 10;
+
+/// A connection whose `:authority` is mended.
 #[derive(Debug)]
-pub(super) struct Legible {
+pub(super) struct MendedStream {
     inner: UnixStream,
-    /// Read and not yet looked at: a part of the preface or of a frame.
-    unseen: Vec<u8>,
-    /// Looked at, for the next reads; what is before `given` has been read.
-    seen: Vec<u8>,
-    given: usize,
-    /// The HEADERS frame has passed: nothing is looked at any more.
-    done: bool,
-    preface: bool,
+    filter: Filter,
+    /// Mended bytes, and how many of them were handed out.
+    ready: Vec<u8>,
+    n_taken: usize,
 }
 
-impl Legible {
+impl MendedStream {
     pub(super) fn new(inner: UnixStream) -> Self {
         Self {
             inner,
-            unseen: Vec::new(),
-            seen: Vec::new(),
-            given: 0,
-            done: false,
-            preface: true,
+            filter: Filter::default(),
+            ready: Vec::new(),
+            n_taken: 0,
         }
-    }
-
-    /// Moves all that is whole from `unseen` to `seen`.
-    fn look(&mut self) {
-        if self.preface && PREFACE.len() <= self.unseen.len() {
-            self.seen.extend(self.unseen.drain(..PREFACE.len()));
-            self.preface = false;
-        }
-        while !self.preface && !self.done {
-            let Some(&[a, b, c, kind, flags, ..]) = self.unseen.get(..FRAME_HEADER_BYTES) else {
-                return;
-            };
-            let length = usize::from(a) << 16 | usize::from(b) << 8 | usize::from(c);
-            let whole = FRAME_HEADER_BYTES + length;
-            if MAX_FRAME_BYTES < length {
-                // The server will say what it thinks of it.
-                self.pass();
-                return;
-            }
-            if self.unseen.len() < whole {
-                return;
-            }
-            if kind == HEADERS {
-                let payload = &mut self.unseen[FRAME_HEADER_BYTES..whole];
-                // A frame that cannot be read is for the server to refuse.
-                let _ = overwrite_authority(payload, flags);
-                self.pass();
-                return;
-            }
-            self.seen.extend(self.unseen.drain(..whole));
-        }
-    }
-
-    /// Looks at nothing any more.
-    fn pass(&mut self) {
-        self.seen.append(&mut self.unseen);
-        self.done = true;
     }
 }
 
-/// Overwrites the value of a literal `:authority` in a HEADERS frame's payload; `None` if there is none.
-fn overwrite_authority(payload: &mut [u8], flags: u8) -> Option<()> {
-    let mut at = 0;
-    let mut end = payload.len();
+impl AsyncRead for MendedStream {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let this = &mut *self;
+        while this.n_taken == this.ready.len() {
+            let mut bytes = [0; READ_BYTES];
+            let mut read = ReadBuf::new(&mut bytes);
+            ready!(Pin::new(&mut this.inner).poll_read(context, &mut read))?;
+            this.ready.clear();
+            this.n_taken = 0;
+            if read.filled().is_empty() {
+                // The end: a frame that was begun stays unfinished, as it came.
+                return Poll::Ready(Ok(()));
+            }
+            this.filter.push(read.filled(), &mut this.ready);
+        }
+        let rest = &this.ready[this.n_taken..];
+        let len = rest.len().min(buf.remaining());
+        buf.put_slice(&rest[..len]);
+        this.n_taken += len;
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl AsyncWrite for MendedStream {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.inner).poll_write(context, bytes)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.inner).poll_flush(context)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.inner).poll_shutdown(context)
+    }
+}
+
+impl Connected for MendedStream {
+    type ConnectInfo = <UnixStream as Connected>::ConnectInfo;
+
+    fn connect_info(&self) -> Self::ConnectInfo {
+        self.inner.connect_info()
+    }
+}
+
+/// Mends the bytes of one direction of one connection, in pieces of any size.
+#[derive(Debug)]
+struct Filter {
+    /// Bytes that pass before the next frame's head.
+    n_passing: usize,
+    /// A head, or a head and a payload to look into, as far as it has come.
+    held: Vec<u8>,
+}
+
+impl Default for Filter {
+    fn default() -> Self {
+        Self {
+            n_passing: PREFACE_BYTES,
+            held: Vec::new(),
+        }
+    }
+}
+
+impl Filter {
+    fn push(&mut self, bytes: &[u8], out: &mut Vec<u8>) {
+        let mut rest = bytes;
+        while !rest.is_empty() {
+            let (taken, after) = rest.split_at(self.wanted_bytes().min(rest.len()));
+            rest = after;
+            if 0 < self.n_passing {
+                self.n_passing -= taken.len();
+                out.extend_from_slice(taken);
+            } else {
+                self.held.extend_from_slice(taken);
+                self.decide(out);
+            }
+        }
+    }
+
+    /// How many bytes belong to what is passing, or to what is held.
+    fn wanted_bytes(&self) -> usize {
+        if 0 < self.n_passing {
+            self.n_passing
+        } else if self.held.len() < HEAD_BYTES {
+            HEAD_BYTES - self.held.len()
+        } else {
+            HEAD_BYTES + payload_bytes(&self.held) - self.held.len()
+        }
+    }
+
+    /// Passes on what is held as soon as it is known how.
+    fn decide(&mut self, out: &mut Vec<u8>) {
+        if self.held.len() < HEAD_BYTES {
+            return;
+        }
+        let payload_bytes = payload_bytes(&self.held);
+        if self.held[3] != HEADERS || MAX_FRAME_BYTES < payload_bytes {
+            self.n_passing = payload_bytes;
+            out.append(&mut self.held);
+        } else if self.held.len() == HEAD_BYTES + payload_bytes {
+            match mended(&self.held) {
+                Some(frame) => out.extend(frame),
+                None => out.extend_from_slice(&self.held),
+            }
+            self.held.clear();
+        }
+    }
+}
+
+/// What a frame's head says of the length of the rest.
+fn payload_bytes(frame: &[u8]) -> usize {
+    usize::from(frame[0]) << 16 | usize::from(frame[1]) << 8 | usize::from(frame[2])
+}
+
+/// The frame with another authority; `None` if it spells none, or is malformed.
+fn mended(frame: &[u8]) -> Option<Vec<u8>> {
+    let value = authority(frame)?;
+    let mut mended = [&frame[..value.start], LOCALHOST, &frame[value.end..]].concat();
+    let len = u32::try_from(mended.len() - HEAD_BYTES).ok()?;
+    mended[..3].copy_from_slice(&len.to_be_bytes()[1..]);
+    (mended.len() - HEAD_BYTES <= MAX_FRAME_BYTES).then_some(mended)
+}
+
+/// Where a frame spells its authority, with the length before it (RFC 7541, 6).
+fn authority(frame: &[u8]) -> Option<Range<usize>> {
+    let flags = frame[4];
+    let mut block = Block {
+        bytes: frame,
+        at: HEAD_BYTES,
+    };
     if flags & PADDED != 0 {
-        end = end.checked_sub(usize::from(*payload.first()?))?;
-        at += 1;
+        let padding = usize::from(*frame.get(HEAD_BYTES)?);
+        block.bytes = frame.get(..frame.len().checked_sub(padding)?)?;
+        block.at += 1;
     }
     if flags & PRIORITY != 0 {
-        at += 5;
+        block.at += 5;
     }
-    let block = payload.get_mut(at..end)?;
-    let mut at = 0;
-    loop {
-        let first = *block.get(at)?;
-        // RFC 7541, 6: what a field is shows in its first bits.
-        let (prefix, literal) = match first {
-            0x80.. => (7, false),
-            0x40.. => (6, true),
-            0x20.. => (5, false),
-            _ => (4, true),
-        };
-        let (index, next) = integer(block, at, prefix)?;
-        at = next;
-        if !literal {
-            continue;
-        }
-        if index == 0 {
-            let (length, name) = integer(block, at, 7)?;
-            at = name.checked_add(length)?;
-        }
-        let (length, value) = integer(block, at, 7)?;
-        let after = value.checked_add(length)?;
-        if index == AUTHORITY {
-            block.get_mut(value..after)?.fill(b'a');
-            // The bit that says Huffman.
-            *block.get_mut(at)? &= 0x7F;
-            return Some(());
-        }
-        at = after;
-    }
-}
-
-/// An integer of HPACK at `at`, whose first byte has `prefix` bits of it, and what follows it (RFC 7541, 5.1).
-fn integer(block: &[u8], mut at: usize, prefix: u32) -> Option<(usize, usize)> {
-    let mask = (1_usize << prefix) - 1;
-    let mut value = usize::from(*block.get(at)?) & mask;
-    at += 1;
-    if value < mask {
-        return Some((value, at));
-    }
-    // Three bytes more reach two million, and a frame has far less.
-    for shift in [0, 7, 14] {
-        let byte = *block.get(at)?;
-        at += 1;
-        value += usize::from(byte & 0x7F) << shift;
-        if byte & 0x80 == 0 {
-            return Some((value, at));
+    while let Some(first) = block.bytes.get(block.at) {
+        match first {
+            // A field of the tables; a change of their size.
+            0x80.. => block.integer(7).map(drop)?,
+            0x20..0x40 => block.integer(5).map(drop)?,
+            // A literal, to be kept in the table or not.
+            _ => {
+                let name = block.integer(if 0x40 <= *first { 6 } else { 4 })?;
+                if name == 0 {
+                    block.string()?;
+                }
+                let value = block.string()?;
+                if name == AUTHORITY {
+                    return Some(value);
+                }
+            }
         }
     }
     None
 }
 
-impl AsyncRead for Legible {
-    fn poll_read(
-        self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-        out: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        let this = self.get_mut();
-        loop {
-            let waiting = &this.seen[this.given..];
-            if !waiting.is_empty() {
-                let n = waiting.len().min(out.remaining());
-                out.put_slice(&waiting[..n]);
-                this.given += n;
-                return Poll::Ready(Ok(()));
-            }
-            if this.done {
-                return Pin::new(&mut this.inner).poll_read(context, out);
-            }
-            let mut chunk = [0; 1024];
-            let mut read = ReadBuf::new(&mut chunk);
-            ready!(Pin::new(&mut this.inner).poll_read(context, &mut read))?;
-            if read.filled().is_empty() {
-                this.pass();
-                continue;
-            }
-            this.unseen.extend_from_slice(read.filled());
-            this.look();
+/// A block of header fields being read.
+struct Block<'a> {
+    bytes: &'a [u8],
+    at: usize,
+}
+
+impl Block<'_> {
+    /// Reads an integer whose first byte has `n_bits` of it (RFC 7541, 5.1).
+    fn integer(&mut self, n_bits: u32) -> Option<usize> {
+        let mask = (1 << n_bits) - 1;
+        let mut value = usize::from(*self.bytes.get(self.at)?) & mask;
+        self.at += 1;
+        if value < mask {
+            return Some(value);
         }
-    }
-}
-
-impl AsyncWrite for Legible {
-    fn poll_write(
-        self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-        data: &[u8],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.get_mut().inner).poll_write(context, data)
-    }
-
-    fn poll_flush(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.get_mut().inner).poll_flush(context)
+        // No index and no length here needs more than 28 bits.
+        for shift in [0, 7, 14, 21] {
+            let byte = usize::from(*self.bytes.get(self.at)?);
+            self.at += 1;
+            value += (byte & 0x7f) << shift;
+            if byte < 0x80 {
+                return Some(value);
+            }
+        }
+        None
     }
 
-    fn poll_shutdown(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.get_mut().inner).poll_shutdown(context)
+    /// Skips a string, compressed or not, and says where it is (RFC 7541, 5.2).
+    fn string(&mut self) -> Option<Range<usize>> {
+        let start = self.at;
+        let len = self.integer(7)?;
+        self.at = self.at.checked_add(len)?;
+        (self.at <= self.bytes.len()).then_some(start..self.at)
     }
-}
-
-impl Connected for Legible {
-    type ConnectInfo = ();
-
-    fn connect_info(&self) -> Self::ConnectInfo {}
 }
 
 #[cfg(test)]
 mod tests {
-    use proptest::prelude::*;
-    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-
     use super::*;
 
-    /// The head of a call as gRPC for Go writes it, but for the path; the authority is `%2Fa`, in Huffman's code.
-    const BLOCK: &[u8] = b"\x83\x86\x44\x02/x\x41\x84\x54\x58\x43\xff\x5f\x01c\x40\x02te\x01y";
-
+    /// A frame with a head that fits.
     fn frame(kind: u8, flags: u8, payload: &[u8]) -> Vec<u8> {
-        let length = u8::try_from(payload.len()).expect("a short frame");
-        let mut out = vec![0, 0, length, kind, flags, 0, 0, 0, 1];
-        out.extend_from_slice(payload);
+        let len = u32::try_from(payload.len()).unwrap().to_be_bytes();
+        [&len[1..], &[kind, flags, 0, 0, 0, 1], payload].concat()
+    }
+
+    fn filtered(pieces: &[&[u8]]) -> Vec<u8> {
+        let (mut filter, mut out) = (Filter::default(), Vec::new());
+        for piece in pieces {
+            filter.push(piece, &mut out);
+        }
         out
     }
 
-    fn overwritten(block: &[u8], flags: u8) -> (Vec<u8>, Option<()>) {
-        let mut copy = block.to_vec();
-        let found = overwrite_authority(&mut copy, flags);
-        (copy, found)
-    }
-
-    #[test]
-    fn only_the_authority_changes() {
-        let (block, found) = overwritten(BLOCK, 0x04);
-        assert_eq!(found, Some(()));
-        assert_eq!(
-            block,
-            b"\x83\x86\x44\x02/x\x41\x04aaaa\x5f\x01c\x40\x02te\x01y"
-        );
-    }
-
-    #[test]
-    fn padding_and_priority_are_skipped() {
-        let payload = [&[2, 0, 0, 0, 0, 9][..], BLOCK, &[0, 0]].concat();
-        let (block, found) = overwritten(&payload, PADDED | PRIORITY);
-        assert_eq!(found, Some(()));
-        assert!(block.windows(6).any(|it| it == b"\x41\x04aaaa"));
-    }
-
-    #[test]
-    fn a_long_value_keeps_its_length() {
-        // 200 = 127 + 73.
-        let block = [&[0x41, 0xFF, 73][..], &[b'%'; 200]].concat();
-        let (block, found) = overwritten(&block, 0);
-        assert_eq!(found, Some(()));
-        assert_eq!(block[..3], [0x41, 0x7F, 73]);
-        assert!(block[3..].iter().all(|it| *it == b'a'));
-    }
-
-    #[test]
-    fn a_block_without_authority_stays() {
-        for block in [
-            &b"\x83\x86\x44\x02/x"[..],
-            b"",
-            b"\x41\xff\xff\xff\xff\xff",
-            b"\x41\x05ab",
-        ] {
-            assert_eq!(overwritten(block, 0), (block.to_vec(), None));
-        }
-    }
-
-    proptest! {
-        #[test]
-        fn any_bytes_are_taken(block: Vec<u8>, flags: u8) {
-            prop_assert_eq!(overwritten(&block, flags).0.len(), block.len());
-        }
-    }
-
-    #[tokio::test]
-    async fn frames_pass_in_any_pieces() {
-        let settings = frame(4, 0, &[]);
-        let later = frame(HEADERS, 4, BLOCK);
-        let sent = [PREFACE, &settings, &frame(HEADERS, 4, BLOCK), &later].concat();
-        let wanted = [
-            PREFACE,
-            &settings,
-            &frame(HEADERS, 4, &overwritten(BLOCK, 4).0),
-            &later,
+    /// What a client sends: preface, settings, a call, its message.
+    fn call(flags: u8, before: &[u8], authority: &[u8], after: &[u8]) -> Vec<u8> {
+        // POST, http, and a path that is kept in the table.
+        let fields = [
+            &[0x83, 0x86, 0x44, 2][..],
+            b"/x",
+            authority,
+            &[0x5f, 1],
+            b"a",
+        ];
+        let block = [before, &fields.concat(), after].concat();
+        [
+            &b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"[..],
+            &frame(4, 0, &[0, 3, 0, 0, 0, 100]),
+            &frame(1, flags, &block),
+            &frame(0, 1, &[0; 5]),
         ]
-        .concat();
-        for piece in [1, 7, 30, sent.len()] {
-            let (ours, mut theirs) = UnixStream::pair().expect("a pair of sockets");
-            let sending = async {
-                for bytes in sent.chunks(piece) {
-                    theirs.write_all(bytes).await.expect("written");
-                    tokio::task::yield_now().await;
-                }
-                drop(theirs);
-            };
-            let mut legible = Legible::new(ours);
-            let mut got = Vec::new();
-            let (read, ()) = tokio::join!(legible.read_to_end(&mut got), sending);
-            read.expect("read");
-            assert_eq!(got, wanted, "pieces of {piece}");
+        .concat()
+    }
+
+    #[test]
+    fn an_authority_that_is_spelt_out_becomes_localhost_and_nothing_else_changes() {
+        let good = b"\x41\x09localhost";
+        for (flags, before, after) in [
+            (4, &b""[..], &b""[..]),
+            (4 | PADDED, &[3], &[0; 3]),
+            (4 | PRIORITY, &[0; 5], &[]),
+            (4 | PADDED | PRIORITY, &[2, 0, 0, 0, 0, 0], &[0; 2]),
+            // A change of the table's size comes first.
+            (4, &[0x3f, 0xe1, 0x1f], &[]),
+        ] {
+            let expected = call(flags, before, good, after);
+            for authority in [
+                &b"\x41\x0c%2Fa%2Fb%2Fc"[..],
+                // Compressed: the bytes do not matter, their number does.
+                b"\x41\x84\xff\x01\x41\x80",
+                b"\x41\x00",
+                good,
+            ] {
+                let sent = call(flags, before, authority, after);
+                assert_eq!(filtered(&[&sent]), expected, "{flags} {authority:?}");
+            }
+            // Not kept in the table, or never to be.
+            for (kind, kept) in [(1, b"\x01\x01a"), (0x11, b"\x11\x01a")] {
+                let expected = [&[kind][..], LOCALHOST].concat();
+                let (sent, expected) = (
+                    call(flags, before, kept, after),
+                    call(flags, before, &expected, after),
+                );
+                assert_eq!(filtered(&[&sent]), expected);
+            }
+        }
+        // From the table, absent, or a name spelt out: nothing to mend.
+        for other in [&b"\xbe"[..], b"", b"\x40\x02te\x01x", b"\x41\x7f"] {
+            let sent = call(4, b"", other, b"");
+            assert_eq!(filtered(&[&sent]), sent, "{other:?}");
+        }
+    }
+
+    #[test]
+    fn a_frame_that_is_too_long_passes_as_it_is() {
+        let long = [&b"\x41\x01a"[..], &vec![0x86; MAX_FRAME_BYTES]].concat();
+        for payload in [&long[..], &long[..MAX_FRAME_BYTES]] {
+            let sent = [&[0; PREFACE_BYTES][..], &frame(HEADERS, 4, payload)].concat();
+            assert_eq!(filtered(&[&sent]), sent);
+        }
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn pieces_of_any_size_give_the_same_bytes(cuts in proptest::collection::vec(1..40_usize, 1..12)) {
+            let sent = call(4, b"", b"\x41\x0c%2Fa%2Fb%2Fc", b"");
+            let mut rest = &sent[..];
+            let mut pieces = Vec::new();
+            for cut in cuts {
+                let (piece, after) = rest.split_at(cut.min(rest.len()));
+                pieces.push(piece);
+                rest = after;
+            }
+            pieces.push(rest);
+            proptest::prop_assert_eq!(filtered(&pieces), call(4, b"", b"\x41\x09localhost", b""));
+        }
+
+        #[test]
+        fn errors_are_fine_and_panics_are_bugs(
+            flags: u8,
+            block in proptest::collection::vec(proptest::num::u8::ANY, 0..60),
+        ) {
+            let sent = [&[0; PREFACE_BYTES][..], &frame(HEADERS, flags, &block)].concat();
+            // Only that it returns, and loses no other frame.
+            let mut both = sent.clone();
+            both.extend(frame(0, 1, b"tail"));
+            proptest::prop_assert!(filtered(&[&both]).ends_with(&frame(0, 1, b"tail")));
         }
     }
 }

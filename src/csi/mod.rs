@@ -11,9 +11,9 @@
 //! [`Registration`] makes kubelet know the driver, where no sidecar does.
 //!
 //! Known limit: grpc-go before 1.50 sends the socket's percent-encoded path as `:authority`, which
-//! HTTP/2 does not allow, and the `h2` crate ends such a stream with `PROTOCOL_ERROR`. Kubelet's
-//! calls of CSI since 1.26 (kubernetes#112597) and sidecars that dial through csi-lib-utils are not
-//! concerned. Kubelet's calls of Registration are: `authority.rs` makes them legible.
+//! HTTP/2 does not allow, and the `h2` crate ends such a stream with `PROTOCOL_ERROR`. Kubelet
+//! since 1.26 (kubernetes#112597) and sidecars that dial through csi-lib-utils are not concerned. For
+//! the registration, which kubelet dials in that way still, `authority.rs` mends it.
 
 mod attributes;
 mod authority;

@@ -13,13 +13,12 @@ use std::{
     time::Duration,
 };
 
-use futures_util::StreamExt as _;
 use tokio::{sync::watch, time::sleep};
-use tokio_stream::wrappers::UnixListenerStream;
+use tokio_stream::{StreamExt as _, wrappers::UnixListenerStream};
 use tonic::{Request, Response, Status, transport::Server as Transport};
 use tracing::{debug, error, info};
 
-use super::{PluginName, PrivateSocket, ServeError, authority::Legible, bind_private};
+use super::{PluginName, PrivateSocket, ServeError, authority::MendedStream, bind_private};
 use crate::{
     metrics::Metrics,
     pb::registration::{
@@ -108,21 +107,19 @@ impl Registration {
     /// [`ServeError`] if the socket fails.
     pub async fn serve(self, shutdown: impl Future<Output = ()>) -> Result<(), ServeError> {
         let (listener, file) = self.socket.into_parts();
+        let incoming = UnixListenerStream::new(listener).map(|it| it.map(MendedStream::new));
         let (stopping, stopped) = tokio::sync::oneshot::channel();
         let service = registration_server::RegistrationServer::new(self.service)
             .max_decoding_message_size(MAX_REQUEST_BYTES);
         let serving = Transport::builder()
             .add_service(service)
-            .serve_with_incoming_shutdown(
-                UnixListenerStream::new(listener).map(|it| it.map(Legible::new)),
-                async {
-                    shutdown.await;
-                    // Before anything else ends: kubelet sends no more volumes then.
-                    drop(file);
-                    // Nobody listens only when serving has ended.
-                    let _ = stopping.send(());
-                },
-            );
+            .serve_with_incoming_shutdown(incoming, async {
+                shutdown.await;
+                // Before anything else ends: kubelet sends no more volumes then.
+                drop(file);
+                // Nobody listens only when serving has ended.
+                let _ = stopping.send(());
+            });
         let drained = async {
             match stopped.await {
                 Ok(()) => sleep(DRAIN).await,

@@ -408,15 +408,16 @@ async fn a_socket_path_as_authority_is_a_protocol_error() {
     const RST_STREAM: u8 = 3;
     const PROTOCOL_ERROR: &[u8] = &[0, 0, 0, 1];
     let world = World::new().await;
-    let (kind, _) = first_answer(&world.socket(), "localhost").await;
+    let probe = "/csi.v1.Identity/Probe";
+    let (kind, _) = first_answer(&world.socket(), probe, "localhost").await;
     assert_eq!(kind, HEADERS);
-    let (kind, payload) = first_answer(&world.socket(), "%2Fcsi%2Fcsi.sock").await;
+    let (kind, payload) = first_answer(&world.socket(), probe, "%2Fcsi%2Fcsi.sock").await;
     assert_eq!((kind, payload.as_slice()), (RST_STREAM, PROTOCOL_ERROR));
 }
 
-/// Calls Probe in bare HTTP/2 (RFC 9113, RFC 7541) with this `:authority`, and returns kind and
-/// payload of the first frame on its stream.
-async fn first_answer(socket: &Path, authority: &str) -> (u8, Vec<u8>) {
+/// Calls `path` in bare HTTP/2 (RFC 9113, RFC 7541) with this `:authority` and an empty message, and
+/// returns kind and payload of the first frame on its stream.
+pub(crate) async fn first_answer(socket: &Path, path: &str, authority: &str) -> (u8, Vec<u8>) {
     fn frame(kind: u8, flags: u8, stream: u8, payload: &[u8]) -> Vec<u8> {
         let len = u8::try_from(payload.len()).unwrap();
         let mut frame = vec![0, 0, len, kind, flags, 0, 0, 0, stream];
@@ -430,7 +431,7 @@ async fn first_answer(socket: &Path, authority: &str) -> (u8, Vec<u8>) {
     }
     let headers = [
         vec![0x83, 0x86], // POST, http
-        field(&[0x04], "/csi.v1.Identity/Probe"),
+        field(&[0x04], path),
         field(&[0x01], authority),
         field(&[0x0f, 0x10], "application/grpc"),
         field(b"\x00\x02te", "trailers"),

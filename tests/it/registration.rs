@@ -27,6 +27,8 @@ use tokio::{
 };
 use tonic::transport::{Channel, Endpoint};
 
+use crate::csi::first_answer;
+
 const DRIVER: &str = "csi.clip-csi.dev";
 
 async fn connect(socket: &Path) -> Channel {
@@ -96,6 +98,14 @@ async fn kubelet_is_told_who_it_is_and_tells_what_became_of_it() {
             .unwrap();
         assert_eq!(*seen.borrow_and_update(), outcome);
         assert_eq!(metrics.registered.get(), registered);
+    }
+
+    // Kubelet dials the path of the socket, and grpc-go makes an authority of it.
+    const HEADERS: u8 = 1;
+    for authority in ["localhost", "%2Fkubelet%2Fplugins_registry%2Fx-reg.sock"] {
+        let path = "/pluginregistration.Registration/GetInfo";
+        let (kind, _) = first_answer(&config(dir.path()).socket(), path, authority).await;
+        assert_eq!(kind, HEADERS, "{authority}");
     }
 
     // Gone at once, also while kubelet is connected: it sends no volumes from then on.
