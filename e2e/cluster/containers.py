@@ -39,12 +39,6 @@ def tools() -> pathlib.Path:
     return pathlib.Path(subprocess.run([paths.E2E / "tools.sh", "kubernetes"], check=True, stdout=subprocess.PIPE, text=True).stdout.strip())
 
 
-def libraries(program: pathlib.Path) -> list[str]:
-    """The shared libraries of a program; none for a static one."""
-    words = process.run("ldd", program, check=False).stdout.split()
-    return sorted({it for it in words if it.startswith("/")})
-
-
 def pause(directory: pathlib.Path) -> tuple[Tar, dict]:
     (directory / "pause.c").write_text(PAUSE)
     process.run("cc", "-Os", "-static", "-s", "-o", directory / "pause", directory / "pause.c")
@@ -54,14 +48,12 @@ def pause(directory: pathlib.Path) -> tuple[Tar, dict]:
 
 
 def shell(_directory: pathlib.Path) -> tuple[Tar, dict]:
-    """busybox: what the pods of the tests run. It has a user that is not root."""
+    """A static busybox: what the pods of the tests run. It has a user that is not root."""
     busybox = pathlib.Path(shutil.which("busybox") or "/bin/busybox")
     layer = Tar()
     for name in ("bin", "etc", "tmp", "mnt"):
         layer.dir(name, mode=0o1777 if name == "tmp" else 0o755)
     layer.file("bin/busybox", busybox.read_bytes(), mode=0o755)
-    for name in libraries(busybox):
-        layer.file(name.lstrip("/"), pathlib.Path(name).read_bytes(), mode=0o755)
     for name in process.run(busybox, "--list").stdout.split():
         if name != "busybox":
             layer.hardlink(f"bin/{name}", "bin/busybox", mode=0o755)
