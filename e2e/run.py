@@ -38,7 +38,9 @@ class Result(unittest.TextTestResult):
         super().stopTest(test)
         bad = {id(it) for it, _ in [*self.failures, *self.errors]} | {id(getattr(it, "test_case", it)) for it, _ in [*self.failures, *self.errors]}
         skipped = {id(it): why for it, why in self.skipped}
-        what = "FAIL" if id(test) in bad else "skip" if id(test) in skipped else "ok  "
+        # Nothing has been said of a test in whose middle the run is ended.
+        cut = sys.exc_info()[0] is KeyboardInterrupt
+        what = "cut " if cut else "FAIL" if id(test) in bad else "skip" if id(test) in skipped else "ok  "
         why = f" ({skipped[id(test)]})" if id(test) in skipped else ""
         seconds = time.monotonic() - self.begin
         print(f"{what}  {seconds:6.1f} s  {test.id()}{why}", flush=True)

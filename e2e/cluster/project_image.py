@@ -90,8 +90,9 @@ def layout() -> oci.Layout:
                 process.unmount_below(directory)
             if source_hash() != done.name:
                 raise process.Failed("the sources changed while the image was built: run it again")
-            # At once: a directory under its name is whole.
-            (pathlib.Path(directory) / "layout").rename(done)
+            # At once: a directory under its name is whole. Another run may have been faster.
+            if not done.exists():
+                (pathlib.Path(directory) / "layout").rename(done)
     return oci.Layout(done)
 
 
