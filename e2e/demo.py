@@ -291,7 +291,7 @@ def main() -> None:
     if os.geteuid() != 0:
         sys.exit("demo.py: run as root: mounting needs it")
     if not paths.binary().exists():
-        sys.exit(f"demo.py: no {paths.binary()}: run `make demo`, which builds it")
+        sys.exit(f"demo.py: no {paths.binary()}: run `make demo`, which builds it, or name one in CLIP_CSI_BIN")
     try:
         with process.workspace("demo", keep=args.keep) as work:
             stories, samples = play(work)

@@ -1,6 +1,9 @@
 """`clip-csi cache ls|verify|rm` on a cache that real mounts have filled, and the cache's bounds."""
 
+import contextlib
+import os
 import pathlib
+import signal
 import subprocess
 import time
 
@@ -153,9 +156,11 @@ class Eviction(Case):
         self.assert_tree(self.A, directory)
         # A process that is killed uses nothing any more.
         for entry in pathlib.Path("/proc").glob("[0-9]*/cmdline"):
-            words = entry.read_bytes().split(b"\0")
-            if b"mount" in words and str(directory).encode() in words:
-                process.run("kill", "-9", entry.parent.name)
+            # Others may end while they are looked at.
+            with contextlib.suppress(OSError):
+                words = entry.read_bytes().split(b"\0")
+                if b"mount" in words and str(directory).encode() in words:
+                    os.kill(int(entry.parent.name), signal.SIGKILL)
         process.unmount_below(directory)
         process.wait_until(lambda: worker.publish("b", self.env.push(self.B)).ok, "room for B")
         self.assert_tree(self.B, worker.target("b"))

@@ -18,8 +18,8 @@ needs=(
     redis-server:redis-server setfattr:attr setcap:libcap2-bin zstd:zstd
 )
 if [ "$what" = test ]; then
-    # Password files and certificates for the registry.
-    needs+=(htpasswd:apache2-utils openssl:openssl)
+    # Password files and certificates for the registry; a look at processes.
+    needs+=(htpasswd:apache2-utils openssl:openssl ps:procps)
     # The cluster: containers and images, and a Prometheus that watches it and tests the chart's rules.
     needs+=(
         containerd:containerd runc:runc buildah:buildah busybox:busybox-static etcd:etcd-server
