@@ -3,9 +3,12 @@
 Their names carry the process that made them, so that a later run can tell what a killed one left.
 """
 
+import contextlib
 import os
 import pathlib
 import re
+import signal
+import time
 
 from harness import process
 
@@ -51,13 +54,17 @@ def groups(prefix: str) -> list[pathlib.Path]:
 
 
 def remove(prefix: str) -> None:
-    """With all below; a group that still has a process stays, and `groups` finds it."""
+    """With all below, processes included; what withstands stays, and `groups` finds it."""
     for group in groups(prefix):
         for directory, _, _ in os.walk(group, topdown=False):
-            try:
-                os.rmdir(directory)
-            except OSError:
-                pass
+            for _ in range(100):
+                with contextlib.suppress(OSError):
+                    os.rmdir(directory)
+                    break
+                with contextlib.suppress(OSError):
+                    for pid in pathlib.Path(directory, "cgroup.procs").read_text().split():
+                        os.kill(int(pid), signal.SIGKILL)
+                time.sleep(0.02)
 
 
 def remove_of_dead_runs() -> None:

@@ -4,6 +4,7 @@ A machine `cp` with the control plane, a registry and a Redis; two nodes `n1` an
 scratch directory and in namespaces of its own; the host's network, mounts and /var/lib stay as they are.
 """
 
+import contextlib
 import json
 import pathlib
 import subprocess
@@ -77,10 +78,11 @@ class Cluster:
         """Ends everything; `left` tells whether it worked."""
         machines = [node.machine for node in self.nodes.values()] + ([self.plane.machine] if self.plane else [])
         self.namespaces = set().union(*(machine.namespaces for machine in machines))
-        for node in self.nodes.values():
-            node.stop()
-        if self.plane:
-            self.plane.stop()
+        stops = [node.stop for node in self.nodes.values()] + ([self.plane.stop] if self.plane else [])
+        with contextlib.ExitStack() as stack:
+            # All of them, also when one fails.
+            for stop in reversed(stops):
+                stack.callback(stop)
 
     def left(self) -> list[str]:
         """What there still is of the cluster after it was taken down."""

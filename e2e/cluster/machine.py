@@ -128,7 +128,19 @@ class Machine:
     def stop(self) -> None:
         """At once and without a word: whoever cares has ended its pods before."""
         self.init.kill()
-        process.wait_until(lambda: not processes_in(self.namespaces), f"the processes of machine {self.name} to end")
+        try:
+            process.wait_until(self._ended, f"the processes of machine {self.name} to end")
+        except process.Failed as error:
+            raise process.Failed(f"{error}: {describe(processes_in(self.namespaces))}") from error
+
+    def _ended(self) -> bool:
+        # The kernel has killed all that were there when the first process ended. A container that was just being made can
+        # slip through, because it begins a process namespace of its own.
+        pids = processes_in(self.namespaces)
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        return not pids
 
 
 def processes_in(namespaces: set[str]) -> list[int]:
@@ -140,6 +152,17 @@ def processes_in(namespaces: set[str]) -> list[int]:
                 if os.readlink(entry / "ns" / kind) in namespaces:
                     found.append(int(entry.name))
                     break
+    return found
+
+
+def describe(pids: list[int]) -> list[str]:
+    """For a message: what they are, and what the kernel has them wait for."""
+    found = []
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            place = pathlib.Path("/proc", str(pid))
+            status = dict(line.split(":\t", 1) for line in (place / "status").read_text().splitlines() if ":\t" in line)
+            found.append(f"{pid} {status['Name']}, parent {status['PPid']}, {status['State']}, in {(place / 'wchan').read_text()}")
     return found
 
 

@@ -189,3 +189,6 @@ def workspace(prefix: str, keep: bool = False):
             say(f"kept: {directory}")
         else:
             shutil.rmtree(directory, ignore_errors=True)
+            if directory.exists():
+                # Something wrote to it meanwhile: the next run will find it.
+                (directory / OWNER).write_text(str(os.getpid()))
