@@ -71,7 +71,10 @@ class Buildah:
     def __init__(self, directory: pathlib.Path):
         config = directory / "storage.conf"
         config.write_text(f'[storage]\ndriver = "overlay"\ngraphroot = "{directory}/graph"\nrunroot = "{directory}/run"\n')
-        self.env = {"CONTAINERS_STORAGE_CONF": str(config), "BUILDAH_ISOLATION": "chroot", "TMPDIR": str(directory)}
+        # Its locks would go to /etc/cni.
+        network = directory / "containers.conf"
+        network.write_text(f'[network]\nnetwork_config_dir = "{directory}/network"\n')
+        self.env = {"CONTAINERS_STORAGE_CONF": str(config), "CONTAINERS_CONF": str(network), "BUILDAH_ISOLATION": "chroot", "TMPDIR": str(directory)}
 
     def __call__(self, *words, **options):
         return run("buildah", *words, env=self.env, **options)
