@@ -14,7 +14,7 @@ CARGO_FLAGS := --release --locked
 say = @printf '\n==> %s\n' "$(1)"
 
 .DEFAULT_GOAL := help
-.PHONY: help install build check unit e2e test demo
+.PHONY: help install build check unit e2e e2e-needs test demo
 
 help: ## List these commands
 	@grep -hE '^[a-z0-9]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9]+):.*## /\1\t/' | while IFS=$$'\t' read -r name text; do printf '  make %-8s %s\n' "$$name" "$$text"; done
@@ -30,13 +30,17 @@ demo: ## Play the three stories on real services and print the table (root; inst
 	$(call say,Playing the three stories)
 	@CLIP_CSI_BIN=$${CLIP_CSI_BIN:-$(CURDIR)/target/dist/clip-csi} python3 e2e/demo.py
 
-test: ## Everything that continuous integration runs (root; installs what is missing; about 35 minutes the first time)
+test: ## Everything that continuous integration runs (root; installs what is missing; about half an hour the first time)
 	$(call say,1/4 Installing what is missing)
 	@$(MAKE) install
-	$(call say,2/4 Format and lints and documentation)
-	@$(MAKE) check
+	$(call say,2/4 Format and lints and documentation; beside it what the end-to-end tests need is built)
+	# With low priority, on the core that linking and waiting leave idle. Waited for also after a failure: nothing runs on.
+	@nice $(MAKE) e2e-needs & needs=$$!
+	trap 'wait' EXIT
+	$(MAKE) check
 	$(call say,3/4 Unit and integration tests)
 	@$(MAKE) unit
+	wait $$needs
 	$(call say,4/4 End-to-end tests with a real registry and real images)
 	@$(MAKE) e2e
 
@@ -55,12 +59,16 @@ unit: ## Unit and integration tests
 	@cargo test $(CARGO_FLAGS)
 
 e2e: install build ## End-to-end tests alone (root; CASES=name,name or E2E="-k NAME" picks some; cold about 25 minutes)
-	@./e2e/tools.sh >/dev/null
-	# What all cases need, unless some are picked: those make what they need. Two at once, because linking leaves a core idle.
-	if [ -z "$(CASES)$(E2E)" ]; then
-		./e2e/tools.sh kubernetes >/dev/null & kubernetes=$$!
-		python3 e2e/cluster/project_image.py
-		wait $$kubernetes
-		python3 e2e/images.py build
-	fi
+	# All, unless some cases are picked: those make what they need.
+	@if [ -z "$(CASES)$(E2E)" ]; then $(MAKE) e2e-needs; else ./e2e/tools.sh >/dev/null; fi
 	python3 e2e/run.py --cases "$(CASES)" $(E2E)
+
+# Two at once, because linking leaves a core idle.
+e2e-needs:
+	@cargo fetch --quiet --locked
+	./e2e/tools.sh >/dev/null
+	./e2e/tools.sh kubernetes >/dev/null & kubernetes=$$!
+	trap 'wait' EXIT
+	python3 e2e/cluster/project_image.py >/dev/null
+	python3 e2e/images.py build
+	wait $$kubernetes
