@@ -2,8 +2,8 @@
 //! where one is handed over.
 //!
 //! Sockets are of type `SOCK_SEQPACKET`: a message is sent whole or not at all, from any thread. A
-//! peer is root, this user, or, for who connects, the owner of the socket's directory: nobody else
-//! is answered. All calls block, because one role has no event loop; those that have one run them on
+//! peer is root, this user, or the owner of the socket's directory: nobody else is
+//! answered. All calls block, because one role has no event loop; those that have one run them on
 //! threads of their own.
 
 use std::{
@@ -11,7 +11,7 @@ use std::{
     mem::MaybeUninit,
     os::{
         fd::{AsFd, BorrowedFd, OwnedFd},
-        unix::fs::{FileTypeExt, MetadataExt},
+        unix::fs::{FileTypeExt, MetadataExt, chown},
     },
     path::{Path, PathBuf},
     time::Duration,
@@ -73,11 +73,14 @@ impl RunDir {
 pub struct Listener {
     socket: OwnedFd,
     path: PathBuf,
+    /// Of the directory.
+    owner: u32,
     identity: (u64, u64),
 }
 
 impl Listener {
-    /// Listens at `path`, with mode 0600, and replaces the socket that is there.
+    /// Listens at `path`, with mode 0600 and for the owner of the directory, and replaces the socket
+    /// that is there.
     ///
     /// It appears at once and listening: it is bound under a name of its own and renamed.
     ///
@@ -102,11 +105,16 @@ impl Listener {
         let _ = fs::remove_file(&hidden);
         bind(&socket, &SocketAddrUnix::new(&hidden).map_err(in_path)?).map_err(in_path)?;
         listen(&socket, BACKLOG).map_err(in_path)?;
+        let owner = owner_of_dir(path)?;
         let found = fs::symlink_metadata(&hidden)?;
+        if found.uid() != owner && rustix::process::geteuid().is_root() {
+            chown(&hidden, Some(owner), None)?;
+        }
         fs::rename(&hidden, path)?;
         Ok(Self {
             socket,
             path: path.to_owned(),
+            owner,
             identity: (found.dev(), found.ino()),
         })
     }
@@ -123,7 +131,7 @@ impl Listener {
                 Err(err) => return Err(err.into()),
             };
             let uid = channel.peer_uid()?;
-            if uid == 0 || uid == rustix::process::geteuid().as_raw() {
+            if may_talk(uid, self.owner) {
                 return Ok(channel);
             }
             tracing::warn!(path = %self.path.display(), uid, "refused a connection of another user");
@@ -162,10 +170,8 @@ impl Channel {
         let socket = open_socket()?;
         connect(&socket, &SocketAddrUnix::new(path)?)?;
         let channel = Self::new(socket)?;
-        let directory = path.parent().unwrap_or(Path::new("."));
-        let owner = fs::metadata(directory)?.uid();
         let uid = channel.peer_uid()?;
-        if uid == 0 || uid == owner || uid == rustix::process::geteuid().as_raw() {
+        if may_talk(uid, owner_of_dir(path)?) {
             return Ok(channel);
         }
         Err(io::Error::new(
@@ -281,6 +287,16 @@ impl AsFd for Channel {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()
     }
+}
+
+/// Root, this user, or the owner of the directory in which the roles meet.
+fn may_talk(uid: u32, owner: u32) -> bool {
+    uid == 0 || uid == owner || uid == rustix::process::geteuid().as_raw()
+}
+
+fn owner_of_dir(socket: &Path) -> io::Result<u32> {
+    let directory = socket.parent().unwrap_or(Path::new("."));
+    Ok(fs::metadata(directory)?.uid())
 }
 
 fn open_socket() -> rustix::io::Result<OwnedFd> {
