@@ -14,6 +14,7 @@ from cluster.cluster import Cluster
 from cluster.release import Release
 
 from . import driver, process, services
+from .trio import Trio
 
 # Set by run.py for the time of the run.
 shared: "Environment | None" = None
@@ -104,11 +105,21 @@ class Case(unittest.TestCase):
         self.addCleanup(self.show_log, worker)
         return worker
 
-    def show_log(self, worker: driver.Worker) -> None:
+    def trio(self, name="a", config: pathlib.Path | None = None, **settings) -> Trio:
+        """The three roles. What of the test's own files they read (a key) must be theirs."""
+        for it in self.work.glob("*key*"):
+            os.chown(it, process.UNPRIVILEGED, process.UNPRIVILEGED)
+        trio = Trio(self.work / name, config or self.config(), **settings)
+        # Killed and not stopped, so that nothing waits on a mount that a failed test left without a server.
+        self.addCleanup(trio.end)
+        self.addCleanup(self.show_log, trio)
+        return trio
+
+    def show_log(self, worker: driver.Driver) -> None:
         """After a failure, what the worker had to say."""
         outcome = self._outcome.result
         if any(getattr(it, "test_case", it) is self for it, _ in [*outcome.failures, *outcome.errors]):
-            print(f"--- seed {self.seed}; end of {worker.log}:\n{worker.tail(25)}\n---", flush=True)
+            print(f"--- seed {self.seed}; the logs' end in {worker.directory}:\n{worker.tail(25)}\n---", flush=True)
 
     def mountpoint(self, name="mnt") -> pathlib.Path:
         path = self.work / name
