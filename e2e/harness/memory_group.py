@@ -8,15 +8,16 @@ from cluster import cgroups
 
 from . import process
 
-# Allocates so many MiB in its group, and keeps them until it is ended.
+# Fills its group with a file in memory: that cannot be reclaimed, and makes none of the processes bigger, so that
+# the kernel kills the one that `oom_score_adj` names. Slowly, because the bound is to be met once.
 HOG = """
-import sys, time
-held = []
+import os, time
+file = os.memfd_create("hog")
 while True:
-    if len(held) < int(sys.argv[1]):
-        held.append(bytearray(b"x" * (1 << 20)))
-    time.sleep(0.001)
+    os.write(file, bytes(256 << 10))
+    time.sleep(0.002)
 """
+FIRST_TO_DIE = 1000
 
 
 class MemoryGroup:
@@ -32,7 +33,6 @@ class MemoryGroup:
         except OSError:
             self.remove()
             raise
-        self.limit_bytes = limit_bytes
 
     @property
     def prefix(self) -> list[str]:
@@ -45,13 +45,19 @@ class MemoryGroup:
                 return int(value)
         raise process.Failed(f"{self.path} counts no OOM kills")
 
-    def press(self, until, what: str) -> None:
-        """Takes memory in the group until the condition holds, then gives it back."""
-        hog = subprocess.Popen([*self.prefix, "setpriv", "--pdeathsig", "KILL", sys.executable, "-c", HOG, str(2 * self.limit_bytes >> 20)], stdin=subprocess.DEVNULL)
+    def press(self, victim: int) -> None:
+        """Takes memory in the group until the kernel has killed the victim, then gives it back."""
+        pathlib.Path(f"/proc/{victim}/oom_score_adj").write_text(str(FIRST_TO_DIE))
+        begin = self.oom_kills()
+        hog = subprocess.Popen([*self.prefix, "setpriv", "--pdeathsig", "KILL", sys.executable, "-c", HOG], stdin=subprocess.DEVNULL)
+
+        def done() -> bool:
+            return self.oom_kills() > begin and process.dead(victim)
+
         try:
-            process.wait_until(lambda: until() or hog.poll() is not None, what)
-            if not until():
-                raise process.Failed(f"what presses ended itself, with {hog.returncode}, before: {what}")
+            process.wait_until(lambda: done() or hog.poll() is not None, f"process {victim} to be OOM-killed")
+            if not done():
+                raise process.Failed(f"what presses on {self.path} ended with {hog.returncode}, and process {victim} lives")
         finally:
             hog.kill()
             hog.wait()

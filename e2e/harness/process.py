@@ -162,6 +162,14 @@ def open_files(pid: int) -> list[str]:
     return found
 
 
+def dead(pid: int) -> bool:
+    """Gone, or waiting to be waited for."""
+    try:
+        return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+    except OSError:
+        return True
+
+
 def children_of(pid: int) -> list[int]:
     """Children of all its threads; none if it is gone."""
     found = []

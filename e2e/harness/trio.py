@@ -136,10 +136,9 @@ class Trio(driver.Driver):
         for entry in pathlib.Path("/proc").glob("[0-9]*"):
             try:
                 command = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")
-                state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
             except OSError:
                 continue
-            if state != "Z" and command[0] == str(self.binary) and str(self.run_dir) in command:
+            if command[0] == str(self.binary) and str(self.run_dir) in command:
                 found[int(entry.name)] = " ".join(command)
         return found
 
