@@ -13,7 +13,7 @@ import tree
 from cluster.cluster import Cluster
 from cluster.release import Release
 
-from . import driver, process, services
+from . import driver, process, reading, services
 from .trio import Trio
 
 # Set by run.py for the time of the run.
@@ -26,6 +26,7 @@ class Environment:
     def __init__(self, work: pathlib.Path):
         self.work = work
         self.pushed: dict[str, str] = {}
+        self.plans: dict[str, pathlib.Path] = {}
         self._cluster: Cluster | None = None
         self._release: Release | None = None
 
@@ -60,6 +61,12 @@ class Environment:
         if name not in self.pushed:
             self.pushed[name] = images.get(name).push(self.registry.host)
         return self.pushed[name]
+
+    def plan(self, name: str) -> pathlib.Path:
+        """For readers: what the image must show."""
+        if name not in self.plans:
+            self.plans[name] = reading.plan(self.work, name)
+        return self.plans[name]
 
 
 def children_left() -> list[str]:
@@ -110,7 +117,7 @@ class Case(unittest.TestCase):
         for it in self.work.glob("*key*"):
             os.chown(it, process.UNPRIVILEGED, process.UNPRIVILEGED)
         trio = Trio(self.work / name, config or self.config(), **settings)
-        # Killed and not stopped, so that nothing waits on a mount that a failed test left without a server.
+        # Killed and not asked to end, so that nothing waits on a mount that a failed test left without a server.
         self.addCleanup(trio.end)
         self.addCleanup(self.show_log, trio)
         return trio

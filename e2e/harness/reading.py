@@ -86,6 +86,13 @@ class Report:
     # When operations began and ended that took more than a millisecond: all readers', on the clock of time.monotonic().
     spans: list[tuple[float, float]]
 
+    def add(self, other: "Report") -> None:
+        for kind, count in other.operations.items():
+            self.operations[kind] = self.operations.get(kind, 0) + count
+        self.n_bytes += other.n_bytes
+        self.errors += other.errors
+        self.spans += other.spans
+
     def pauses(self, windows: list[tuple[float, float]]) -> list[float]:
         """For each window of time, the longest operation that was under way in it; 0 if all were fast."""
         return [max((end - begin for begin, end in self.spans if begin < until and end > since), default=0.0) for since, until in windows]

@@ -20,8 +20,8 @@ PROBE_SECONDS = 5
 class Trio(driver.Driver):
     """`clip-csi agent` and `serve` as a user without rights, `clip-csi node` as root, with one run directory."""
 
-    def __init__(self, directory: pathlib.Path, config: pathlib.Path, *, cache_dir: pathlib.Path | None = None, options=None, env=None):
-        """`options` and `env` are by role: {"agent": ["--log-format", "json"]}."""
+    def __init__(self, directory: pathlib.Path, config: pathlib.Path, *, cache_dir: pathlib.Path | None = None, options=None, env=None, start=ROLES):
+        """`options` and `env` are by role: {"agent": ["--log-format", "json"]}; `start` are the roles to begin with."""
         super().__init__(directory, config, cache_dir=cache_dir)
         # Others may go through, which `mkdtemp` forbids.
         for it in (directory.parent, directory):
@@ -32,10 +32,15 @@ class Trio(driver.Driver):
         self.options, self.env = options or {}, env or {}
         self.servers: dict[str, process.Server] = {}
         self.launched: list[process.Server] = []
-        process.run(*OWN, self.binary, "own", "--uid", str(process.UNPRIVILEGED), "--gid", str(process.UNPRIVILEGED), self.run_dir, self.cache_dir)
-        self.start()
+        self.prepare()
+        if start:
+            self.start(*start)
 
     # --- starting and ending ---
+
+    def prepare(self) -> None:
+        """The init container's part."""
+        process.run(*OWN, self.binary, "own", "--uid", str(process.UNPRIVILEGED), "--gid", str(process.UNPRIVILEGED), self.run_dir, self.cache_dir)
 
     def command(self, role: str) -> list:
         common = ["--run-dir", self.run_dir, "--config", self.config]
@@ -175,7 +180,7 @@ def binary_for_all(directory: pathlib.Path) -> pathlib.Path:
     return place
 
 
-def reads(directory, seconds: float = 20) -> bool:
+def answers(directory, seconds: float = 20) -> bool:
     """Whether whoever serves a mount answers. In a process that may be left hanging: not even kill -9 ends a wait for an answer."""
     asked = subprocess.Popen(["stat", "--file-system", directory], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
