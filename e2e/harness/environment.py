@@ -3,6 +3,7 @@
 import os
 import pathlib
 import random
+import shutil
 import subprocess
 import tempfile
 import unittest
@@ -13,7 +14,7 @@ import tree
 from cluster.cluster import Cluster
 from cluster.release import Release
 
-from . import driver, process, reading, services
+from . import driver, paths, process, reading, services
 from .trio import Trio
 
 # Set by run.py for the time of the run.
@@ -61,6 +62,14 @@ class Environment:
         if name not in self.pushed:
             self.pushed[name] = images.get(name).push(self.registry.host)
         return self.pushed[name]
+
+    def binary(self) -> pathlib.Path:
+        """The program under test where every user may run it: a clone may lie where only its owner goes."""
+        place = self.work / "clip-csi"
+        if not place.exists():
+            shutil.copy(paths.binary(), place)
+            place.chmod(0o755)
+        return place
 
     def plan(self, name: str) -> pathlib.Path:
         """For readers: what the image must show."""
@@ -116,7 +125,7 @@ class Case(unittest.TestCase):
         """The three roles. What of the test's own files they read (a key) must be theirs."""
         for it in self.work.glob("*key*"):
             os.chown(it, process.UNPRIVILEGED, process.UNPRIVILEGED)
-        trio = Trio(self.work / name, config or self.config(), **settings)
+        trio = Trio(self.work / name, config or self.config(), self.env.binary(), **settings)
         # Killed and not asked to end, so that nothing waits on a mount that a failed test left without a server.
         self.addCleanup(trio.end)
         self.addCleanup(self.show_log, trio)

@@ -3,12 +3,11 @@
 import contextlib
 import os
 import pathlib
-import shutil
 import signal
 import subprocess
 import urllib.request
 
-from . import driver, paths, process
+from . import driver, process
 
 # In the order of the chart's pods; any other does as well.
 ROLES = ("agent", "serve", "node")
@@ -20,16 +19,16 @@ PROBE_SECONDS = 5
 class Trio(driver.Driver):
     """`clip-csi agent` and `serve` as a user without rights, `clip-csi node` as root, with one run directory."""
 
-    def __init__(self, directory: pathlib.Path, config: pathlib.Path, *, cache_dir: pathlib.Path | None = None, options=None, env=None, start=ROLES):
-        """`options` and `env` are by role: {"agent": ["--log-format", "json"]}; `start` are the roles to begin with."""
+    def __init__(self, directory: pathlib.Path, config: pathlib.Path, binary: pathlib.Path, *, cache_dir: pathlib.Path | None = None,
+                 options=None, env=None, start=ROLES):
+        """`binary` is where every user may run it. `options` and `env` are by role: {"agent": ["--log-format", "json"]}; `start` are the roles to begin with."""
         super().__init__(directory, config, cache_dir=cache_dir)
         # Others may go through, which `mkdtemp` forbids.
         for it in (directory.parent, directory):
             it.chmod(0o711)
         self.run_dir = directory / "run"
         assert len(str(self.run_dir / "agent.sock.new")) < 108, f"too long for a socket: {self.run_dir}"
-        self.binary = binary_for_all(directory.parent)
-        self.options, self.env = options or {}, env or {}
+        self.binary, self.options, self.env = binary, options or {}, env or {}
         self.servers: dict[str, process.Server] = {}
         self.launched: list[process.Server] = []
         self.prepare()
@@ -169,15 +168,6 @@ def kill_whole(server: process.Server) -> None:
     # Once it was waited for, the number may be another's.
     if server.process.returncode is None:
         os.killpg(server.pid, signal.SIGKILL)
-
-
-def binary_for_all(directory: pathlib.Path) -> pathlib.Path:
-    """The program under test where every user may run it: a clone may lie where only its owner goes."""
-    place = directory / "clip-csi"
-    if not place.exists():
-        shutil.copy(paths.binary(), place)
-        place.chmod(0o755)
-    return place
 
 
 def answers(directory, seconds: float = 20) -> bool:
