@@ -109,6 +109,10 @@ pub struct AgentArgs {
         requires = "node_id"
     )]
     pub startup_taint: Option<String>,
+    /// Write events of the node when its mounts are lost; needs a pod whose service account may create
+    /// events in the namespace default.
+    #[arg(long, env = "CLIP_CSI_EVENTS", requires = "node_id")]
+    pub events: bool,
     /// Name of this node in Kubernetes.
     #[arg(long, env = "NODE_ID")]
     pub node_id: Option<String>,

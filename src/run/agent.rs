@@ -18,6 +18,7 @@ use crate::{
     exposition,
     ipc::{Listener, RunDir},
     metrics::{Metrics, Role},
+    node_events::NodeEvents,
     node_taint,
     roles::{agent::Agent, status},
     tier::BoxFuture,
@@ -33,6 +34,14 @@ pub(super) async fn run(args: AgentArgs, config: Config) -> anyhow::Result<ExitC
     let taint = match (&args.startup_taint, &args.node_id) {
         (Some(key), Some(node)) => {
             Some(startup_taint(key, node, &args.driver_name).context("--startup-taint")?)
+        }
+        (_, _) => None,
+    };
+    let events = match (args.events, &args.node_id) {
+        (true, Some(node)) => {
+            let cluster = node_taint::cluster_of_this_pod().map_err(BadConfig::new);
+            let cluster = cluster.context("--events")?;
+            Some(NodeEvents::new(cluster, node, &args.driver_name).context("--events")?)
         }
         (_, _) => None,
     };
@@ -61,7 +70,7 @@ pub(super) async fn run(args: AgentArgs, config: Config) -> anyhow::Result<ExitC
     thread::Builder::new()
         .name("clip-accept".to_owned())
         .spawn(move || agent.serve(&serving))?;
-    let watching = watch_others(&run_dir, &ready);
+    let watching = watch_others(&run_dir, &ready, events.as_ref());
     let untaint = async {
         match taint {
             Some((cluster, taint)) => Box::pin(node_taint::remove(cluster, taint)).await,
@@ -86,9 +95,17 @@ pub(super) async fn run(args: AgentArgs, config: Config) -> anyhow::Result<ExitC
     Ok(ExitCode::SUCCESS)
 }
 
-/// Shows whether all of this node's processes are ready.
-async fn watch_others(run_dir: &RunDir, ready: &Ready) {
+/// Shows whether all of this node's processes are ready, and passes on what operators should see.
+async fn watch_others(run_dir: &RunDir, ready: &Ready, events: Option<&NodeEvents>) {
     loop {
+        if let Some(events) = events {
+            let node = run_dir.node();
+            let taken = tokio::task::spawn_blocking(move || status::take_notices(&node));
+            // A node service that is away has its notices still.
+            for notice in taken.await.into_iter().flatten().flatten() {
+                events.warn(&notice.reason, &notice.message).await;
+            }
+        }
         let (node, serve) = (run_dir.node(), run_dir.serve());
         let missing = tokio::task::spawn_blocking(move || {
             let missing = |who: &str, asked: std::io::Result<crate::roles::protocol::Status>| match asked {

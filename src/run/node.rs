@@ -37,7 +37,7 @@ use crate::{
     metrics::Metrics,
     mount::{ImageMounter, MountTable, MountTableConfig},
     node_taint::{self, StartupTaint, TaintKey},
-    roles::{NodeMounter, escrow::Escrow, protocol::Status, status},
+    roles::{NodeMounter, escrow::Escrow, notices::Notices, protocol::Status, status},
     sys,
 };
 
@@ -62,10 +62,11 @@ pub(super) async fn run(args: NodeArgs, config: Config) -> anyhow::Result<ExitCo
     // Listening for signals begins before there is anything that they could leave behind.
     let stop = stop_signal()?;
     let ready = Arc::new(Ready::not_yet("starting"));
+    let notices = Arc::new(Notices::default());
     let (parts, taint) = if args.in_process {
         in_process(&args, &config, &metrics, &ready, &stop).await?
     } else {
-        (with_others(&args, &config, &metrics, &ready)?, None)
+        (with_others(&args, &config, &metrics, &ready, &notices)?, None)
     };
     let plugin_dir = plugin_dir(&socket, &args.state_dir).map(Path::to_owned);
     let table_config = MountTableConfig {
@@ -77,8 +78,16 @@ pub(super) async fn run(args: NodeArgs, config: Config) -> anyhow::Result<ExitCo
             None => Duration::from_secs(config.node.idle_source_seconds),
         },
     };
-    let (table, _recovered) =
+    let (table, recovered) =
         MountTable::recover(table_config, Arc::clone(&parts.mounter), &metrics)?;
+    if 0 < recovered.dead_volumes {
+        let message = format!(
+            "{} volumes of running pods lost their mounts while the driver was away, and every access to them fails; \
+             delete the pods that use them",
+            recovered.dead_volumes
+        );
+        notices.add("DeadVolumes", message);
+    }
     let csi_config = CsiConfig {
         plugin_name: plugin_name.clone(),
         node_id: args.node_id,
@@ -165,6 +174,7 @@ fn with_others(
     config: &Config,
     metrics: &Metrics,
     ready: &Arc<Ready>,
+    notices: &Arc<Notices>,
 ) -> anyhow::Result<Parts> {
     if args.metrics_addr.is_some() || args.startup_taint.is_some() {
         return Err(BadConfig::new(io::Error::other(
@@ -175,13 +185,14 @@ fn with_others(
     sys::unix_sockets_only().context("giving up the network")?;
     let run_dir = RunDir::new(&args.run.run_dir);
     let deadline = Duration::from_secs(config.node.server_deadline_seconds);
-    let escrow = Escrow::start(&run_dir, deadline, metrics.clone())?;
+    let escrow = Escrow::start(&run_dir, deadline, metrics.clone(), Arc::clone(notices))?;
     let listener = Listener::bind(&run_dir.node()).map_err(BadConfig::new)?;
     let (metrics, ready) = (metrics.clone(), Arc::clone(ready));
+    let notices = Arc::clone(notices);
     thread::Builder::new()
         .name("clip-status".to_owned())
         .spawn(move || {
-            status::serve_node(&listener, || Status {
+            status::serve_node(&listener, &notices, || Status {
                 metrics: metrics.encode().unwrap_or_default(),
                 missing: ready.missing().map(Cow::into_owned),
             });
