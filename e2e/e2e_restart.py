@@ -67,15 +67,15 @@ class UnderReaders(Case):
         self.assertTrue(trio.answers(node.target("v")), "nobody answers any more")
         self.windows.append((at, time.monotonic()))
 
-    def verdict(self, what: str) -> None:
-        """Prints the figures, and fails if a reader saw anything wrong, or saw nothing."""
+    def verdict(self, what: str, operations_at_least: int = 1) -> None:
+        """Prints the figures, and fails if a reader saw anything wrong, or saw nothing. While an image is fetched, a pause is also the wait for that."""
         seen = self.seen
         print(f"{what}: {len(self.windows)} times; read errors: {len(seen.errors)}; pause p50/p99/max {reading.spread(seen.pauses(self.windows))} "
               f"(longest operation in between: {reading.spread(seen.pauses(self.calm))}); "
               f"{sum(seen.operations.values())} operations, {seen.n_bytes / 1e6:.0f} MB compared")
         self.assertEqual(seen.errors, [])
         for kind, count in seen.operations.items():
-            self.assertGreater(count, len(self.windows), f"the reader {kind} has hardly read anything")
+            self.assertGreaterEqual(count, operations_at_least, f"the reader {kind} has hardly read anything")
 
     def left(self, node: trio.Trio) -> list[str]:
         """What is left once it had the time to go."""
@@ -176,7 +176,7 @@ class Killed(UnderReaders):
         node.must_unpublish("v")
         self.assertEqual(self.left(node), [])
         node.stop()
-        self.verdict(f"{what} killed, cache warm")
+        self.verdict(f"{what} killed, cache warm", len(self.windows))
         self.begin_anew()
         self.cold_rounds(KILLS // 2, blow)
         self.verdict(f"{what} killed, cache cold")
@@ -212,7 +212,7 @@ class HandOver(UnderReaders):
         self.assertEqual(node.metric("mounts_aborted_total"), 0)
         node.must_unpublish("v")
         self.assertEqual(self.left(node), [])
-        self.verdict("handed over, cache warm")
+        self.verdict("handed over, cache warm", len(self.windows))
         node.stop()
         self.begin_anew()
         self.cold_rounds(HAND_OVERS // 3, self.hand_over)
@@ -237,7 +237,7 @@ class HandOver(UnderReaders):
                 node.must_publish("w", self.env.push("small"))
                 self.assert_tree("small", node.target("w"))
                 node.must_unpublish("w")
-        self.verdict("all upgraded")
+        self.verdict("all upgraded", len(self.windows))
         node.must_unpublish("v")
         self.assertEqual(self.left(node), [])
 
@@ -247,7 +247,8 @@ class Lost(UnderReaders):
 
     def assert_lost(self, path) -> None:
         with self.assertRaises(OSError) as raised:
-            os.stat(path)
+            # Not `stat`, which the kernel answers from memory.
+            os.statvfs(path)
         self.assertEqual(raised.exception.errno, errno.ENOTCONN)
 
     def test_all_killed_at_once(self):
@@ -314,6 +315,7 @@ class Lost(UnderReaders):
         node = self.warm(server_deadline_seconds=DEADLINE_SECONDS)
         for _ in range(3):
             node.kill("serve")
+            # A reader could not tell: this is about the time alone.
             time.sleep(DEADLINE_SECONDS * 0.6)
             node.start("serve")
             self.assertTrue(trio.answers(node.target("v")))
@@ -332,14 +334,16 @@ class NodeRestarted(UnderReaders):
             return {
                 "mounts": sorted(process.mounts_below(node.directory)),
                 "records": sorted(it.name for it in node.state_dir.glob("volumes/*")),
-                "files": {role: len(process.open_files(node.pid(role))) for role in trio.ROLES},
                 "FUSE": {role: node.fuse_fds(role) for role in trio.ROLES},
-                "threads": {role: len(os.listdir(f"/proc/{node.pid(role)}/task")) for role in ("serve",)},
             }
+
+        def taken():
+            """Files and threads: some come and go with connections."""
+            return {role: (len(process.open_files(node.pid(role))), len(os.listdir(f"/proc/{node.pid(role)}/task"))) for role in trio.ROLES}
 
         node.restart("node")
         process.wait_until(lambda: node.metric("serve_up") == 1, "node to have met serve")
-        before = state()
+        before, taken_before = state(), taken()
         self.assertEqual(before["FUSE"]["agent"], 0)
         for number in range(6):
             if number % 2:
@@ -349,9 +353,14 @@ class NodeRestarted(UnderReaders):
             self.assert_tree("small", node.target("w"))
             node.start("node")
             process.wait_until(lambda: node.metric("serve_up") == 1, "node to have met serve")
-        with contextlib.suppress(process.Failed):
-            process.wait_until(lambda: state() == before, "the same as before", 5)
         self.assertEqual(state(), before)
+
+        def grown():
+            return {role: (now, taken_before[role]) for role, now in taken().items() if now[0] > taken_before[role][0] or now[1] > taken_before[role][1]}
+
+        with contextlib.suppress(process.Failed):
+            process.wait_until(lambda: not grown(), "files and threads to be no more than before", 5)
+        self.assertEqual(grown(), {}, "files and threads, after six restarts of node and before")
         self.assertEqual([node.metric(it) for it in ("mounts", "volumes", "dead_volumes")], [2, 3, 0])
         driver.drop_from_page_cache(node.target("v"))
         self.assert_tree(IMAGE, node.target("v"))
@@ -401,7 +410,7 @@ class OutOfMemory(UnderReaders):
             for _ in range(OOM_KILLS):
                 self.killed(node, "serve", group)
         self.assertGreaterEqual(group.oom_kills(), OOM_KILLS)
-        self.verdict("serve killed by the kernel for its memory")
+        self.verdict("serve killed by the kernel for its memory", len(self.windows))
 
     def test_agent(self):
         group = self.group("agent")
