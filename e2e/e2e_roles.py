@@ -6,13 +6,15 @@ import pathlib
 import re
 import shutil
 import subprocess
-import sys
+import time
 
 import images
 from harness import driver, oci, process, seccomp, trio
 from harness.environment import Case
 
 STRANGER = 12345
+# The distribution's, which every user may run; the one that runs this may be in root's home.
+PYTHON = "/usr/bin/python3"
 # Families that reach something outside this machine, or its configuration.
 FAMILIES = {"AF_INET": 2, "AF_INET6": 10, "AF_NETLINK": 16, "AF_PACKET": 17, "AF_VSOCK": 40}
 AF_UNIX, SOCK_STREAM = 1, 1
@@ -58,7 +60,7 @@ while True:
 
 def status(pid: int, task: int | None = None) -> dict[str, str]:
     text = pathlib.Path(f"/proc/{pid}/task/{task or pid}/status").read_text()
-    return dict(re.findall(r"^(\w+):\s*(.*)$", text, re.M))
+    return dict(re.findall(r"^(\w+):[ \t]*(.*)$", text, re.M))
 
 
 def inet_sockets(pid: int) -> list[str]:
@@ -104,7 +106,6 @@ class Privileges(Case):
                 filters = seccomp.filters(pid)
                 for family, number in FAMILIES.items():
                     self.assertIn(seccomp.verdict(filters, "socket", number, SOCK_STREAM)[0], ("errno", "kill process"), family)
-                    self.assertIn(seccomp.verdict(filters, "socketpair", number, SOCK_STREAM)[0], ("errno", "kill process"), family)
                 # Another way to make a socket.
                 self.assertIn(seccomp.verdict(filters, "io_uring_setup", 8)[0], ("errno", "kill process"))
                 # By the numbers of another architecture the same call passes as another one.
@@ -143,7 +144,7 @@ class Own(Case):
 
 class Sockets(Case):
     def as_user(self, uid: int, code: str, *arguments) -> subprocess.Popen:
-        it = subprocess.Popen([*process.as_user(uid), "setpriv", "--pdeathsig", "KILL", sys.executable, "-c", code, *map(str, arguments)], stdout=subprocess.PIPE, text=True)
+        it = subprocess.Popen([*process.as_user(uid), "setpriv", "--pdeathsig", "KILL", PYTHON, "-c", code, *map(str, arguments)], stdout=subprocess.PIPE, text=True)
         self.addCleanup(it.stdout.close)
         self.addCleanup(it.wait)
         self.addCleanup(it.kill)
@@ -194,7 +195,7 @@ class Sockets(Case):
                 node.kill(role)
                 planted = self.plant(node, f"{role}.sock")
                 reply = node.publish("x", self.env.push("small"), "--secret", secret)
-                self.assertEqual(reply.code, "UNAVAILABLE", reply)
+                self.assertIn(reply.code, ("UNAVAILABLE", "ABORTED"), reply)
                 told = self.told(planted)
                 self.assertIn("connected", told, "nobody tried: the test shows nothing")
                 self.assertEqual([it for it in told if it.startswith("told")], [])
@@ -204,15 +205,20 @@ class Sockets(Case):
                 self.assert_tree("demo1", node.target("v"))
                 node.must_unpublish("x")
 
-    def test_a_run_directory_of_another_user_is_not_used(self):
-        node = self.trio(start=())
-        os.chown(node.run_dir, STRANGER, STRANGER)
-        node.run_dir.chmod(0o777)
-        for role in ("agent", "serve"):
-            server = node.launch(role)
-            with self.subTest(role):
-                self.assertNotEqual(server.process.wait(10), 0, f"{role} listens where another user may replace its socket")
-                print(driver.last_lines(node.log_of(role), 1))
+    def test_a_run_directory_that_others_can_change_is_not_used(self):
+        """Whoever may write there could put a socket in the place of a role's. It waits, or ends, and says why."""
+        for owner, mode in ((STRANGER, 0o700), (process.UNPRIVILEGED, 0o777)):
+            node = self.trio(f"owner-{owner}", start=())
+            os.chown(node.run_dir, owner, owner)
+            node.run_dir.chmod(mode)
+            for role in ("agent", "serve"):
+                with self.subTest(role, owner=owner, mode=oct(mode)):
+                    server = node.launch(role)
+                    process.wait_until(lambda: str(node.run_dir) in node.log_of(role).read_text(), f"{role} to say something of its directory", 5)
+                    # Long enough for one that would listen.
+                    time.sleep(0.3)
+                    self.assertFalse((node.run_dir / f"{role}.sock").exists(), f"{role} listens there")
+                    trio.kill_whole(server)
 
 
 class Start(Case):
@@ -226,7 +232,7 @@ class Start(Case):
                     node.start(role)
                     if "node" in node.servers and role != order[-1]:
                         reply = node.publish("v", reference)
-                        self.assertEqual(reply.code, "UNAVAILABLE", reply)
+                        self.assertIn(reply.code, ("UNAVAILABLE", "ABORTED"), reply)
                         missing = "agent" if "agent" not in node.servers else "serve"
                         self.assertIn(f"clip-csi {missing}", reply.message)
                 process.wait_until(lambda: node.publish("v", reference).ok, "the publish", 10)

@@ -19,8 +19,8 @@ NAMES = {ALLOW: "allow", KILL_PROCESS: "kill process", KILL_THREAD: "kill thread
 
 # Architecture as seccomp names it, and the system calls that are asked about.
 AUDIT_ARCH, NUMBERS = {
-    "x86_64": (0xC000003E, {"read": 0, "socket": 41, "socketpair": 53, "connect": 42, "sendto": 44, "bind": 49, "ptrace": 101, "mount": 165, "openat": 257, "io_uring_setup": 425}),
-    "aarch64": (0xC00000B7, {"read": 63, "socket": 198, "socketpair": 199, "connect": 203, "sendto": 206, "bind": 200, "ptrace": 117, "mount": 40, "openat": 56, "io_uring_setup": 425}),
+    "x86_64": (0xC000003E, {"read": 0, "socket": 41, "connect": 42, "sendto": 44, "bind": 49, "ptrace": 101, "mount": 165, "openat": 257, "io_uring_setup": 425}),
+    "aarch64": (0xC00000B7, {"read": 63, "socket": 198, "connect": 203, "sendto": 206, "bind": 200, "ptrace": 117, "mount": 40, "openat": 56, "io_uring_setup": 425}),
 }[platform.machine()]
 
 # i386 and ARM's 32 bits: what a process of such a machine may call, too.
