@@ -127,9 +127,6 @@ pub struct ServeArgs {
     /// Where the processes of this node meet.
     #[command(flatten)]
     pub run: RunDirArgs,
-    /// Serve in this process, which its parent starts again when it dies.
-    #[arg(long, hide = true)]
-    pub child: bool,
 }
 
 /// Settings of `clip-csi own`.

@@ -7,8 +7,10 @@ use tokio::runtime::Handle;
 use tracing::{info, warn};
 
 use super::{
-    engine::{BadConfig, Engine},
-    node::{bind_admin, startup_taint, stop_signal, stopped},
+    BadConfig,
+    engine::Engine,
+    in_process::{bind_admin, startup_taint},
+    node::{stop_signal, stopped},
     opener::Opener,
 };
 use crate::{
@@ -21,6 +23,7 @@ use crate::{
     node_events::NodeEvents,
     node_taint,
     roles::{agent::Agent, status},
+    sys,
     tier::BoxFuture,
 };
 
@@ -49,6 +52,7 @@ pub(super) async fn run(args: AgentArgs, config: Config) -> anyhow::Result<ExitC
     let stop = stop_signal()?;
     let ready = Arc::new(Ready::not_yet("starting"));
     let engine = Engine::start(&config, metrics.clone())?;
+    sys::drop_code();
     let page = Pages {
         own: metrics,
         run_dir: run_dir.clone(),
@@ -121,6 +125,7 @@ async fn watch_others(run_dir: &RunDir, ready: &Ready, events: Option<&NodeEvent
             Err(err) => warn!(error = %err, "asking the other processes failed"),
         }
         tokio::time::sleep(ASK).await;
+        sys::drop_code();
     }
 }
 
