@@ -22,7 +22,7 @@ OOM_LIMIT_BYTES = 64 << 20
 DEADLINE_SECONDS = 2
 IMAGE = "demo5"
 # Slow enough that the image's 50 MB (as chunks: 75 MB) are still on their way when something dies.
-SLOW_BYTES_PER_SECOND = 16 << 20
+SLOW_BYTES_PER_SECOND = 32 << 20
 # One cold round: the cache is emptied for each.
 KILLS_PER_COLD_ROUND = 10
 # From one death to the next, at most.
@@ -41,9 +41,8 @@ class UnderReaders(Case):
         print(f"seed {self.seed}")
 
     def begin_anew(self) -> None:
-        # Times on the clock of time.monotonic(): from a death until all is back, and in between.
+        # Times on the clock of time.monotonic(): from a death until all is back.
         self.windows: list[tuple[float, float]] = []
-        self.calm: list[tuple[float, float]] = []
         self.seen = reading.Report({}, 0, [], [])
 
     @contextlib.contextmanager
@@ -59,10 +58,8 @@ class UnderReaders(Case):
 
     def strike(self, node: trio.Trio, blow) -> None:
         """Something dies at a random moment; the pause is what the longest operation took until all is back."""
-        begin = time.monotonic()
         time.sleep(self.dice.uniform(0, MOST_BETWEEN_SECONDS))
         at = time.monotonic()
-        self.calm.append((begin, at))
         blow()
         self.assertTrue(trio.answers(node.target("v")), "nobody answers any more")
         self.windows.append((at, time.monotonic()))
@@ -71,7 +68,7 @@ class UnderReaders(Case):
         """Prints the figures, and fails if a reader saw anything wrong, or saw nothing. While an image is fetched, a pause is also the wait for that."""
         seen = self.seen
         print(f"{what}: {len(self.windows)} times; read errors: {len(seen.errors)}; pause p50/p99/max {reading.spread(seen.pauses(self.windows))} "
-              f"(longest operation in between: {reading.spread(seen.pauses(self.calm))}); "
+              f"(operations in between, of those above 1 ms: {reading.spread(seen.outside(self.windows))}); "
               f"{sum(seen.operations.values())} operations, {seen.n_bytes / 1e6:.0f} MB compared")
         self.assertEqual(seen.errors, [])
         for kind, count in seen.operations.items():
@@ -148,6 +145,9 @@ class Killed(UnderReaders):
             if self.dice.random() < 0.2:
                 time.sleep(self.dice.uniform(0, 0.03))
                 node.kill_child()
+        # A parent whose children die often makes a pause between them: nobody dies that often, so a fresh one is measured.
+        if len(self.windows) % 2 == 0:
+            self.assertEqual(node.hand_over().stop(), 0)
         self.strike(node, blow)
 
     def kill_serve(self, node: trio.Trio) -> None:
