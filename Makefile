@@ -14,7 +14,7 @@ CARGO_FLAGS := --release --locked
 say = @printf '\n==> %s\n' "$(1)"
 
 .DEFAULT_GOAL := help
-.PHONY: help install build check unit e2e e2e-needs test demo
+.PHONY: help install build check unit e2e cluster-builds test demo
 
 help: ## List these commands
 	@grep -hE '^[a-z0-9]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9]+):.*## /\1\t/' | while IFS=$$'\t' read -r name text; do printf '  make %-8s %s\n' "$$name" "$$text"; done
@@ -33,14 +33,13 @@ demo: ## Play the three stories on real services and print the table (root; inst
 test: ## Everything that continuous integration runs (root; installs what is missing; about half an hour the first time)
 	$(call say,1/4 Installing what is missing)
 	@$(MAKE) install
-	$(call say,2/4 Format and lints and documentation; beside it what the end-to-end tests need is built)
+	$(call say,2/4 Format and lints and documentation; beside it what the cluster of the end-to-end tests needs is built)
 	# With low priority, on the core that linking and waiting leave idle. Waited for also after a failure: nothing runs on.
-	@nice $(MAKE) e2e-needs & needs=$$!
+	@nice $(MAKE) cluster-builds &
 	trap 'wait' EXIT
 	$(MAKE) check
 	$(call say,3/4 Unit and integration tests)
 	@$(MAKE) unit
-	wait $$needs
 	$(call say,4/4 End-to-end tests with a real registry and real images)
 	@$(MAKE) e2e
 
@@ -59,16 +58,19 @@ unit: ## Unit and integration tests
 	@cargo test $(CARGO_FLAGS)
 
 e2e: install build ## End-to-end tests alone (root; CASES=name,name or E2E="-k NAME" picks some; cold about 25 minutes)
-	# All, unless some cases are picked: those make what they need.
-	@if [ -z "$(CASES)$(E2E)" ]; then $(MAKE) e2e-needs; else ./e2e/tools.sh >/dev/null; fi
+	@./e2e/tools.sh >/dev/null
+	# All, unless some cases are picked: those make what they need. The cluster's cases come last, and wait for the builds.
+	if [ -z "$(CASES)$(E2E)" ]; then
+		python3 e2e/images.py build
+		nice $(MAKE) cluster-builds &
+		trap 'wait' EXIT
+	fi
 	python3 e2e/run.py --cases "$(CASES)" $(E2E)
 
-# Two at once, because linking leaves a core idle.
-e2e-needs:
+# Two at once, because linking leaves a core idle. Whoever comes second waits for the first.
+cluster-builds:
 	@cargo fetch --quiet --locked
-	./e2e/tools.sh >/dev/null
 	./e2e/tools.sh kubernetes >/dev/null & kubernetes=$$!
 	trap 'wait' EXIT
 	python3 e2e/cluster/project_image.py >/dev/null
-	python3 e2e/images.py build
 	wait $$kubernetes

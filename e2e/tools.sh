@@ -35,6 +35,9 @@ esac
 
 key="$(cat "$0" "$module"/go.mod "$module"/go.sum "${sources[@]}" | sha256sum | cut -c1-12)"
 out="$CLIP_E2E_CACHE/tools-$what-$key"
+# Two runs do not build the same: the second one waits, and finds it. The lock ends with this process.
+exec 9>"$CLIP_E2E_CACHE/tools-$what.lock"
+[ -n "${GO_SKIP_BUILD:-}" ] || flock 9
 if [ ! -d "$out" ]; then
     # Asked whether a build would be needed.
     [ -z "${GO_SKIP_BUILD:-}" ] || exit 1
@@ -51,7 +54,7 @@ if [ ! -d "$out" ]; then
             rm "$new/controller-gen"
         fi)
     chmod 755 "$new"
-    # At once: a directory under its name is whole. Another run may have been faster.
+    # At once: a directory under its name is whole.
     rm -rf "$CLIP_E2E_CACHE/tools-$what-"????????????
     mv -T "$new" "$out"
     say "built in $((SECONDS - begin)) s"

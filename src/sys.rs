@@ -1,14 +1,15 @@
-//! The only module with `unsafe`: memory maps and the allocator's settings.
+//! The only module with `unsafe`: memory maps, a descriptor's number, the allocator's settings.
 
 #![expect(
     unsafe_code,
-    reason = "mmap and mallopt have no safe interface; nothing else is here"
+    reason = "mmap, dup3 and mallopt have no safe interface; nothing else is here"
 )]
 
 use std::{
     fs::File,
     io,
     ops::Deref,
+    os::fd::{AsRawFd, BorrowedFd},
     sync::atomic::{AtomicU64, Ordering},
 };
 
@@ -117,6 +118,77 @@ impl SharedWords {
         // accesses, here and in other processes, are atomic.
         unsafe { &*self.0.as_ptr().cast::<AtomicU64>().add(at) }
     }
+}
+
+/// 64-bit words of a file that other processes change, mapped for reading.
+#[derive(Debug)]
+pub struct WordsView(memmap2::MmapRaw);
+
+impl WordsView {
+    /// Maps the whole of `file`, whose length must not change.
+    ///
+    /// # Errors
+    /// Those of mmap(2).
+    pub fn new(file: &File) -> io::Result<Self> {
+        Ok(Self(memmap2::MmapOptions::new().map_raw_read_only(file)?))
+    }
+
+    /// Reads word `at`; sees what was written before a bit that it sees was set.
+    ///
+    /// # Panics
+    /// If there is no such word.
+    pub fn load(&self, at: usize) -> u64 {
+        assert!(at < self.0.len() / 8, "word {at} of {}", self.0.len() / 8);
+        // SAFETY: the map is page-aligned and lives as long as `self`; `at` is inside it; all
+        // accesses, here and in other processes, are atomic, and this one only reads.
+        let word = unsafe { &*self.0.as_ptr().cast::<AtomicU64>().add(at) };
+        word.load(Ordering::Acquire)
+    }
+}
+
+/// Makes the descriptor number `place` another name of the open file `file`; what it named is closed.
+///
+/// # Errors
+/// Those of dup3(2); then nothing is changed.
+pub fn replace_descriptor(place: BorrowedFd<'_>, file: BorrowedFd<'_>) -> io::Result<()> {
+    // SAFETY: both numbers are open descriptors, as their types say, and `place` stays one: whoever
+    // owns it goes on to own an open descriptor.
+    let made = unsafe { libc::dup3(file.as_raw_fd(), place.as_raw_fd(), libc::O_CLOEXEC) };
+    if made < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+/// Gives up, for this process and all that it starts, the network: from now on sockets are Unix
+/// sockets, and io_uring, which could make others, is none.
+///
+/// # Errors
+/// If the kernel has no seccomp filters.
+pub fn unix_sockets_only() -> io::Result<()> {
+    use seccompiler::{
+        BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
+        SeccompRule, apply_filter_all_threads,
+    };
+    let make = || -> Result<BpfProgram, seccompiler::BackendError> {
+        let family = u64::from(libc::AF_UNIX.unsigned_abs());
+        let others =
+            SeccompCondition::new(0, SeccompCmpArgLen::Dword, SeccompCmpOp::Ne, family)?;
+        let rules = [
+            (libc::SYS_socket, vec![SeccompRule::new(vec![others])?]),
+            (libc::SYS_io_uring_setup, Vec::new()),
+        ];
+        let refused = libc::EAFNOSUPPORT.unsigned_abs();
+        let filter = SeccompFilter::new(
+            rules.into_iter().collect(),
+            SeccompAction::Allow,
+            SeccompAction::Errno(refused),
+            std::env::consts::ARCH.try_into()?,
+        )?;
+        filter.try_into()
+    };
+    let program = make().map_err(io::Error::other)?;
+    apply_filter_all_threads(&program).map_err(io::Error::other)
 }
 
 /// Sets the allocator up for a small resident size; call it first in `main`.

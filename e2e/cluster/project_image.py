@@ -7,6 +7,7 @@ No image can be pulled in the tests, so the one that the Dockerfile begins with 
 Debian with a C compiler, and this machine's Rust.
 """
 
+import fcntl
 import hashlib
 import json
 import os
@@ -85,18 +86,24 @@ def layout() -> oci.Layout:
     parent = paths.cache() / "project-images"
     parent.mkdir(exist_ok=True)
     done = parent / source_hash()
+    # Two runs do not build the same: the second one waits, and finds it.
+    with open(parent / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        build_into(done)
+    return oci.Layout(done)
+
+
+def build_into(done: pathlib.Path) -> None:
     if not done.exists():
-        with tempfile.TemporaryDirectory(prefix=".new.", dir=parent) as directory:
+        with tempfile.TemporaryDirectory(prefix=".new.", dir=done.parent) as directory:
             try:
                 build(pathlib.Path(directory))
             finally:
                 process.unmount_below(directory)
             if source_hash() != done.name:
                 raise process.Failed("the sources changed while the image was built: run it again")
-            # At once: a directory under its name is whole. Another run may have been faster.
-            if not done.exists():
-                (pathlib.Path(directory) / "layout").rename(done)
-    return oci.Layout(done)
+            # At once: a directory under its name is whole.
+            (pathlib.Path(directory) / "layout").rename(done)
 
 
 def build(directory: pathlib.Path) -> None:

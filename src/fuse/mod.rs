@@ -39,6 +39,7 @@ mod errno;
 pub mod pool;
 mod read;
 pub mod session;
+pub mod takeover;
 
 /// What the threads that serve one mount share.
 struct Served<I> {

@@ -23,7 +23,7 @@ use super::{
     sources::Sources,
     target::{self, PublicationId, TargetDir},
 };
-use crate::digest::ManifestDigest;
+use crate::{digest::ManifestDigest, failpoint};
 
 /// How a mount table works.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -32,6 +32,8 @@ pub struct MountTableConfig {
     pub state_dir: PathBuf,
     /// How long a call waits for an image before it answers "still being prepared".
     pub prepare_wait: Duration,
+    /// How long a source mount without volumes is kept for the next one.
+    pub max_idle: Duration,
 }
 
 impl MountTableConfig {
@@ -87,15 +89,17 @@ struct Inner {
 pub(super) struct Recovery {
     pub(super) sources: Sources,
     pub(super) records: Records,
+    /// Volumes whose mounts have survived.
+    pub(super) live: Vec<(PublicationId, Published)>,
     pub(super) dead: DeadVolumes,
     /// Keeps another process off the directory.
     pub(super) lock: File,
 }
 
 #[derive(Debug, Clone)]
-struct Published {
-    manifest: ManifestDigest,
-    path: PathBuf,
+pub(super) struct Published {
+    pub(super) manifest: ManifestDigest,
+    pub(super) path: PathBuf,
 }
 
 /// What [`Inner::examine`] found.
@@ -117,9 +121,11 @@ impl MountTable {
         let Recovery {
             sources,
             records,
+            live,
             dead,
             lock,
         } = recovery;
+        gauge.set(i64::try_from(live.len()).unwrap_or(i64::MAX));
         Self {
             inner: Arc::new(Inner {
                 config,
@@ -127,12 +133,25 @@ impl MountTable {
                 preparations: Preparations::new(mounter),
                 sources,
                 records,
-                published: Mutex::default(),
+                published: Mutex::new(live.into_iter().collect()),
                 gauge,
                 dead,
                 _lock: lock,
             }),
         }
+    }
+
+    /// Unmounts the source mounts that nobody has used for as long as they are kept. Call it now and
+    /// then.
+    ///
+    /// # Blocking
+    /// Waits for unmounts.
+    pub fn retire_idle(&self) {
+        self.inner.sources.retire_idle(self.inner.config.max_idle);
+    }
+
+    pub(super) fn retire_all_idle(&self) {
+        self.inner.sources.retire_idle(Duration::ZERO);
     }
 
     pub(super) fn state_dir(&self) -> &Path {
@@ -253,8 +272,11 @@ impl Inner {
         let ours = target::make(&path)? == TargetDir::Absent || has_record;
         let attached = self.sources.attach(image, id, |source| {
             self.records.store(record)?;
+            failpoint::reached("publish:recorded");
             bind::bind_read_only(source, &path)
-                .map_err(|err| MountError::system("binding the image to", &path, err))
+                .map_err(|err| MountError::system("binding the image to", &path, err))?;
+            failpoint::reached("publish:bound");
+            Ok(())
         });
         if let Err(err) = attached {
             // What these meet is logged: `err` is what says what happened.
@@ -307,7 +329,9 @@ impl Inner {
             match self.check_owner(id, &path, has_record) {
                 Ok(()) => {
                     self.detach_target(&path)?;
+                    failpoint::reached("unpublish:detached");
                     remove_target(&path)?;
+                    failpoint::reached("unpublish:removed");
                 }
                 Err(err) => {
                     warn!(volume.id = %volume, error = %err, "target left as it is");
@@ -413,7 +437,7 @@ pub(super) fn mounts() -> Result<MountInfo, MountError> {
 /// NodePublishVolumeRequest, `target_path`).
 fn resolve_for_publish(target: &TargetPath) -> Result<PathBuf, MountError> {
     target.resolve()?.ok_or_else(|| MountError::Invalid {
-        field: "target_path",
+        field: "target_path".into(),
         reason: format!("the parent directory of {target} does not exist: create it first"),
     })
 }

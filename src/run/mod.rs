@@ -3,6 +3,7 @@
 //! The start has stages: logging, configuration (exit code 64 on a bad value, nothing bound yet),
 //! parts, and only then work. `engine` is what all modes share: registry, cache, indexer.
 
+mod agent;
 mod cache;
 mod counted;
 mod engine;
@@ -10,6 +11,10 @@ mod index;
 mod mount;
 mod mounter;
 mod node;
+mod opener;
+mod own;
+mod serve;
+mod status;
 
 use std::process::ExitCode;
 
@@ -52,6 +57,10 @@ pub fn run(cli: Cli) -> ExitCode {
 fn execute(cli: Cli, config: Config) -> anyhow::Result<ExitCode> {
     match cli.command {
         Command::Node(args) => in_runtime(node::run(args, config)),
+        Command::Agent(args) => in_runtime(agent::run(args, config)),
+        Command::Serve(args) => serve::run(&args, &config),
+        Command::Own(args) => own::run(&args),
+        Command::Status(args) => status::run(&args),
         Command::Mount(args) if args.foreground => in_runtime(mount::serve(args, config)),
         Command::Mount(args) => mount::in_background(&args),
         Command::Unmount { dir } => mount::unmount(&dir),
@@ -85,7 +94,7 @@ fn start_logging(cli: &Cli) -> anyhow::Result<()> {
     };
     // A daemon tells what it does; a person wants to hear of trouble only.
     let quiet = match &cli.command {
-        Command::Node(_) => "info",
+        Command::Node(_) | Command::Agent(_) | Command::Serve(_) => "info",
         _ => "warn",
     };
     let level = cli.common.log_level.as_deref().unwrap_or(quiet);

@@ -324,10 +324,7 @@ async fn a_target_that_is_not_ours_is_refused_and_left_alone() {
     assert!(
         matches!(
             err,
-            MountError::Invalid {
-                field: "target_path",
-                ..
-            }
+            MountError::Invalid { ref field, .. } if field == "target_path"
         ),
         "{err:?}"
     );

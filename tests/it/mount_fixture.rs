@@ -18,6 +18,7 @@ use clip_csi::{
     disk,
     metrics::Metrics,
     mount::{
+        Survivor,
         ImageMounter, ImageRequest, MountInfo, MountTable, MountTableConfig, PrepareError,
         PreparedImage, Progress, PublishRequest, PullCredentials, Recovered, SourceMount,
         TargetPath, UnpublishRequest, VolumeId,
@@ -110,6 +111,7 @@ impl Scratch {
             state_dir: self.state_dir(),
             // Long enough for what is not held up on purpose, on a busy machine.
             prepare_wait: Duration::from_millis(400),
+            max_idle: Duration::ZERO,
         }
     }
 }
@@ -216,6 +218,10 @@ impl ImageMounter for FakeMounter {
             alive: Arc::clone(&self.alive),
         }))
     }
+
+    fn survivors(&self) -> Vec<Survivor> {
+        Vec::new()
+    }
 }
 
 #[derive(Debug)]
@@ -230,7 +236,7 @@ impl SourceMount for FakeSource {
         self.alive.load(Ordering::SeqCst)
     }
 
-    fn unmount(self: Box<Self>) -> io::Result<()> {
+    fn unmount(self: Box<Self>, _: &Path) -> io::Result<()> {
         Ok(())
     }
 }
