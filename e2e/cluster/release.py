@@ -6,6 +6,7 @@ import http.client
 import json
 import pathlib
 import secrets
+import shutil
 import tempfile
 import time
 
@@ -26,7 +27,7 @@ CONTAINERS = {NODE: ["node", "agent", "node-driver-registrar", "livenessprobe"],
 RUN_DIR = f"/run/clip-csi/{DRIVER}"
 # What the pods run.
 PROGRAMS = {"clip-csi", "csi-node-driver-registrar", "livenessprobe"}
-# For the upgrade: the same image under another name, as a new version is.
+# For the upgrade: the same program in another image, as a new version is.
 NEXT_TAG = "next"
 
 
@@ -53,6 +54,18 @@ def merged(base: dict, over: dict) -> dict:
     return {**base, **{key: merged(base[key], value) if isinstance(value, dict) and isinstance(base.get(key), dict) else value for key, value in over.items()}}
 
 
+def next_version(layout: oci.Layout, directory: pathlib.Path) -> oci.Layout:
+    """A copy of the project's image whose label says another version: other digests, the same layers."""
+    shutil.copytree(layout.directory, directory)
+    copy = oci.Layout(directory)
+    manifest = copy.manifest(project_image.TAG)
+    config = copy.read_json(manifest["config"]["digest"])
+    config["config"]["Labels"]["org.opencontainers.image.version"] = NEXT_TAG
+    manifest["config"] = copy.add(json.dumps(config).encode(), oci.CONFIG)
+    copy.tag(project_image.TAG, copy.add(json.dumps(manifest).encode(), oci.MANIFEST))
+    return copy
+
+
 class Release:
     def __init__(self, cluster: Cluster):
         self.cluster = cluster
@@ -60,8 +73,8 @@ class Release:
         self.changed = False
         layout = project_image.layout()
         with cluster.plane.machine.network():
-            for tag in (project_image.version(), NEXT_TAG):
-                oci.push(layout, project_image.TAG, REGISTRY, REPOSITORY, tag)
+            oci.push(layout, project_image.TAG, REGISTRY, REPOSITORY, project_image.version())
+            oci.push(next_version(layout, cluster.work / "next-image"), project_image.TAG, REGISTRY, REPOSITORY, NEXT_TAG)
         cluster.kubectl("create", "namespace", NAMESPACE)
         cluster.apply(secret(REMOTE_SECRET, NAMESPACE, **{"hmac-key": secrets.token_hex(32)}))
 
