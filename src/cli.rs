@@ -109,6 +109,10 @@ pub struct AgentArgs {
         requires = "node_id"
     )]
     pub startup_taint: Option<String>,
+    /// Write events of the node when its mounts are lost; needs a pod whose service account may create
+    /// events in the namespace default.
+    #[arg(long, env = "CLIP_CSI_EVENTS", requires = "node_id")]
+    pub events: bool,
     /// Name of this node in Kubernetes.
     #[arg(long, env = "NODE_ID")]
     pub node_id: Option<String>,
@@ -123,9 +127,6 @@ pub struct ServeArgs {
     /// Where the processes of this node meet.
     #[command(flatten)]
     pub run: RunDirArgs,
-    /// Serve in this process, which its parent starts again when it dies.
-    #[arg(long, hide = true)]
-    pub child: bool,
 }
 
 /// Settings of `clip-csi own`.

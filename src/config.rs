@@ -5,7 +5,7 @@
 
 use std::path::{Path, PathBuf};
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 use crate::{layer::CacheConfig, registry::RegistryConfig, remote::RemoteConfig};
 
@@ -81,7 +81,7 @@ impl Default for FuseConfig {
 }
 
 /// Settings of the CSI node service.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct NodeConfig {
     /// How long a publish waits for its image before it answers that work goes on, in seconds.

@@ -93,6 +93,7 @@ impl Listener {
                 format!("{} is not a socket: remove it", path.display()),
             ));
         }
+        let owner = owner_of_dir(path)?;
         let hidden = path.with_extension(std::process::id().to_string());
         let in_path = |err: Errno| {
             let err = io::Error::from(err);
@@ -105,7 +106,6 @@ impl Listener {
         let _ = fs::remove_file(&hidden);
         bind(&socket, &SocketAddrUnix::new(&hidden).map_err(in_path)?).map_err(in_path)?;
         listen(&socket, BACKLOG).map_err(in_path)?;
-        let owner = owner_of_dir(path)?;
         let found = fs::symlink_metadata(&hidden)?;
         if found.uid() != owner && rustix::process::geteuid().is_root() {
             chown(&hidden, Some(owner), None)?;
@@ -294,9 +294,26 @@ fn may_talk(uid: u32, owner: u32) -> bool {
     uid == 0 || uid == owner || uid == rustix::process::geteuid().as_raw()
 }
 
-fn owner_of_dir(socket: &Path) -> io::Result<u32> {
+/// Who owns the directory in which the roles meet: whoever may put sockets there is believed.
+///
+/// # Errors
+/// `PermissionDenied` if that is somebody else, or others may write there too.
+pub fn owner_of_dir(socket: &Path) -> io::Result<u32> {
+    const WRITABLE_BY_OTHERS: u32 = 0o022;
     let directory = socket.parent().unwrap_or(Path::new("."));
-    Ok(fs::metadata(directory)?.uid())
+    let found = fs::metadata(directory)?;
+    let (owner, own) = (found.uid(), rustix::process::geteuid());
+    if found.mode() & WRITABLE_BY_OTHERS != 0 || !(own.is_root() || may_talk(owner, 0)) {
+        return Err(io::Error::new(
+            io::ErrorKind::PermissionDenied,
+            format!(
+                "directory {} of user {owner} is not for sockets of user {}: give it to that user alone (clip-csi own)",
+                directory.display(),
+                own.as_raw(),
+            ),
+        ));
+    }
+    Ok(owner)
 }
 
 fn open_socket() -> rustix::io::Result<OwnedFd> {

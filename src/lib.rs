@@ -27,6 +27,7 @@ pub mod tier;
 pub mod registry;
 pub mod remote;
 
+pub mod node_events;
 pub mod node_taint;
 
 pub mod layer;

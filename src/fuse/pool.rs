@@ -23,6 +23,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+use crate::sys;
+
 /// Idle buffers of more than this are freed at once: only direct I/O asks for so much at a time,
 /// readahead for 256 KiB.
 const KEEP_BYTES: usize = 512 << 10;
@@ -231,6 +233,7 @@ impl Shared {
                 drop(queue);
                 run(trim);
                 lock(&self.buffers).free_idle();
+                sys::drop_code();
             }
         }
     }

@@ -29,6 +29,8 @@ pub struct Recovered {
     /// Volumes that a former process published. Those whose mounts are dead are so until they are
     /// published again; unpublish knows them.
     pub volumes: usize,
+    /// Those of them whose mounts are dead.
+    pub dead_volumes: usize,
     /// Records of volumes whose pod is gone, removed.
     pub orphans: usize,
     /// Records that could not be read, put aside.
@@ -74,6 +76,7 @@ impl MountTable {
         let (live, dead) = sort_volumes(&swept.kept, &sources)?;
         let recovered = Recovered {
             volumes: swept.kept.len(),
+            dead_volumes: dead.len(),
             orphans: swept.dropped,
             bad_records: swept.bad,
             stale_sources,
@@ -82,7 +85,7 @@ impl MountTable {
             path = %state_dir.display(),
             volumes = recovered.volumes,
             live_volumes = live.len(),
-            dead_volumes = dead.len(),
+            dead_volumes = recovered.dead_volumes,
             orphans = recovered.orphans,
             bad_records = recovered.bad_records,
             stale_sources = recovered.stale_sources,

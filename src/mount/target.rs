@@ -229,10 +229,7 @@ mod tests {
             assert!(
                 matches!(
                     TargetPath::parse(text),
-                    Err(MountError::Invalid {
-                        field: "target_path".into(),
-                        ..
-                    })
+                    Err(MountError::Invalid { field, .. }) if field == "target_path"
                 ),
                 "{text:?} was taken"
             );

@@ -21,6 +21,7 @@ use rustix::{
 use tracing::{error, info, warn};
 
 use super::{
+    notices::Notices,
     protocol::{MountKey, ServeReply, ServeRequest, ServedMount},
     server,
 };
@@ -61,6 +62,7 @@ pub struct Escrow {
     run: RunDir,
     deadline: Duration,
     metrics: Metrics,
+    notices: Arc<Notices>,
     /// std Mutex: held for map operations, never while anything is sent.
     held: Mutex<HashMap<MountKey, Held>>,
 }
@@ -80,12 +82,18 @@ impl Escrow {
     /// # Blocking
     /// Waits for a server whose process lives, up to twenty seconds: a mount that is taken for dead
     /// is lost.
-    pub fn start(run: &RunDir, deadline: Duration, metrics: Metrics) -> io::Result<Arc<Self>> {
+    pub fn start(
+        run: &RunDir,
+        deadline: Duration,
+        metrics: Metrics,
+        notices: Arc<Notices>,
+    ) -> io::Result<Arc<Self>> {
         let escrow = Arc::new(Self {
             socket: run.serve(),
             run: run.clone(),
             deadline,
             metrics,
+            notices,
             held: Mutex::default(),
         });
         escrow.ask_survivors();
@@ -247,6 +255,15 @@ impl Escrow {
             return;
         }
         self.metrics.mounts_aborted.inc_by(given_up.len() as u64);
+        self.notices.add(
+            "MountsGivenUp",
+            format!(
+                "no server of FUSE mounts for {} s: {} images that pods have mounted are given up, and their reads fail; \
+                 see that the pods of the fuse DaemonSet run, and delete the pods that use the images",
+                self.deadline.as_secs(),
+                given_up.len()
+            ),
+        );
         error!(mounts = given_up.len(), deadline_seconds = self.deadline.as_secs(), error = %err,
             "no server for too long: giving its mounts up, which fails their readers; start clip-csi serve");
     }

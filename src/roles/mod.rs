@@ -23,6 +23,7 @@ pub mod agent;
 mod agent_link;
 pub mod escrow;
 mod node;
+pub mod notices;
 pub mod protocol;
 pub mod server;
 pub mod status;

@@ -120,6 +120,17 @@ pub enum ServeReply {
 pub enum NodeRequest {
     /// Answered by a [`Status`].
     Status,
+    /// Answered by a list of [`Notice`]s, which are the asker's to pass on from then on.
+    TakeNotices,
+}
+
+/// Something that an operator should see.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Notice {
+    /// What kind of thing it is, in CamelCase, as Kubernetes' events have it.
+    pub reason: String,
+    /// What happened, and what to do.
+    pub message: String,
 }
 
 /// How a role is.

@@ -36,7 +36,7 @@ use crate::{
         takeover,
     },
     index::image::ImageIndex,
-    ipc::{Channel, Listener, RunDir},
+    ipc::{self, Channel, Listener, RunDir},
     layer::{disk::CachePaths, reader::LayerReader},
     metrics::Metrics,
     sys::MappedFile,
@@ -145,14 +145,10 @@ impl Server {
         }
         wait_for_lock(&lock)?;
         // Nobody else answers what was read before any more.
-        let taken: Vec<_> = {
-            let mounts = self.mounts();
-            mounts.served.values().map(|it| Arc::clone(&it.fuse)).collect()
-        };
-        taken.iter().for_each(|it| resend(it));
-        if !taken.is_empty() {
+        let n_taken = self.resend_all();
+        if 0 < n_taken {
             failpoint::reached("handover:resumed");
-            info!(mounts = taken.len(), "took the mounts over");
+            info!(mounts = n_taken, "took the mounts over");
         }
         let listener = Listener::bind(&run.serve())?;
         info!(path = %run.serve().display(), "serving FUSE mounts");
@@ -394,14 +390,22 @@ impl Server {
             process::exit(HANDED_OVER);
         }
         warn!("the successor gave up: going on");
-        let mut mounts = self.mounts();
-        mounts.is_handing_over = false;
+        self.mounts().is_handing_over = false;
         self.resumed.notify_all();
         // It may have read some requests.
-        let served: Vec<_> = mounts.served.values().map(|it| Arc::clone(&it.fuse)).collect();
-        drop(mounts);
-        served.iter().for_each(|it| resend(it));
+        self.resend_all();
         outcome.map(|_| ())
+    }
+
+    /// Has the kernel send again what others have read; returns of how many mounts.
+    fn resend_all(&self) -> usize {
+        let served: Vec<_> = {
+            let mounts = self.mounts();
+            let served = mounts.served.values();
+            served.map(|it| Arc::clone(&it.fuse)).collect()
+        };
+        served.iter().for_each(|it| resend(it));
+        served.len()
     }
 
     /// A new mount may have the device number of one that has ended: that one stays.
@@ -433,14 +437,31 @@ fn resend(fuse: &OwnedFd) {
     }
 }
 
+/// Opens the file whose lock says that a server lives. Waits until its directory is there and this
+/// user's: another pod of the node makes it, which may come later.
 fn open_lock(path: &Path) -> io::Result<File> {
-    OpenOptions::new()
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .mode(0o600)
-        .open(path)
-        .map_err(|err| io::Error::new(err.kind(), format!("{}: {err}", path.display())))
+    let mut is_missed = false;
+    loop {
+        let mut options = OpenOptions::new();
+        options.write(true).create(true).truncate(false).mode(0o600);
+        let opened = ipc::owner_of_dir(path).and_then(|_| {
+            let opened = options.open(path);
+            opened.map_err(|err| io::Error::new(err.kind(), format!("{}: {err}", path.display())))
+        });
+        let err = match opened {
+            Ok(lock) => return Ok(lock),
+            Err(err) => err,
+        };
+        match err.kind() {
+            io::ErrorKind::NotFound | io::ErrorKind::PermissionDenied => {}
+            _ => return Err(err),
+        }
+        if !is_missed {
+            is_missed = true;
+            warn!(error = %err, "waiting until the directory is made and given to this user (clip-csi own)");
+        }
+        thread::sleep(ACCEPT_BACKOFF);
+    }
 }
 
 /// Waits until no other server's process lives.

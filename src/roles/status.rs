@@ -4,7 +4,10 @@ use std::{io, path::Path, thread, time::Duration};
 
 use tracing::{debug, warn};
 
-use super::protocol::{NodeRequest, ServeReply, ServeRequest, Status};
+use super::{
+    notices::Notices,
+    protocol::{NodeRequest, Notice, ServeReply, ServeRequest, Status},
+};
 use crate::ipc::{Channel, Listener};
 
 /// How long a role may take to say how it is: less than a scrape or a probe waits.
@@ -42,16 +45,31 @@ pub fn of_node(socket: &Path) -> io::Result<Status> {
         .ok_or_else(|| io::ErrorKind::ConnectionReset.into())
 }
 
+/// Takes what the node service wants operators to see.
+///
+/// # Errors
+/// Those of the connection: it is not there, or hangs.
+pub fn take_notices(socket: &Path) -> io::Result<Vec<Notice>> {
+    let channel = Channel::connect(socket)?;
+    channel.set_receive_timeout(Some(ANSWER))?;
+    channel.send(&NodeRequest::TakeNotices, None)?;
+    let answer = channel.receive()?;
+    Ok(answer.map(|(notices, _)| notices).unwrap_or_default())
+}
+
 /// Answers for the node service, for ever.
 ///
 /// # Blocking
 /// For ever: give it a thread.
-pub fn serve_node(listener: &Listener, status: impl Fn() -> Status) {
+pub fn serve_node(listener: &Listener, notices: &Notices, status: impl Fn() -> Status) {
     loop {
         let answered = listener.accept().and_then(|channel| {
             channel.set_receive_timeout(Some(ANSWER))?;
-            while channel.receive::<NodeRequest>()?.is_some() {
-                channel.send(&status(), None)?;
+            while let Some((request, _)) = channel.receive()? {
+                match request {
+                    NodeRequest::Status => channel.send(&status(), None)?,
+                    NodeRequest::TakeNotices => channel.send(&notices.take(), None)?,
+                }
             }
             Ok(())
         });

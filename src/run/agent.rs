@@ -7,8 +7,10 @@ use tokio::runtime::Handle;
 use tracing::{info, warn};
 
 use super::{
-    engine::{BadConfig, Engine},
-    node::{bind_admin, startup_taint, stop_signal, stopped},
+    BadConfig,
+    engine::Engine,
+    in_process::{bind_admin, startup_taint},
+    node::{stop_signal, stopped},
     opener::Opener,
 };
 use crate::{
@@ -18,8 +20,10 @@ use crate::{
     exposition,
     ipc::{Listener, RunDir},
     metrics::{Metrics, Role},
+    node_events::NodeEvents,
     node_taint,
     roles::{agent::Agent, status},
+    sys,
     tier::BoxFuture,
 };
 
@@ -36,10 +40,19 @@ pub(super) async fn run(args: AgentArgs, config: Config) -> anyhow::Result<ExitC
         }
         (_, _) => None,
     };
+    let events = match (args.events, &args.node_id) {
+        (true, Some(node)) => {
+            let cluster = node_taint::cluster_of_this_pod().map_err(BadConfig::new);
+            let cluster = cluster.context("--events")?;
+            Some(NodeEvents::new(cluster, node, &args.driver_name).context("--events")?)
+        }
+        (_, _) => None,
+    };
     let metrics = Metrics::of(Role::Agent);
     let stop = stop_signal()?;
     let ready = Arc::new(Ready::not_yet("starting"));
     let engine = Engine::start(&config, metrics.clone())?;
+    sys::drop_code();
     let page = Pages {
         own: metrics,
         run_dir: run_dir.clone(),
@@ -61,7 +74,7 @@ pub(super) async fn run(args: AgentArgs, config: Config) -> anyhow::Result<ExitC
     thread::Builder::new()
         .name("clip-accept".to_owned())
         .spawn(move || agent.serve(&serving))?;
-    let watching = watch_others(&run_dir, &ready);
+    let watching = watch_others(&run_dir, &ready, events.as_ref());
     let untaint = async {
         match taint {
             Some((cluster, taint)) => Box::pin(node_taint::remove(cluster, taint)).await,
@@ -86,9 +99,17 @@ pub(super) async fn run(args: AgentArgs, config: Config) -> anyhow::Result<ExitC
     Ok(ExitCode::SUCCESS)
 }
 
-/// Shows whether all of this node's processes are ready.
-async fn watch_others(run_dir: &RunDir, ready: &Ready) {
+/// Shows whether all of this node's processes are ready, and passes on what operators should see.
+async fn watch_others(run_dir: &RunDir, ready: &Ready, events: Option<&NodeEvents>) {
     loop {
+        if let Some(events) = events {
+            let node = run_dir.node();
+            let taken = tokio::task::spawn_blocking(move || status::take_notices(&node));
+            // A node service that is away has its notices still.
+            for notice in taken.await.into_iter().flatten().flatten() {
+                events.warn(&notice.reason, &notice.message).await;
+            }
+        }
         let (node, serve) = (run_dir.node(), run_dir.serve());
         let missing = tokio::task::spawn_blocking(move || {
             let missing = |who: &str, asked: std::io::Result<crate::roles::protocol::Status>| match asked {
@@ -104,6 +125,7 @@ async fn watch_others(run_dir: &RunDir, ready: &Ready) {
             Err(err) => warn!(error = %err, "asking the other processes failed"),
         }
         tokio::time::sleep(ASK).await;
+        sys::drop_code();
     }
 }
 

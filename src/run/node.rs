@@ -1,10 +1,9 @@
-//! `clip-csi node`: serves CSI, mounts, and binds; fetching and serving are for `agent` and `serve`,
-//! or are done in this process too.
+//! `clip-csi node`: serves CSI, mounts, and binds. Fetching and serving are for `agent` and `serve`; its
+//! own program has no code for them.
 
 use std::{
     borrow::Cow,
-    fs, io,
-    net::SocketAddr,
+    fs,
     path::{Path, PathBuf},
     process::ExitCode,
     sync::Arc,
@@ -13,22 +12,17 @@ use std::{
 };
 
 use anyhow::{Context, bail};
+use serde::{Deserialize, Serialize};
 use tokio::{
-    net::TcpListener,
     signal::unix::{SignalKind, signal},
     sync::watch,
-    task::JoinHandle,
 };
 use tracing::{info, warn};
 
-use super::{
-    engine::{BadConfig, Engine},
-    mounter::InProcess,
-};
+use super::{BadConfig, program::LogSettings};
 use crate::{
-    admin::{self, Ready},
-    cli::NodeArgs,
-    config::Config,
+    admin::Ready,
+    config::NodeConfig,
     csi::{
         CsiConfig, PluginName, Registration, RegistrationConfig, RegistrationOutcome, Server,
         bind_private,
@@ -36,73 +30,124 @@ use crate::{
     ipc::{Listener, RunDir},
     metrics::Metrics,
     mount::{ImageMounter, MountTable, MountTableConfig},
-    node_taint::{self, StartupTaint, TaintKey},
-    roles::{NodeMounter, escrow::Escrow, protocol::Status, status},
+    roles::{NodeMounter, escrow::Escrow, notices::Notices, protocol::Status, status},
     sys,
+    tier::BoxFuture,
 };
 
 /// How often unused source mounts are looked for.
 const IDLE_TICK: Duration = Duration::from_secs(5);
 
-/// What the node service is made of, whether all is done in this process or not.
-struct Parts {
-    /// Fetches and serves, if this process does.
-    in_process: Option<Arc<InProcess>>,
-    mounter: Arc<dyn ImageMounter>,
-    /// Serves /metrics, if this process does.
-    admin: Option<JoinHandle<()>>,
+/// What the node service is to do, as its own program is told.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct NodeSettings {
+    pub(super) log: LogSettings,
+    pub(super) run_dir: PathBuf,
+    pub(super) endpoint: String,
+    pub(super) node_id: String,
+    pub(super) driver_name: String,
+    pub(super) state_dir: PathBuf,
+    pub(super) registration_dir: Option<PathBuf>,
+    pub(super) node: NodeConfig,
+    pub(super) read_ahead_kib: u32,
 }
 
-/// Serves until a signal asks for the end.
-pub(super) async fn run(args: NodeArgs, config: Config) -> anyhow::Result<ExitCode> {
+/// How images come to this node, and what else is done beside serving CSI.
+pub(super) struct Parts {
+    pub(super) mounter: Arc<dyn ImageMounter>,
+    /// How long a source mount without volumes is kept.
+    pub(super) max_idle: Duration,
+    /// Goes on beside the calls, until it ends or they do.
+    pub(super) aside: BoxFuture<'static, ()>,
+    /// Done when the calls have ended.
+    pub(super) end: BoxFuture<'static, anyhow::Result<()>>,
+}
+
+/// Serves until a signal asks for the end; agent and server do the rest.
+///
+/// # Errors
+/// What keeps it from starting or going on.
+pub fn run_with_others(settings: NodeSettings) -> anyhow::Result<ExitCode> {
+    settings.log.start()?;
+    // Before there is a thread that would keep it.
+    sys::unix_sockets_only().context("giving up the network")?;
+    super::in_runtime(async {
+        let metrics = Metrics::new();
+        let ready = Arc::new(Ready::not_yet("starting"));
+        let stop = stop_signal()?;
+        let notices = Arc::new(Notices::default());
+        let run_dir = RunDir::new(&settings.run_dir);
+        let deadline = Duration::from_secs(settings.node.server_deadline_seconds);
+        let escrow = Escrow::start(&run_dir, deadline, metrics.clone(), Arc::clone(&notices))?;
+        let listener = Listener::bind(&run_dir.node()).map_err(BadConfig::new)?;
+        {
+            let (metrics, ready) = (metrics.clone(), Arc::clone(&ready));
+            let notices = Arc::clone(&notices);
+            thread::Builder::new()
+                .name("clip-status".to_owned())
+                .spawn(move || {
+                    status::serve_node(&listener, &notices, || Status {
+                        metrics: metrics.encode().unwrap_or_default(),
+                        missing: ready.missing().map(Cow::into_owned),
+                    });
+                })?;
+        }
+        let parts = Parts {
+            mounter: Arc::new(NodeMounter::new(&run_dir, escrow, settings.read_ahead_kib)),
+            max_idle: Duration::from_secs(settings.node.idle_source_seconds),
+            aside: Box::pin(std::future::pending()),
+            end: Box::pin(std::future::ready(Ok(()))),
+        };
+        serve(settings, parts, &metrics, &ready, &notices, stop).await
+    })
+}
+
+/// Serves CSI until a signal asks for the end.
+pub(super) async fn serve(
+    settings: NodeSettings,
+    parts: Parts,
+    metrics: &Metrics,
+    ready: &Ready,
+    notices: &Notices,
+    stop: watch::Receiver<bool>,
+) -> anyhow::Result<ExitCode> {
     info!(version = env!("CARGO_PKG_VERSION"), "clip-csi node starts");
-    let socket = socket_path(&args.endpoint)?;
-    let plugin_name: PluginName = args.driver_name.parse().map_err(BadConfig::new)?;
-    let metrics = Metrics::new();
-    // Listening for signals begins before there is anything that they could leave behind.
-    let stop = stop_signal()?;
-    let ready = Arc::new(Ready::not_yet("starting"));
-    let (parts, taint) = if args.in_process {
-        in_process(&args, &config, &metrics, &ready, &stop).await?
-    } else {
-        (with_others(&args, &config, &metrics, &ready)?, None)
-    };
-    let plugin_dir = plugin_dir(&socket, &args.state_dir).map(Path::to_owned);
+    let socket = socket_path(&settings.endpoint)?;
+    let plugin_name: PluginName = settings.driver_name.parse().map_err(BadConfig::new)?;
+    let plugin_dir = plugin_dir(&socket, &settings.state_dir).map(Path::to_owned);
     let table_config = MountTableConfig {
-        state_dir: args.state_dir,
-        prepare_wait: Duration::from_secs(config.node.publish_wait_seconds),
-        // What this process serves costs it memory.
-        max_idle: match &parts.in_process {
-            Some(_) => Duration::ZERO,
-            None => Duration::from_secs(config.node.idle_source_seconds),
-        },
+        state_dir: settings.state_dir,
+        prepare_wait: Duration::from_secs(settings.node.publish_wait_seconds),
+        max_idle: parts.max_idle,
     };
-    let (table, _recovered) =
-        MountTable::recover(table_config, Arc::clone(&parts.mounter), &metrics)?;
+    let (table, recovered) = MountTable::recover(table_config, parts.mounter, metrics)?;
+    if 0 < recovered.dead_volumes {
+        let message = format!(
+            "{} volumes of running pods lost their mounts while the driver was away, and every access to them fails; \
+             delete the pods that use them",
+            recovered.dead_volumes
+        );
+        notices.add("DeadVolumes", message);
+    }
     let csi_config = CsiConfig {
         plugin_name: plugin_name.clone(),
-        node_id: args.node_id,
+        node_id: settings.node_id,
     };
-    let server = Server::new(csi_config, table.clone(), &metrics);
+    let server = Server::new(csi_config, table.clone(), metrics);
     let bound = bind_private(&socket).with_context(|| format!("socket {}", socket.display()))?;
     info!(path = %socket.display(), "serving CSI Identity and Node");
+    sys::drop_code();
     let calls = async { anyhow::Ok(server.serve(bound, stopped(stop.clone())).await?) };
     // After the CSI socket listens: kubelet calls it as soon as it sees the registration.
-    let registration = args.registration_dir.map(|dir| RegistrationConfig {
+    let registration = settings.registration_dir.map(|dir| RegistrationConfig {
         plugin_name,
         csi_socket: socket,
         dir,
     });
-    let registration = register(registration, &metrics, &ready, stopped(stop.clone()));
+    let registration = register(registration, metrics, ready, stopped(stop.clone()));
     let aside = async {
-        let untaint = async {
-            if let Some((cluster, taint)) = taint {
-                Box::pin(node_taint::remove(cluster, taint)).await;
-            }
-            std::future::pending::<()>().await;
-        };
         tokio::select! {
-            () = untaint => {}
+            () = parts.aside => {}
             () = retire_idle(table.clone()) => {}
             () = stopped(stop.clone()) => {}
         }
@@ -110,88 +155,11 @@ pub(super) async fn run(args: NodeArgs, config: Config) -> anyhow::Result<ExitCo
     };
     let served = tokio::try_join!(calls, registration, aside);
     ready.unset("stopping");
-    if let Some(mounter) = &parts.in_process {
-        // This process serves the mounts: pods that still use them see them end with it.
-        warn!("stopping: mounts that pods still use end with this process");
-        let drain = Duration::from_secs(config.node.drain_seconds);
-        mounter.engine().stop(drain).await;
-    }
+    let ended = parts.end.await;
     leave(table, plugin_dir.as_deref());
-    if let Some(admin) = parts.admin {
-        admin.await.context("serving /metrics")?;
-    }
     served?;
+    ended?;
     Ok(ExitCode::SUCCESS)
-}
-
-/// Fetches and serves in this process.
-async fn in_process(
-    args: &NodeArgs,
-    config: &Config,
-    metrics: &Metrics,
-    ready: &Arc<Ready>,
-    stop: &watch::Receiver<bool>,
-) -> anyhow::Result<(Parts, Option<(kube::Config, StartupTaint)>)> {
-    let taint = match &args.startup_taint {
-        Some(key) => {
-            let taint = startup_taint(key, &args.node_id, &args.driver_name);
-            Some(taint.context("--startup-taint")?)
-        }
-        None => None,
-    };
-    // Before anything is bound: configured files are read here.
-    let engine = Engine::start(config, metrics.clone())?;
-    let admin = match args.metrics_addr {
-        Some(address) => {
-            let listener = bind_admin(address).await?;
-            let (metrics, ready) = (metrics.clone(), Arc::clone(ready));
-            let shutdown = stopped(stop.clone());
-            Some(tokio::spawn(admin::serve(listener, metrics, ready, shutdown)))
-        }
-        None => None,
-    };
-    let mounter = Arc::new(InProcess::new(engine, config.fuse.clone())?);
-    let parts = Parts {
-        mounter: Arc::clone(&mounter) as _,
-        in_process: Some(mounter),
-        admin,
-    };
-    Ok((parts, taint))
-}
-
-/// Has the agent fetch and the server serve.
-fn with_others(
-    args: &NodeArgs,
-    config: &Config,
-    metrics: &Metrics,
-    ready: &Arc<Ready>,
-) -> anyhow::Result<Parts> {
-    if args.metrics_addr.is_some() || args.startup_taint.is_some() {
-        return Err(BadConfig::new(io::Error::other(
-            "--metrics-addr and --startup-taint are for `clip-csi agent`, or for --in-process",
-        ))
-        .into());
-    }
-    sys::unix_sockets_only().context("giving up the network")?;
-    let run_dir = RunDir::new(&args.run.run_dir);
-    let deadline = Duration::from_secs(config.node.server_deadline_seconds);
-    let escrow = Escrow::start(&run_dir, deadline, metrics.clone())?;
-    let listener = Listener::bind(&run_dir.node()).map_err(BadConfig::new)?;
-    let (metrics, ready) = (metrics.clone(), Arc::clone(ready));
-    thread::Builder::new()
-        .name("clip-status".to_owned())
-        .spawn(move || {
-            status::serve_node(&listener, || Status {
-                metrics: metrics.encode().unwrap_or_default(),
-                missing: ready.missing().map(Cow::into_owned),
-            });
-        })?;
-    let mounter = NodeMounter::new(&run_dir, escrow, config.fuse.read_ahead_kib);
-    Ok(Parts {
-        in_process: None,
-        mounter: Arc::new(mounter),
-        admin: None,
-    })
 }
 
 /// Unmounts what nobody uses any more, for ever.
@@ -202,32 +170,8 @@ async fn retire_idle(table: MountTable) {
         if let Err(err) = tokio::task::spawn_blocking(move || table.retire_idle()).await {
             warn!(error = %err, "looking for unused mounts failed");
         }
+        sys::drop_code();
     }
-}
-
-/// Listens for who asks for /metrics and the like.
-pub(super) async fn bind_admin(address: SocketAddr) -> anyhow::Result<TcpListener> {
-    let listener = TcpListener::bind(address)
-        .await
-        .with_context(|| format!("binding --metrics-addr {address}"))?;
-    info!(address = %listener.local_addr()?, "serving /metrics, /healthz and /readyz");
-    Ok(listener)
-}
-
-/// What `--startup-taint` asks for, and where.
-pub(super) fn startup_taint(
-    key: &str,
-    node: &str,
-    driver: &str,
-) -> Result<(kube::Config, StartupTaint), BadConfig> {
-    let key: TaintKey = key.parse().map_err(BadConfig::new)?;
-    let cluster = node_taint::cluster_of_this_pod().map_err(BadConfig::new)?;
-    let taint = StartupTaint {
-        node: node.to_owned(),
-        driver: driver.to_owned(),
-        key,
-    };
-    Ok((cluster, taint))
 }
 
 /// Has kubelet register the driver, if this is asked for, and makes the driver ready once it did.

@@ -7,13 +7,14 @@
 use std::{
     io,
     os::unix::process::{CommandExt as _, ExitStatusExt as _},
+    path::PathBuf,
     process::{Child, Command, ExitCode},
-    sync::Arc,
     thread,
     time::{Duration, Instant},
 };
 
 use anyhow::{Context, bail};
+use serde::{Deserialize, Serialize};
 use rustix::process::{Pid, Signal, kill_process};
 use signal_hook::{
     consts::{SIGCHLD, SIGINT, SIGTERM},
@@ -21,10 +22,11 @@ use signal_hook::{
 };
 use tracing::{info, warn};
 
-use super::engine::BadConfig;
+use super::{
+    BadConfig,
+    program::{LogSettings, this_program},
+};
 use crate::{
-    cli::ServeArgs,
-    config::Config,
     fuse::pool::{PoolConfig, ReadPool},
     ipc::RunDir,
     layer::disk::CachePaths,
@@ -47,43 +49,63 @@ const PAUSE: Duration = Duration::from_secs(1);
 const SUCCESSOR_POLL: Duration = Duration::from_millis(200);
 const SUCCESSOR_GRACE: Duration = Duration::from_secs(2);
 
-/// Serves, or watches over who does.
-pub(super) fn run(args: &ServeArgs, config: &Config) -> anyhow::Result<ExitCode> {
-    let run_dir = RunDir::new(&args.run.run_dir);
-    if args.child {
-        return serve(&run_dir, config);
-    }
-    watch(&run_dir)
+/// What the server is to do, as its own program is told.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct ServeSettings {
+    pub(super) log: LogSettings,
+    pub(super) run_dir: PathBuf,
+    pub(super) cache_dir: PathBuf,
+    pub(super) read_threads: usize,
+    pub(super) threads_per_mount: usize,
+    /// Whether this is the process that serves, or the one that watches over it.
+    pub(super) is_child: bool,
 }
 
-fn serve(run_dir: &RunDir, config: &Config) -> anyhow::Result<ExitCode> {
+/// Serves, or watches over who does.
+///
+/// # Errors
+/// What keeps it from starting or going on.
+pub fn run(settings: ServeSettings) -> anyhow::Result<ExitCode> {
+    settings.log.start()?;
     sys::unix_sockets_only().context("giving up the network")?;
+    if settings.is_child {
+        return serve(&settings);
+    }
+    watch(settings)
+}
+
+fn serve(settings: &ServeSettings) -> anyhow::Result<ExitCode> {
+    let run_dir = RunDir::new(&settings.run_dir);
     let metrics = Metrics::of(Role::Serve);
     let pool = ReadPool::new(PoolConfig {
-        n_threads: config.fuse.read_threads,
+        n_threads: settings.read_threads,
         ..PoolConfig::default()
     })?;
-    let paths = CachePaths::new(&config.cache.dir);
-    let threads = config.fuse.threads_per_mount;
-    let server = Server::start(paths, run_dir, Arc::clone(&pool), metrics, threads)?;
-    server.serve(run_dir).map_err(BadConfig::new)?;
+    let paths = CachePaths::new(&settings.cache_dir);
+    let server = Server::start(paths, &run_dir, pool, metrics, settings.threads_per_mount)?;
+    sys::drop_code();
+    server.serve(&run_dir).map_err(BadConfig::new)?;
     Ok(ExitCode::SUCCESS)
 }
 
 /// Keeps a child that serves, until a signal asks for the end.
-fn watch(run_dir: &RunDir) -> anyhow::Result<ExitCode> {
+fn watch(mut settings: ServeSettings) -> anyhow::Result<ExitCode> {
+    let run_dir = RunDir::new(&settings.run_dir);
+    settings.is_child = true;
+    let settings = serde_json::to_string(&settings)?;
     info!(version = env!("CARGO_PKG_VERSION"), "clip-csi serve starts");
     let mut signals = Signals::new([SIGTERM, SIGINT, SIGCHLD]).context("listening for signals")?;
     let mut deaths: Vec<Instant> = Vec::new();
     loop {
-        let mut child = start()?;
+        let mut child = start(&settings)?;
+        sys::drop_code();
         let Some(status) = wait(&mut child, &mut signals)? else {
             info!("stopping: the mounts wait for the next server");
             return Ok(ExitCode::SUCCESS);
         };
         if status.code() == Some(HANDED_OVER) {
             info!("a successor serves the mounts, waiting until it is gone");
-            if is_told_to_end_before_successor(run_dir, &mut signals)? {
+            if is_told_to_end_before_successor(&run_dir, &mut signals)? {
                 return Ok(ExitCode::SUCCESS);
             }
             continue;
@@ -100,11 +122,10 @@ fn watch(run_dir: &RunDir) -> anyhow::Result<ExitCode> {
     }
 }
 
-fn start() -> anyhow::Result<Child> {
-    Command::new("/proc/self/exe")
-        .arg0("clip-csi")
-        .args(std::env::args_os().skip(1))
-        .arg("--child")
+fn start(settings: &str) -> anyhow::Result<Child> {
+    Command::new(this_program())
+        .arg0("clip-csi-serve")
+        .arg(settings)
         .spawn()
         .context("starting the process that serves")
 }

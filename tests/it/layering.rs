@@ -93,6 +93,7 @@ const MODULES: &[(&str, &[&str])] = &[
             "tier",
         ],
     ),
+    ("node_events", &["telemetry"]),
     ("node_taint", &["sys", "telemetry"]),
     ("pb", &[]),
     (
@@ -133,6 +134,7 @@ const MODULES: &[(&str, &[&str])] = &[
             "layer",
             "metrics",
             "mount",
+            "node_events",
             "node_taint",
             "registry",
             "remote",

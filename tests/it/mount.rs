@@ -41,6 +41,7 @@ impl World {
             recovered,
             Recovered {
                 volumes: 0,
+                dead_volumes: 0,
                 orphans: 0,
                 bad_records: 0,
                 stale_sources: 0
