@@ -93,6 +93,13 @@ class Report:
         self.errors += other.errors
         self.spans += other.spans
 
+    def take(self, kind: str, said: dict) -> None:
+        """Adds what one reader said at its end."""
+        self.operations[kind] = said["operations"]
+        self.n_bytes += said["bytes"]
+        self.errors += [f"{kind}: {text}" for text in said["kept"]] + [f"{kind}: and another"] * (said["errors"] - len(said["kept"]))
+        self.spans += [tuple(it) for it in said["spans"]]
+
     def pauses(self, windows: list[tuple[float, float]]) -> list[float]:
         """For each window of time, the longest operation that was under way in it; 0 if all were fast."""
         return [max((end - begin for begin, end in self.spans if overlaps((begin, end), it)), default=0.0) for it in windows]
@@ -142,11 +149,7 @@ class Readers:
             if it.returncode != 0:
                 report.errors.append(f"{kind}: ended with {it.returncode}: {err[-500:]}")
                 continue
-            said = json.loads(out)
-            report.operations[kind] = said["operations"]
-            report.n_bytes += said["bytes"]
-            report.errors += [f"{kind}: {text}" for text in said["kept"]] + [f"{kind}: and another"] * (said["errors"] - len(said["kept"]))
-            report.spans += [tuple(it) for it in said["spans"]]
+            report.take(kind, json.loads(out))
         return report
 
     def kill(self) -> None:

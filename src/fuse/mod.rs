@@ -78,7 +78,11 @@ impl<I: IndexBytes> Served<I> {
     /// three locks (failures, buffers, queue), which are held for single moves and are taken even
     /// when poisoned.
     fn guard(self: &Arc<Self>, op: Op, handle: impl FnOnce()) {
-        self.pool.count_request();
+        // A listing touches what as many names do.
+        self.pool.count_request(match op {
+            Op::ReadDir | Op::ReadDirPlus => 4,
+            _ => 1,
+        });
         if !self.in_burst.load(Ordering::Relaxed) && !self.in_burst.swap(true, Ordering::Relaxed) {
             let served = Arc::downgrade(self);
             self.pool.trim_later(Box::new(move || {

@@ -38,10 +38,10 @@ const SETTLE: Duration = Duration::from_secs(1);
 /// How many requests of all mounts may pass before the pages of indexes that they touched are given
 /// back, even in the middle of a burst.
 ///
-/// A fault maps 64 KiB of an index, and a lookup faults about three times: 64 requests far apart
-/// hold 12 MiB at the very worst, those of a walk far less. Mapping pages again costs some ten
-/// microseconds, spread over 64 requests of 30 µs each.
-const TRIM_EVERY: u32 = 64;
+/// A fault maps 64 KiB of an index, and a lookup faults about three times: 16 requests far apart
+/// hold 3 MiB at the very worst, those of a walk far less. Mapping pages again costs some
+/// microseconds, spread over 16 requests of 30 µs each.
+const TRIM_EVERY: u32 = 16;
 
 /// Stack of a read thread: it calls pread(2) and writes the odd log line.
 const STACK_BYTES: usize = 256 << 10;
@@ -160,9 +160,11 @@ impl ReadPool {
         self.shared.work.notify_one();
     }
 
-    /// Counts a request of any mount. Every so often, runs all that waits for the end of a burst.
-    pub(super) fn count_request(&self) {
-        if self.n_requests.fetch_add(1, Ordering::Relaxed) % TRIM_EVERY == TRIM_EVERY - 1 {
+    /// Counts a request of any mount as so many. Every so often, runs all that waits for the end of a
+    /// burst.
+    pub(super) fn count_request(&self, weight: u32) {
+        let before = self.n_requests.fetch_add(weight, Ordering::Relaxed);
+        if before / TRIM_EVERY != before.wrapping_add(weight) / TRIM_EVERY {
             let trims = std::mem::take(&mut lock(&self.shared.queue).trims);
             for (_, trim) in trims {
                 run(trim);
@@ -393,10 +395,10 @@ mod tests {
         let (sender, receiver) = mpsc::channel();
         pool.trim_later(Box::new(move || sender.send(()).unwrap()));
         for _ in 0..TRIM_EVERY - 1 {
-            pool.count_request();
+            pool.count_request(1);
         }
         assert_eq!(receiver.try_recv(), Err(mpsc::TryRecvError::Empty));
-        pool.count_request();
+        pool.count_request(1);
         assert_eq!(receiver.try_recv(), Ok(()));
     }
 
