@@ -80,7 +80,7 @@ impl<I: IndexBytes> Served<I> {
     fn guard(self: &Arc<Self>, op: Op, handle: impl FnOnce()) {
         // A listing touches what as many names do.
         self.pool.count_request(match op {
-            Op::ReadDir | Op::ReadDirPlus => 4,
+            Op::ReadDir | Op::ReadDirPlus => 16,
             _ => 1,
         });
         if !self.in_burst.load(Ordering::Relaxed) && !self.in_burst.swap(true, Ordering::Relaxed) {
