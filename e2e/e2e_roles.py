@@ -187,7 +187,7 @@ class Sockets(Case):
 
     def test_a_planted_socket_gets_nothing(self):
         """No volume's secret, no FUSE connection; and who belongs there takes its place."""
-        node = self.trio(config=self.config(node={"publish_wait_seconds": 1}))
+        node = self.trio(config=self.config(node={"publish_wait_seconds": 1, "idle_source_seconds": 0}))
         node.must_publish("v", self.env.push("demo1"))
         secret = ".dockerconfigjson=" + json.dumps({"auths": {self.registry.host: {"username": "u", "password": "p"}}})
         for role in ("agent", "serve"):
