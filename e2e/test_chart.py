@@ -79,6 +79,7 @@ COMBINATIONS = {
     "remote directory": {"remote": {"kind": "dir", "path": "/mnt/shared"}},
     "redis without secrets": {"remote": {"kind": "redis", "url": "redis://r"}},
     "no metrics": {"metrics": {"enabled": False}, "networkPolicy": {"enabled": True}},
+    "no Kubernetes API": {"agent": {"events": {"enabled": False}}},
     "no objects of its own": {"csiDriver": {"create": False}, "node": {"serviceAccount": {"create": False, "name": "given"}}, "test": {"enabled": False}},
     "on delete": {"node": {"updateStrategy": {"type": "OnDelete"}}, "fuse": {"updateStrategy": {"type": "OnDelete"}}},
     "no surge": {"fuse": {"updateStrategy": {"rollingUpdate": {"maxSurge": 0, "maxUnavailable": 1}}}},
@@ -430,30 +431,43 @@ class Security(NeedsHelm):
             self.assertTrue(mounted(agent)[name]["readOnly"])
             self.assertEqual([it["name"] for _, it in containers(objects) if name in mounted(it)], ["agent"])
 
-    def test_the_kubernetes_api_is_for_the_startup_taint_alone(self):
+    def test_the_kubernetes_api_is_the_agents_and_for_what_is_enabled(self):
         kinds = {"ClusterRole", "ClusterRoleBinding", "Role", "RoleBinding"}
-        without = self.objects({})
-        self.assertEqual({it["kind"] for it in without} & kinds, set())
-        self.assertFalse(self.only(without, "ServiceAccount")["automountServiceAccountToken"])
-        taint = self.objects({"node": {"startupTaint": {"enabled": True}}})
-        for objects, component in itertools.product((without, taint), ("node", "fuse")):
-            self.assertFalse(daemon_set(objects, component)["spec"]["template"]["spec"]["automountServiceAccountToken"])
-        self.assertEqual([it["name"] for _, it in containers(taint) if "kubernetes-api" in mounted(it)], ["agent"])
-        self.assertEqual([it["name"] for _, it in containers(taint) if any(word.startswith("--startup-taint") for word in it.get("args", []))], ["agent"])
-        granted = {(tuple(rule["resources"]), tuple(rule["verbs"])) for rule in self.only(taint, "ClusterRole")["rules"]}
-        self.assertEqual(granted, {(("csinodes",), ("get",)), (("nodes",), ("get",)), (("nodes",), ("patch",))})
+        nothing, taint = {"agent": {"events": {"enabled": False}}}, {"node": {"startupTaint": {"enabled": True}}}
+        for values, roles, options in ((nothing, set(), set()), ({}, {"Role", "RoleBinding"}, {"--events"}),
+                                       (merged(nothing, taint), {"ClusterRole", "ClusterRoleBinding"}, {"--startup-taint"}), (taint, kinds, {"--events", "--startup-taint"})):
+            objects = self.objects(values)
+            self.assertEqual({it["kind"] for it in objects} & kinds, roles)
+            self.assertFalse(self.only(objects, "ServiceAccount")["automountServiceAccountToken"])
+            for component in ("node", "fuse"):
+                self.assertFalse(daemon_set(objects, component)["spec"]["template"]["spec"]["automountServiceAccountToken"])
+            self.assertEqual([it["name"] for _, it in containers(objects) if "kubernetes-api" in mounted(it)], ["agent"] if roles else [])
+            for _, container in containers(objects):
+                have = {word.partition("=")[0] for word in container.get("args", [])} & {"--events", "--startup-taint"}
+                self.assertEqual(have, options if container["name"] == "agent" else set())
+                if have:
+                    self.assertIn("NODE_ID", [it["name"] for it in container["env"]])
+
+    def rules(self) -> dict[str, list[dict]]:
+        """All that may be granted, by kind of role."""
+        objects = self.objects({"node": {"startupTaint": {"enabled": True}}})
+        return {kind: self.only(objects, kind)["rules"] for kind in ("ClusterRole", "Role")}
+
+    def test_roles_grant_what_is_needed(self):
+        granted = {kind: {(*rule["resources"], *rule["verbs"]) for rule in rules} for kind, rules in self.rules().items()}
+        self.assertEqual(granted, {"ClusterRole": {("csinodes", "get"), ("nodes", "get"), ("nodes", "patch")}, "Role": {("events", "create")}})
 
     def test_each_rule_has_its_reason_above_it(self):
-        text = template({"node": {"startupTaint": {"enabled": True}}}).stdout
-        rules = [(lines[number - 1], lines[number]) for lines in [text.splitlines()] for number in range(len(lines)) if lines[number].lstrip().startswith("- apiGroups:")]
-        self.assertEqual(len(rules), 3)
+        lines = template({"node": {"startupTaint": {"enabled": True}}}).stdout.splitlines()
+        rules = [(lines[number - 1], lines[number]) for number in range(len(lines)) if lines[number].lstrip().startswith("- apiGroups:")]
+        self.assertEqual(len(rules), 4)
         for above, rule in rules:
             self.assertRegex(above, r"^\s*# [A-Z].*\.$", f"no reason above {rule!r}")
 
     def test_rules_have_users(self):
         """No verb or resource beside those that a comment of the table in SECURITY.md explains."""
         text = (DOCS / "SECURITY.md").read_text()
-        for rule in self.only(self.objects({"node": {"startupTaint": {"enabled": True}}}), "ClusterRole")["rules"]:
+        for rule in itertools.chain(*self.rules().values()):
             for resource, verb in itertools.product(rule["resources"], rule["verbs"]):
                 self.assertRegex(text, rf"\| `{resource}` \| `{verb}` \|")
 

@@ -2,7 +2,7 @@
 
 #![expect(
     unsafe_code,
-    reason = "mmap, madvise, dup3 and mallopt have no safe interface; nothing else is here"
+    reason = "mmap, madvise, dup3, mallopt and a peer without a pid have no safe interface; nothing else is here"
 )]
 
 use std::{
@@ -158,6 +158,40 @@ pub fn replace_descriptor(place: BorrowedFd<'_>, file: BorrowedFd<'_>) -> io::Re
         return Err(io::Error::last_os_error());
     }
     Ok(())
+}
+
+/// Who is at the other end of a Unix socket.
+///
+/// rustix has this, but takes the peer's pid for one that is never 0: it is, where the peer is in
+/// another pod, whose processes this one cannot see.
+///
+/// # Errors
+/// Those of getsockopt(2).
+pub fn peer_uid(socket: BorrowedFd<'_>) -> io::Result<u32> {
+    let mut peer = libc::ucred {
+        pid: 0,
+        uid: 0,
+        gid: 0,
+    };
+    let wanted = std::mem::size_of::<libc::ucred>();
+    let mut len = libc::socklen_t::try_from(wanted).map_err(io::Error::other)?;
+    // SAFETY: the kernel writes at most `len` bytes to `peer`, of which every value is valid.
+    let failed = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_PEERCRED,
+            (&raw mut peer).cast(),
+            &raw mut len,
+        )
+    };
+    if failed != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    if usize::try_from(len) != Ok(wanted) {
+        return Err(io::Error::other("SO_PEERCRED: the kernel's answer has another length"));
+    }
+    Ok(peer.uid)
 }
 
 /// Gives up, for this process and all that it starts, the network: from now on sockets are Unix

@@ -148,13 +148,16 @@ class Release:
 
     def processes(self, node: str, role: str) -> list[int]:
         """The processes of a role on a node, as pids of the host, oldest first; those that kubelet runs as probes are not among them."""
+        # `clip-csi serve` becomes clip-csi-serve, and so does `clip-csi node`.
+        commands = ([f"clip-csi-{role}"], ["clip-csi", role])
         component = next(it for it, names in CONTAINERS.items() if role in names)
         statuses = self.pods(component)[node]["status"]["containerStatuses"]
         container = next(it for it in statuses if it["name"] == role)["containerID"].rpartition("/")[2]
         found = []
         for entry in pathlib.Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
-                if container in (entry / "cgroup").read_text() and (entry / "cmdline").read_bytes().split(b"\0")[1:2] == [role.encode()]:
+                words = [it.rpartition("/")[2] for it in (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")]
+                if container in (entry / "cgroup").read_text() and any(words[:len(it)] == it for it in commands):
                     found.append(int(entry.name))
         return sorted(found)
 

@@ -96,6 +96,11 @@ tolerations:
 {{- end }}
 {{- end }}
 
+{{/* Whether the agent asks the Kubernetes API for anything: "true" or "false". */}}
+{{- define "clip-csi.usesApi" -}}
+{{ or .Values.node.startupTaint.enabled .Values.agent.events.enabled }}
+{{- end }}
+
 {{/* Arguments that all roles take. */}}
 {{- define "clip-csi.commonArgs" -}}
 - --run-dir={{ include "clip-csi.runDir" . }}
