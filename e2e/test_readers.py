@@ -60,7 +60,8 @@ class Readers(unittest.TestCase):
         self.assertEqual(self.kinds_with_errors(("walk",)), {"walk"})
 
     def test_a_missing_name(self):
-        next(it for it in self.top.rglob("*") if it.is_file()).unlink()
+        for path in [it for it in self.top.rglob("*") if it.is_file()][::20]:
+            path.unlink()
         self.assertEqual(self.kinds_with_errors(("walk",)), {"walk"})
 
     def test_a_mapped_file_that_ends(self):
