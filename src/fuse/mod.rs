@@ -24,7 +24,7 @@ use tracing::{error, warn};
 use self::{
     counters::{Counters, FailureLog, Op, Subject},
     errno::is_failure,
-    pool::ReadPool,
+    pool::{ReadPool, TRIM_EVERY},
 };
 use crate::{
     fs::{ClipFs, FsError, IndexBytes},
@@ -99,9 +99,9 @@ impl<I: IndexBytes> Served<I> {
                 }
             }));
         }
-        // A listing touches what as many names do.
+        // A listing touches as much as many others.
         self.pool.count_request(match op {
-            Op::ReadDir | Op::ReadDirPlus => 16,
+            Op::ReadDir | Op::ReadDirPlus => TRIM_EVERY,
             _ => 1,
         });
     }

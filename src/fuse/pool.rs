@@ -38,10 +38,9 @@ const SETTLE: Duration = Duration::from_secs(1);
 /// How many requests of all mounts may pass before the pages of indexes that they touched are given
 /// back, even in the middle of a burst.
 ///
-/// A fault maps 64 KiB of an index, and a lookup faults about three times: 16 requests far apart
-/// hold 3 MiB at the very worst, those of a walk far less. Mapping pages again costs some
-/// microseconds, spread over 16 requests of 30 µs each.
-const TRIM_EVERY: u32 = 16;
+/// A fault maps 64 KiB of an index, and a lookup faults about three times: four requests far apart
+/// hold 768 KiB. Mapping pages again costs some microseconds, a request 30.
+pub(super) const TRIM_EVERY: u32 = 4;
 
 /// Stack of a read thread: it calls pread(2) and writes the odd log line.
 const STACK_BYTES: usize = 256 << 10;
@@ -108,7 +107,7 @@ impl Drop for Turn<'_> {
 }
 
 /// The fewest turns: so many may be waiting for a page of an index that is not in memory.
-const MIN_TURNS: usize = 4;
+const MIN_TURNS: usize = 2;
 
 struct Shared {
     /// std Mutex: held to move an entry, never while a job runs. Locked before `buffers`.
