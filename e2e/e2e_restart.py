@@ -8,7 +8,7 @@ import subprocess
 import time
 
 import images
-from harness import driver, process, reading, trio
+from harness import driver, process, reading, services, trio
 from harness.environment import Case
 from harness.memory_group import MemoryGroup, why_not
 from harness.slow import Slow
@@ -17,16 +17,18 @@ from harness.slow import Slow
 KILLS = int(os.environ.get("CLIP_E2E_RESTARTS", "100"))
 HAND_OVERS = max(KILLS // 3, 3)
 ROLLOUTS = 4
-OOM_KILLS = 5
+OOM_KILLS = 6
 OOM_LIMIT_BYTES = 64 << 20
 DEADLINE_SECONDS = 2
 IMAGE = "demo5"
 # Slow enough that the image's 50 MB (as chunks: 75 MB) are still on their way when something dies.
 SLOW_BYTES_PER_SECOND = 32 << 20
+# In the remote cache's keys.
+CHUNKS = "clip:*:o:*"
 # One cold round: the cache is emptied for each.
-KILLS_PER_COLD_ROUND = 10
+KILLS_PER_COLD_ROUND = 17
 # From one death to the next, at most.
-MOST_BETWEEN_SECONDS = 0.25
+MOST_BETWEEN_SECONDS = 0.15
 # Readers have begun to read after this long.
 WARM_UP_SECONDS = 0.3
 
@@ -89,50 +91,65 @@ class UnderReaders(Case):
         self.assert_tree(IMAGE, it.target("v"))
         return it
 
-    def with_index_in_remote(self):
-        """A configuration whose remote cache has the image's index and chunks, and whose registry and remote are slow; and that Redis."""
-        redis = self.redis()
-        key = self.work / "key"
-        other = self.trio("first", self.config("fast.toml", redis=redis, key_file=key))
-        # By the name that the slow registry has: references are names of hosts.
-        registry, remote = Slow(self.registry.port, SLOW_BYTES_PER_SECOND), Slow(redis.port, SLOW_BYTES_PER_SECOND)
-        self.addCleanup(registry.stop)
-        self.addCleanup(remote.stop)
-        other.must_publish("v", self.env.push(IMAGE))
-        self.assert_tree(IMAGE, other.target("v"))
-        process.wait_until(lambda: other.metric("remote_uploads_total", outcome="ok") >= 5, "the uploads", 120)
-        other.must_unpublish("v")
-        other.stop()
-        config = self.config("slow.toml", plain_http=[registry.host], redis=remote, key_file=key, node={"idle_source_seconds": 0})
-        return config, self.env.push(IMAGE).replace(self.registry.host, registry.host, 1), redis
+    def remotes(self) -> tuple[services.Redis, services.Redis]:
+        """Two remote caches that a node has filled with the image: one with all, one with the index alone."""
+        full, index_only = self.redis(), self.redis()
+        first = self.trio("first", self.config("fast.toml", redis=full, key_file=self.work / "key"))
+        first.must_publish("v", self.env.push(IMAGE))
+        self.assert_tree(IMAGE, first.target("v"))
+        process.wait_until(lambda: first.metric("remote_uploads_total", outcome="ok") >= 5, "the uploads", 120)
+        first.must_unpublish("v")
+        first.stop()
+        keys = set(redis_cli(full, "--scan", "--pattern", "*")) - set(redis_cli(full, "--scan", "--pattern", CHUNKS))
+        redis_cli(full, "migrate", "127.0.0.1", str(index_only.port), "", "0", "10000", "copy", "keys", *sorted(keys))
+        return full, index_only
 
-    def cold_rounds(self, n_kills: int, strike) -> None:
+    def cold_rounds(self, n_kills: int, strike, per_round: int = KILLS_PER_COLD_ROUND) -> None:
         """`strike` so many times while an image that is not on the disk is fetched: chunk by chunk from the remote, or the layers from the registry."""
-        config, reference, redis = self.with_index_in_remote()
-        node = None
-        for number in range(-(-n_kills // KILLS_PER_COLD_ROUND)):
-            from_registry = number % 2 == 0
-            if from_registry:
-                keys = process.run("redis-cli", "-p", str(redis.port), "--scan", "--pattern", "clip:*:o:*").stdout.split()
-                if keys:
-                    process.run("redis-cli", "-p", str(redis.port), "del", *keys)
-            if node is None:
-                node = self.trio("cold", config)
-            else:
-                node.stop()
-                for it in node.cache_dir.iterdir():
-                    shutil.rmtree(it) if it.is_dir() else it.unlink()
-                node.start()
-            mark = self.registry.mark()
+        full, index_only = self.remotes()
+        registry = self.slow(self.registry.port)
+        # A reference names the host, so the slow way to the registry is another one.
+        reference = self.env.push(IMAGE).replace(self.registry.host, registry.host, 1)
+        configs = [
+            self.config(f"{name}.toml", plain_http=[registry.host], redis=self.slow(redis.port), key_file=self.work / "key", node={"idle_source_seconds": 0})
+            for name, redis in (("remote", full), ("registry", index_only))
+        ]
+        node = self.trio("cold", configs[0], start=())
+        for number in range(-(-n_kills // per_round)):
+            from_registry = number % 2 == 1
+            node.config = configs[from_registry]
+            for it in node.cache_dir.iterdir():
+                shutil.rmtree(it) if it.is_dir() else it.unlink()
+            keys = redis_cli(index_only, "--scan", "--pattern", CHUNKS)
+            if keys:
+                redis_cli(index_only, "del", *keys)
+            node.start()
+            mark, sent = self.registry.mark(), sent_bytes(full)
             node.must_publish("v", reference)
             with self.readers(node):
-                for _ in range(min(KILLS_PER_COLD_ROUND, n_kills - number * KILLS_PER_COLD_ROUND)):
+                for _ in range(min(per_round, n_kills - number * per_round)):
                     strike(node)
             if from_registry:
-                self.assertGreater(sum(self.layer_gets(IMAGE, mark)), 0, "nothing was fetched: the cache was not cold")
+                self.assertGreater(sum(self.layer_gets(IMAGE, mark)), 0, "nothing came from the registry: the cache was not cold")
+            else:
+                self.assertGreater(sent_bytes(full) - sent, 10 << 20, "nothing came from the remote: the cache was not cold")
             self.assert_tree(IMAGE, node.target("v"))
             node.must_unpublish("v")
-        node.stop()
+            node.stop()
+
+    def slow(self, port: int) -> Slow:
+        it = Slow(port, SLOW_BYTES_PER_SECOND)
+        self.addCleanup(it.stop)
+        return it
+
+
+def redis_cli(redis: services.Redis, *words: str) -> list[str]:
+    return process.run("redis-cli", "-p", str(redis.port), *words).stdout.split()
+
+
+def sent_bytes(redis: services.Redis) -> int:
+    [line] = [it for it in redis_cli(redis, "info", "stats") if it.startswith("total_net_output_bytes:")]
+    return int(line.partition(":")[2])
 
 
 class Killed(UnderReaders):
@@ -215,7 +232,7 @@ class HandOver(UnderReaders):
         self.verdict("handed over, cache warm", len(self.windows))
         node.stop()
         self.begin_anew()
-        self.cold_rounds(HAND_OVERS // 3, self.hand_over)
+        self.cold_rounds(HAND_OVERS // 3, self.hand_over, per_round=max(HAND_OVERS // 6, 1))
         self.verdict("handed over, cache cold")
 
     def test_all_upgraded_under_load(self):
@@ -420,6 +437,6 @@ class OutOfMemory(UnderReaders):
                 node.restart("agent", prefix=group.prefix)
             self.killed(node, "agent", group)
 
-        self.cold_rounds(OOM_KILLS, strike)
+        self.cold_rounds(OOM_KILLS, strike, per_round=OOM_KILLS // 2)
         self.assertGreaterEqual(group.oom_kills(), OOM_KILLS)
         self.verdict("agent killed by the kernel for its memory, cache cold")
