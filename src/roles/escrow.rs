@@ -26,8 +26,8 @@ use super::{
     server,
 };
 use crate::{
-    failpoint,
     digest::ManifestDigest,
+    failpoint,
     fuse::session::{make_mount, set_read_ahead},
     ipc::{Channel, RunDir},
     metrics::Metrics,
@@ -206,7 +206,11 @@ impl Escrow {
                 Err(err) => return Err(err),
             }
         }
-        info!(mounts = held.len(), given = n_given, "connected to the server");
+        info!(
+            mounts = held.len(),
+            given = n_given,
+            "connected to the server"
+        );
         Ok(())
     }
 

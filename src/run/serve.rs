@@ -14,8 +14,8 @@ use std::{
 };
 
 use anyhow::{Context, bail};
-use serde::{Deserialize, Serialize};
 use rustix::process::{Pid, Signal, kill_process};
+use serde::{Deserialize, Serialize};
 use signal_hook::{
     consts::{SIGCHLD, SIGINT, SIGTERM},
     iterator::Signals,
@@ -114,7 +114,10 @@ fn watch(mut settings: ServeSettings) -> anyhow::Result<ExitCode> {
         let Some(signal) = status.signal() else {
             bail!("the process that serves ended with {status}");
         };
-        warn!(signal, "the process that serves was killed, starting it again");
+        warn!(
+            signal,
+            "the process that serves was killed, starting it again"
+        );
         deaths.retain(|it| it.elapsed() < CALM);
         deaths.push(Instant::now());
         let n_deaths = u32::try_from(deaths.len()).unwrap_or(u32::MAX);

@@ -73,7 +73,13 @@ const MODULES: &[(&str, &[&str])] = &[
     (
         "mount",
         &[
-            "digest", "disk", "failpoint", "metrics", "registry", "secret", "tier",
+            "digest",
+            "disk",
+            "failpoint",
+            "metrics",
+            "registry",
+            "secret",
+            "tier",
         ],
     ),
     (
