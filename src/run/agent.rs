@@ -81,9 +81,8 @@ pub(super) async fn run(args: AgentArgs, config: Config) -> anyhow::Result<ExitC
         .spawn(move || serving_agent.serve(&serving))?;
     let watching = watch_others(&run_dir, &ready, events.as_ref());
     let untaint = async {
-        match taint {
-            Some((cluster, taint)) => Box::pin(node_taint::remove(cluster, taint)).await,
-            None => {}
+        if let Some((cluster, taint)) = taint {
+            Box::pin(node_taint::remove(cluster, taint)).await;
         }
         std::future::pending::<()>().await;
     };
