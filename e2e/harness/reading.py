@@ -144,6 +144,8 @@ class Readers:
             except subprocess.TimeoutExpired:
                 # Not waited for: while nobody serves, not even this ends it.
                 it.kill()
+                it.stdout.close()
+                it.stderr.close()
                 report.errors.append(f"{kind}: hangs")
                 continue
             if it.returncode != 0:
