@@ -10,14 +10,13 @@ import socket
 import time
 import unittest
 
+from cluster import project_image
 from cluster.case import DriverCase
 from cluster.cluster import NODES, condition
 from cluster.pods import pod
 from cluster.reader_pods import ReaderPods
 from cluster.release import CONTAINERS, FUSE, NEXT_TAG, NODE, RUN_DIR
-from cluster import project_image
 from harness import process, reading, seccomp
-from harness.process import say
 
 N1, N2 = NODES
 # How often each thing happens under readers; an upgrade takes as long as the four pods of two nodes take to start.
@@ -37,15 +36,22 @@ class Restart(DriverCase):
         # A pod that is not replaced anew by each case: its figures begin at zero.
         self.release.fresh()
         self.readers = ReaderPods(self, IMAGE, NODES, self.seed)
+        # Times on the clock of time.monotonic(): while something is replaced, and in between.
         self.windows: dict[str, list[tuple[float, float]]] = {}
+        self.calm: list[tuple[float, float]] = []
+        self.rest()
+
+    def rest(self) -> None:
+        begin = time.monotonic()
         time.sleep(CALM_SECONDS)
+        self.calm.append((begin, time.monotonic()))
 
     @contextlib.contextmanager
     def window(self, what: str):
         begin = time.monotonic()
         yield
         self.windows.setdefault(what, []).append((begin, time.monotonic()))
-        time.sleep(CALM_SECONDS)
+        self.rest()
 
     def verdict(self) -> None:
         """Prints what the readers saw, and fails if one saw anything wrong, or nothing; looks whether the driver has given up anything."""
@@ -55,6 +61,7 @@ class Restart(DriverCase):
         for what, windows in self.windows.items():
             lengths = [end - begin for begin, end in windows]
             print(f"  {what}, {len(windows)} times in {sum(lengths) / len(lengths):.1f} s each: pause p50/p99/max {reading.spread(seen.pauses(windows))}")
+        print(f"  nothing, {len(self.calm)} times: longest operation p50/p99/max {reading.spread(seen.pauses(self.calm))}")
         memory = {role: max(self.metric(node, "process_resident_memory_bytes", role=role) for node in NODES) for role in ROLES}
         print("  resident: " + ", ".join(f"{role} {size / 1e6:.1f} MB" for role, size in memory.items()), flush=True)
         self.assertEqual(seen.errors, [])
@@ -128,25 +135,25 @@ class Restart(DriverCase):
 class Privileges(DriverCase):
     """What each role may do on a node, as the kernel has it."""
 
-    def roles(self):
-        """Each process of each role, with its place in /proc."""
+    def each_process(self, check) -> None:
+        """Calls `check` with the role of each process of the driver, its pid on the host, and its place in /proc."""
         for node in NODES:
             for role in ROLES:
                 pids = self.release.processes(node, role)
                 self.assertEqual(len(pids), 2 if role == "serve" else 1, f"{role} of {node}")
                 for pid in pids:
                     with self.subTest(node=node, role=role, pid=pid):
-                        yield role, pid, pathlib.Path(f"/proc/{pid}")
+                        check(role, pid, pathlib.Path(f"/proc/{pid}"))
 
     def test_privileges(self):
         """Agent and server are nobody: no capability, no way to get one, a root that cannot be written; the server cannot write to the cache."""
-        for role, _, place in self.roles():
+        def check(role: str, _pid: int, place: pathlib.Path) -> None:
             status = dict(re.findall(r"^(\w+):\s*(.*)$", (place / "status").read_text(), re.M))
             cannot = self.refuses_a_file(place / "root/new")
             self.assertEqual(cannot, errno.EROFS, "the root can be written")
             if role == "node":
                 self.assertEqual(status["Uid"].split()[0], "0")
-                continue
+                return
             self.assertEqual(set(status["Uid"].split()) | set(status["Gid"].split()), {str(UNPRIVILEGED)})
             for kind in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"):
                 self.assertEqual(int(status[kind], 16), 0, kind)
@@ -154,6 +161,7 @@ class Privileges(DriverCase):
             self.assertEqual(status["Seccomp"], "2", "the runtime's filter")
             cache = self.refuses_a_file(place / "root/var/lib/clip-csi/cache/new")
             self.assertEqual(cache, None if role == "agent" else errno.EROFS, "the agent alone writes to the cache")
+        self.each_process(check)
 
     @staticmethod
     def refuses_a_file(path: pathlib.Path) -> int | None:
@@ -167,7 +175,7 @@ class Privileges(DriverCase):
 
     def test_no_network(self):
         """Server and node service have no socket of the network and cannot get one; the agent has."""
-        for role, pid, place in self.roles():
+        def check(role: str, pid: int, place: pathlib.Path) -> None:
             filters = seccomp.filters(pid)
             verdicts = {family: seccomp.verdict(filters, "socket", family, socket.SOCK_STREAM, 0)[0] for family in (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6, socket.AF_PACKET)}
             self.assertEqual(verdicts.pop(socket.AF_UNIX), "allow")
@@ -179,6 +187,7 @@ class Privileges(DriverCase):
                 self.assertEqual(set(verdicts.values()), {"errno"})
                 self.assertEqual(seccomp.verdict(filters, "io_uring_setup", 1)[0], "errno")
                 self.assertEqual(have, [])
+        self.each_process(check)
 
     @staticmethod
     def inet_sockets(place: pathlib.Path) -> list[str]:
@@ -196,20 +205,17 @@ class Privileges(DriverCase):
         return found
 
     def test_what_is_there(self):
-        """Secrets are the agent's alone, the other two do not know of registries; nobody has a token; the sockets are where nobody else comes."""
-        for role, _, place in self.roles():
+        """Secrets and the token are the agent's alone, the other two do not know of registries; the sockets are where nobody else comes."""
+        def check(role: str, _pid: int, place: pathlib.Path) -> None:
             root = place / "root"
             config = (root / "etc/clip-csi/config.toml").read_text()
             self.assertEqual("redis" in config, role == "agent")
             self.assertEqual(self.exists(root / "etc/clip-csi/secrets/remote/hmac-key"), role == "agent")
-            self.assertFalse(self.exists(root / "var/run/secrets"))
+            self.assertEqual(self.exists(root / "var/run/secrets/kubernetes.io/serviceaccount/token"), role == "agent")
             self.assertEqual(self.exists(root / "dev/fuse"), role == "node")
             run = (root / RUN_DIR.lstrip("/")).stat()
             self.assertEqual((run.st_mode & 0o777, run.st_uid, run.st_gid), (0o700, UNPRIVILEGED, UNPRIVILEGED))
-        for node in NODES:
-            for component, it in ((component, self.release.pods(component)[node]) for component in CONTAINERS):
-                self.assertNotIn("hostNetwork", it["spec"], component)
-        say("who may do what was read from the kernel, for each process of each role on both nodes")
+        self.each_process(check)
 
     @staticmethod
     def exists(path: pathlib.Path) -> bool:
