@@ -8,7 +8,7 @@ import subprocess
 import time
 
 import images
-from harness import driver, process, reading, trio
+from harness import driver, process, reading, services, trio
 from harness.environment import Case
 from harness.memory_group import MemoryGroup, why_not
 from harness.slow import Slow
@@ -17,16 +17,18 @@ from harness.slow import Slow
 KILLS = int(os.environ.get("CLIP_E2E_RESTARTS", "100"))
 HAND_OVERS = max(KILLS // 3, 3)
 ROLLOUTS = 4
-OOM_KILLS = 5
+OOM_KILLS = 6
 OOM_LIMIT_BYTES = 64 << 20
 DEADLINE_SECONDS = 2
 IMAGE = "demo5"
 # Slow enough that the image's 50 MB (as chunks: 75 MB) are still on their way when something dies.
-SLOW_BYTES_PER_SECOND = 16 << 20
+SLOW_BYTES_PER_SECOND = 32 << 20
+# In the remote cache's keys.
+CHUNKS = "clip:*:o:*"
 # One cold round: the cache is emptied for each.
-KILLS_PER_COLD_ROUND = 10
+KILLS_PER_COLD_ROUND = 17
 # From one death to the next, at most.
-MOST_BETWEEN_SECONDS = 0.25
+MOST_BETWEEN_SECONDS = 0.15
 # Readers have begun to read after this long.
 WARM_UP_SECONDS = 0.3
 
@@ -41,9 +43,8 @@ class UnderReaders(Case):
         print(f"seed {self.seed}")
 
     def begin_anew(self) -> None:
-        # Times on the clock of time.monotonic(): from a death until all is back, and in between.
+        # Times on the clock of time.monotonic(): from a death until all is back.
         self.windows: list[tuple[float, float]] = []
-        self.calm: list[tuple[float, float]] = []
         self.seen = reading.Report({}, 0, [], [])
 
     @contextlib.contextmanager
@@ -59,23 +60,21 @@ class UnderReaders(Case):
 
     def strike(self, node: trio.Trio, blow) -> None:
         """Something dies at a random moment; the pause is what the longest operation took until all is back."""
-        begin = time.monotonic()
         time.sleep(self.dice.uniform(0, MOST_BETWEEN_SECONDS))
         at = time.monotonic()
-        self.calm.append((begin, at))
         blow()
         self.assertTrue(trio.answers(node.target("v")), "nobody answers any more")
         self.windows.append((at, time.monotonic()))
 
-    def verdict(self, what: str) -> None:
-        """Prints the figures, and fails if a reader saw anything wrong, or saw nothing."""
+    def verdict(self, what: str, operations_at_least: int = 1) -> None:
+        """Prints the figures, and fails if a reader saw anything wrong, or saw nothing. While an image is fetched, a pause is also the wait for that."""
         seen = self.seen
         print(f"{what}: {len(self.windows)} times; read errors: {len(seen.errors)}; pause p50/p99/max {reading.spread(seen.pauses(self.windows))} "
-              f"(longest operation in between: {reading.spread(seen.pauses(self.calm))}); "
+              f"(operations in between, of those above 1 ms: {reading.spread(seen.outside(self.windows))}); "
               f"{sum(seen.operations.values())} operations, {seen.n_bytes / 1e6:.0f} MB compared")
         self.assertEqual(seen.errors, [])
         for kind, count in seen.operations.items():
-            self.assertGreater(count, len(self.windows), f"the reader {kind} has hardly read anything")
+            self.assertGreaterEqual(count, operations_at_least, f"the reader {kind} has hardly read anything")
 
     def left(self, node: trio.Trio) -> list[str]:
         """What is left once it had the time to go."""
@@ -92,50 +91,65 @@ class UnderReaders(Case):
         self.assert_tree(IMAGE, it.target("v"))
         return it
 
-    def with_index_in_remote(self):
-        """A configuration whose remote cache has the image's index and chunks, and whose registry and remote are slow; and that Redis."""
-        redis = self.redis()
-        key = self.work / "key"
-        other = self.trio("first", self.config("fast.toml", redis=redis, key_file=key))
-        # By the name that the slow registry has: references are names of hosts.
-        registry, remote = Slow(self.registry.port, SLOW_BYTES_PER_SECOND), Slow(redis.port, SLOW_BYTES_PER_SECOND)
-        self.addCleanup(registry.stop)
-        self.addCleanup(remote.stop)
-        other.must_publish("v", self.env.push(IMAGE))
-        self.assert_tree(IMAGE, other.target("v"))
-        process.wait_until(lambda: other.metric("remote_uploads_total", outcome="ok") >= 5, "the uploads", 120)
-        other.must_unpublish("v")
-        other.stop()
-        config = self.config("slow.toml", plain_http=[registry.host], redis=remote, key_file=key, node={"idle_source_seconds": 0})
-        return config, self.env.push(IMAGE).replace(self.registry.host, registry.host, 1), redis
+    def remotes(self) -> tuple[services.Redis, services.Redis]:
+        """Two remote caches that a node has filled with the image: one with all, one with the index alone."""
+        full, index_only = self.redis(), self.redis()
+        first = self.trio("first", self.config("fast.toml", redis=full, key_file=self.work / "key"))
+        first.must_publish("v", self.env.push(IMAGE))
+        self.assert_tree(IMAGE, first.target("v"))
+        process.wait_until(lambda: first.metric("remote_uploads_total", outcome="ok") >= 5, "the uploads", 120)
+        first.must_unpublish("v")
+        first.stop()
+        keys = set(redis_cli(full, "--scan", "--pattern", "*")) - set(redis_cli(full, "--scan", "--pattern", CHUNKS))
+        redis_cli(full, "migrate", "127.0.0.1", str(index_only.port), "", "0", "10000", "copy", "keys", *sorted(keys))
+        return full, index_only
 
-    def cold_rounds(self, n_kills: int, strike) -> None:
+    def cold_rounds(self, n_kills: int, strike, per_round: int = KILLS_PER_COLD_ROUND) -> None:
         """`strike` so many times while an image that is not on the disk is fetched: chunk by chunk from the remote, or the layers from the registry."""
-        config, reference, redis = self.with_index_in_remote()
-        node = None
-        for number in range(-(-n_kills // KILLS_PER_COLD_ROUND)):
-            from_registry = number % 2 == 0
-            if from_registry:
-                keys = process.run("redis-cli", "-p", str(redis.port), "--scan", "--pattern", "clip:*:o:*").stdout.split()
-                if keys:
-                    process.run("redis-cli", "-p", str(redis.port), "del", *keys)
-            if node is None:
-                node = self.trio("cold", config)
-            else:
-                node.stop()
-                for it in node.cache_dir.iterdir():
-                    shutil.rmtree(it) if it.is_dir() else it.unlink()
-                node.start()
-            mark = self.registry.mark()
+        full, index_only = self.remotes()
+        registry = self.slow(self.registry.port)
+        # A reference names the host, so the slow way to the registry is another one.
+        reference = self.env.push(IMAGE).replace(self.registry.host, registry.host, 1)
+        configs = [
+            self.config(f"{name}.toml", plain_http=[registry.host], redis=self.slow(redis.port), key_file=self.work / "key", node={"idle_source_seconds": 0})
+            for name, redis in (("remote", full), ("registry", index_only))
+        ]
+        node = self.trio("cold", configs[0], start=())
+        for number in range(-(-n_kills // per_round)):
+            from_registry = number % 2 == 1
+            node.config = configs[from_registry]
+            for it in node.cache_dir.iterdir():
+                shutil.rmtree(it) if it.is_dir() else it.unlink()
+            keys = redis_cli(index_only, "--scan", "--pattern", CHUNKS)
+            if keys:
+                redis_cli(index_only, "del", *keys)
+            node.start()
+            mark, sent = self.registry.mark(), sent_bytes(full)
             node.must_publish("v", reference)
             with self.readers(node):
-                for _ in range(min(KILLS_PER_COLD_ROUND, n_kills - number * KILLS_PER_COLD_ROUND)):
+                for _ in range(min(per_round, n_kills - number * per_round)):
                     strike(node)
             if from_registry:
-                self.assertGreater(sum(self.layer_gets(IMAGE, mark)), 0, "nothing was fetched: the cache was not cold")
+                self.assertGreater(sum(self.layer_gets(IMAGE, mark)), 0, "nothing came from the registry: the cache was not cold")
+            else:
+                self.assertGreater(sent_bytes(full) - sent, 10 << 20, "nothing came from the remote: the cache was not cold")
             self.assert_tree(IMAGE, node.target("v"))
             node.must_unpublish("v")
-        node.stop()
+            node.stop()
+
+    def slow(self, port: int) -> Slow:
+        it = Slow(port, SLOW_BYTES_PER_SECOND)
+        self.addCleanup(it.stop)
+        return it
+
+
+def redis_cli(redis: services.Redis, *words: str) -> list[str]:
+    return process.run("redis-cli", "-p", str(redis.port), *words).stdout.split()
+
+
+def sent_bytes(redis: services.Redis) -> int:
+    [line] = [it for it in redis_cli(redis, "info", "stats") if it.startswith("total_net_output_bytes:")]
+    return int(line.partition(":")[2])
 
 
 class Killed(UnderReaders):
@@ -148,6 +162,9 @@ class Killed(UnderReaders):
             if self.dice.random() < 0.2:
                 time.sleep(self.dice.uniform(0, 0.03))
                 node.kill_child()
+        # A parent whose children die often makes a pause between them: nobody dies that often, so a fresh one is measured.
+        if len(self.windows) % 2 == 0:
+            self.assertEqual(node.hand_over().stop(), 0)
         self.strike(node, blow)
 
     def kill_serve(self, node: trio.Trio) -> None:
@@ -176,7 +193,7 @@ class Killed(UnderReaders):
         node.must_unpublish("v")
         self.assertEqual(self.left(node), [])
         node.stop()
-        self.verdict(f"{what} killed, cache warm")
+        self.verdict(f"{what} killed, cache warm", len(self.windows))
         self.begin_anew()
         self.cold_rounds(KILLS // 2, blow)
         self.verdict(f"{what} killed, cache cold")
@@ -212,10 +229,10 @@ class HandOver(UnderReaders):
         self.assertEqual(node.metric("mounts_aborted_total"), 0)
         node.must_unpublish("v")
         self.assertEqual(self.left(node), [])
-        self.verdict("handed over, cache warm")
+        self.verdict("handed over, cache warm", len(self.windows))
         node.stop()
         self.begin_anew()
-        self.cold_rounds(HAND_OVERS // 3, self.hand_over)
+        self.cold_rounds(HAND_OVERS // 3, self.hand_over, per_round=max(HAND_OVERS // 6, 1))
         self.verdict("handed over, cache cold")
 
     def test_all_upgraded_under_load(self):
@@ -237,7 +254,7 @@ class HandOver(UnderReaders):
                 node.must_publish("w", self.env.push("small"))
                 self.assert_tree("small", node.target("w"))
                 node.must_unpublish("w")
-        self.verdict("all upgraded")
+        self.verdict("all upgraded", len(self.windows))
         node.must_unpublish("v")
         self.assertEqual(self.left(node), [])
 
@@ -247,7 +264,8 @@ class Lost(UnderReaders):
 
     def assert_lost(self, path) -> None:
         with self.assertRaises(OSError) as raised:
-            os.stat(path)
+            # Not `stat`, which the kernel answers from memory.
+            os.statvfs(path)
         self.assertEqual(raised.exception.errno, errno.ENOTCONN)
 
     def test_all_killed_at_once(self):
@@ -314,6 +332,7 @@ class Lost(UnderReaders):
         node = self.warm(server_deadline_seconds=DEADLINE_SECONDS)
         for _ in range(3):
             node.kill("serve")
+            # A reader could not tell: this is about the time alone.
             time.sleep(DEADLINE_SECONDS * 0.6)
             node.start("serve")
             self.assertTrue(trio.answers(node.target("v")))
@@ -332,14 +351,16 @@ class NodeRestarted(UnderReaders):
             return {
                 "mounts": sorted(process.mounts_below(node.directory)),
                 "records": sorted(it.name for it in node.state_dir.glob("volumes/*")),
-                "files": {role: len(process.open_files(node.pid(role))) for role in trio.ROLES},
                 "FUSE": {role: node.fuse_fds(role) for role in trio.ROLES},
-                "threads": {role: len(os.listdir(f"/proc/{node.pid(role)}/task")) for role in ("serve",)},
             }
+
+        def taken():
+            """Files and threads: some come and go with connections."""
+            return {role: (len(process.open_files(node.pid(role))), len(os.listdir(f"/proc/{node.pid(role)}/task"))) for role in trio.ROLES}
 
         node.restart("node")
         process.wait_until(lambda: node.metric("serve_up") == 1, "node to have met serve")
-        before = state()
+        before, taken_before = state(), taken()
         self.assertEqual(before["FUSE"]["agent"], 0)
         for number in range(6):
             if number % 2:
@@ -349,9 +370,14 @@ class NodeRestarted(UnderReaders):
             self.assert_tree("small", node.target("w"))
             node.start("node")
             process.wait_until(lambda: node.metric("serve_up") == 1, "node to have met serve")
-        with contextlib.suppress(process.Failed):
-            process.wait_until(lambda: state() == before, "the same as before", 5)
         self.assertEqual(state(), before)
+
+        def grown():
+            return {role: (now, taken_before[role]) for role, now in taken().items() if now[0] > taken_before[role][0] or now[1] > taken_before[role][1]}
+
+        with contextlib.suppress(process.Failed):
+            process.wait_until(lambda: not grown(), "files and threads to be no more than before", 5)
+        self.assertEqual(grown(), {}, "files and threads, after six restarts of node and before")
         self.assertEqual([node.metric(it) for it in ("mounts", "volumes", "dead_volumes")], [2, 3, 0])
         driver.drop_from_page_cache(node.target("v"))
         self.assert_tree(IMAGE, node.target("v"))
@@ -401,7 +427,7 @@ class OutOfMemory(UnderReaders):
             for _ in range(OOM_KILLS):
                 self.killed(node, "serve", group)
         self.assertGreaterEqual(group.oom_kills(), OOM_KILLS)
-        self.verdict("serve killed by the kernel for its memory")
+        self.verdict("serve killed by the kernel for its memory", len(self.windows))
 
     def test_agent(self):
         group = self.group("agent")
@@ -411,6 +437,6 @@ class OutOfMemory(UnderReaders):
                 node.restart("agent", prefix=group.prefix)
             self.killed(node, "agent", group)
 
-        self.cold_rounds(OOM_KILLS, strike)
+        self.cold_rounds(OOM_KILLS, strike, per_round=OOM_KILLS // 2)
         self.assertGreaterEqual(group.oom_kills(), OOM_KILLS)
         self.verdict("agent killed by the kernel for its memory, cache cold")

@@ -20,7 +20,10 @@ pub fn join(pages: &[String]) -> String {
     for page in pages {
         let mut name = "";
         for line in page.lines() {
-            if let Some(about) = line.strip_prefix("# HELP ").or(line.strip_prefix("# TYPE ")) {
+            if let Some(about) = line
+                .strip_prefix("# HELP ")
+                .or(line.strip_prefix("# TYPE "))
+            {
                 name = about.split(' ').next().unwrap_or("");
                 let family = families.entry(name).or_default();
                 if !family.about.contains(&line) {
@@ -61,19 +64,30 @@ mod tests {
     fn series_are_added_and_those_of_a_process_stand_beside_each_other() {
         let (node, agent) = (Metrics::of(Role::Node), Metrics::of(Role::Agent));
         node.mounts.set(2);
-        agent.tier_reads.with_label_values(&["disk", "hit"]).inc_by(3);
-        node.tier_reads.with_label_values(&["disk", "hit"]).inc_by(4);
+        agent
+            .tier_reads
+            .with_label_values(&["disk", "hit"])
+            .inc_by(3);
+        node.tier_reads
+            .with_label_values(&["disk", "hit"])
+            .inc_by(4);
         agent.index_build_duration.observe(0.02);
         let pages = [node.encode().unwrap(), agent.encode().unwrap()];
         let joined = join(&pages);
         let has = |line: &str| joined.lines().filter(|it| *it == line).count();
         assert_eq!(has("clip_csi_mounts 2"), 1);
-        assert_eq!(has("clip_csi_tier_reads_total{outcome=\"hit\",tier=\"disk\"} 7"), 1);
+        assert_eq!(
+            has("clip_csi_tier_reads_total{outcome=\"hit\",tier=\"disk\"} 7"),
+            1
+        );
         assert_eq!(has("clip_csi_index_build_duration_seconds_count 1"), 1);
         assert_eq!(has("# TYPE clip_csi_mounts gauge"), 1);
         for role in ["node", "agent"] {
             let series = format!("clip_csi_process_resident_memory_bytes{{role=\"{role}\"}} ");
-            assert_eq!(joined.lines().filter(|it| it.starts_with(&series)).count(), 1);
+            assert_eq!(
+                joined.lines().filter(|it| it.starts_with(&series)).count(),
+                1
+            );
         }
         assert_eq!(join(&[joined.clone()]), joined);
     }

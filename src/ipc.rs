@@ -22,8 +22,8 @@ use rustix::{
     io::Errno,
     net::{
         AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
-        SendAncillaryMessage, SendFlags, Shutdown, SocketAddrUnix, SocketFlags, SocketType, accept_with,
-        bind, connect, listen, recv, recvmsg, sendmsg, shutdown, socket_with, sockopt,
+        SendAncillaryMessage, SendFlags, Shutdown, SocketAddrUnix, SocketFlags, SocketType,
+        accept_with, bind, connect, listen, recv, recvmsg, sendmsg, shutdown, socket_with, sockopt,
     },
 };
 use serde::{Serialize, de::DeserializeOwned};
@@ -271,7 +271,10 @@ impl Channel {
         if received.bytes == 0 {
             return Ok(None);
         }
-        Ok(Some((serde_json::from_slice(&bytes[..received.bytes])?, fd)))
+        Ok(Some((
+            serde_json::from_slice(&bytes[..received.bytes])?,
+            fd,
+        )))
     }
 
     /// Ends the connection for both sides, also for a thread that waits in [`Channel::receive`].
@@ -357,7 +360,9 @@ mod tests {
         let (text, fd) = channel.receive::<String>().unwrap().unwrap();
         assert_eq!(text, "second");
         let mut content = String::new();
-        File::from(fd.unwrap()).read_to_string(&mut content).unwrap();
+        File::from(fd.unwrap())
+            .read_to_string(&mut content)
+            .unwrap();
         assert_eq!(content, "content");
         sender.join().unwrap();
         assert!(channel.receive::<String>().unwrap().is_none());

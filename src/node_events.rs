@@ -76,7 +76,11 @@ impl NodeEvents {
         };
         match self.api.create(&PostParams::default(), &event).await {
             Ok(_) => info!(reason, "told Kubernetes in an event of the node"),
-            Err(err) => warn!(reason, error = error_chain(&err), "cannot write an event of the node"),
+            Err(err) => warn!(
+                reason,
+                error = error_chain(&err),
+                "cannot write an event of the node"
+            ),
         }
     }
 }

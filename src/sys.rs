@@ -189,7 +189,9 @@ pub fn peer_uid(socket: BorrowedFd<'_>) -> io::Result<u32> {
         return Err(io::Error::last_os_error());
     }
     if usize::try_from(len) != Ok(wanted) {
-        return Err(io::Error::other("SO_PEERCRED: the kernel's answer has another length"));
+        return Err(io::Error::other(
+            "SO_PEERCRED: the kernel's answer has another length",
+        ));
     }
     Ok(peer.uid)
 }
@@ -206,8 +208,7 @@ pub fn unix_sockets_only() -> io::Result<()> {
     };
     let make = || -> Result<BpfProgram, seccompiler::BackendError> {
         let family = u64::from(libc::AF_UNIX.unsigned_abs());
-        let others =
-            SeccompCondition::new(0, SeccompCmpArgLen::Dword, SeccompCmpOp::Ne, family)?;
+        let others = SeccompCondition::new(0, SeccompCmpArgLen::Dword, SeccompCmpOp::Ne, family)?;
         let rules = [
             (libc::SYS_socket, vec![SeccompRule::new(vec![others])?]),
             (libc::SYS_io_uring_setup, Vec::new()),
@@ -278,7 +279,8 @@ pub fn drop_code() {
             const PAGE_MASK: u64 = 4095;
             let begin = (base + header.p_vaddr) & !PAGE_MASK;
             let end = base + header.p_vaddr + header.p_memsz;
-            let (Ok(begin), Ok(len)) = (usize::try_from(begin), usize::try_from(end - begin)) else {
+            let (Ok(begin), Ok(len)) = (usize::try_from(begin), usize::try_from(end - begin))
+            else {
                 continue;
             };
             // SAFETY: a segment that was never writable equals its file, from which it is mapped

@@ -137,7 +137,7 @@ class Worker(Driver):
         """Also the restart after a kill: everything is where it was."""
         self.metrics_port = process.free_port()
         self.server = process.Server(
-            [paths.binary(), "node", "--endpoint", f"unix://{self.socket}", "--node-id", self.directory.name,
+            [paths.binary(), "node", "--in-process", "--endpoint", f"unix://{self.socket}", "--node-id", self.directory.name,
              "--state-dir", self.state_dir, "--cache-dir", self.cache_dir, "--config", self.config,
              "--metrics-addr", f"127.0.0.1:{self.metrics_port}", *self.options],
             stdout=self.log, env=self.env,

@@ -65,10 +65,12 @@ class Environment:
 
     def binary(self) -> pathlib.Path:
         """The program under test where every user may run it: a clone may lie where only its owner goes."""
-        place = self.work / "clip-csi"
+        place = self.work / "bin" / "clip-csi"
         if not place.exists():
-            shutil.copy(paths.binary(), place)
-            place.chmod(0o755)
+            place.parent.mkdir()
+            for program in paths.programs():
+                shutil.copy(program, place.parent)
+                (place.parent / program.name).chmod(0o755)
         return place
 
     def plan(self, name: str) -> pathlib.Path:

@@ -26,3 +26,8 @@ def binary() -> pathlib.Path:
     """The program under test: CLIP_CSI_BIN, or what `cargo build --release` makes."""
     target = os.environ.get("CARGO_TARGET_DIR") or REPO / "target"
     return pathlib.Path(os.environ.get("CLIP_CSI_BIN") or pathlib.Path(target) / "release" / "clip-csi")
+
+
+def programs() -> list[pathlib.Path]:
+    """The program under test, and those beside it that it becomes."""
+    return [binary(), *(binary().with_name(name) for name in ("clip-csi-node", "clip-csi-serve"))]

@@ -102,7 +102,15 @@ class Report:
 
     def pauses(self, windows: list[tuple[float, float]]) -> list[float]:
         """For each window of time, the longest operation that was under way in it; 0 if all were fast."""
-        return [max((end - begin for begin, end in self.spans if begin < until and end > since), default=0.0) for since, until in windows]
+        return [max((end - begin for begin, end in self.spans if overlaps((begin, end), it)), default=0.0) for it in windows]
+
+    def outside(self, windows: list[tuple[float, float]]) -> list[float]:
+        """The operations that none of the windows has touched and that took more than a millisecond."""
+        return [end - begin for begin, end in self.spans if not any(overlaps((begin, end), it) for it in windows)]
+
+
+def overlaps(one: tuple[float, float], other: tuple[float, float]) -> bool:
+    return one[0] < other[1] and other[0] < one[1]
 
 
 def spread(seconds: list[float]) -> str:

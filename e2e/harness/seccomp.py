@@ -23,6 +23,9 @@ AUDIT_ARCH, NUMBERS = {
     "aarch64": (0xC00000B7, {"read": 63, "socket": 198, "connect": 203, "sendto": 206, "bind": 200, "ptrace": 117, "mount": 40, "openat": 56, "io_uring_setup": 425}),
 }[platform.machine()]
 
+# i386 and ARM's 32 bits: what a process of such a machine may call, too.
+OTHER_ARCHES = {"x86_64": (0x40000003,), "aarch64": (0x40000028,)}[platform.machine()]
+
 Program = list[tuple[int, int, int, int]]
 
 

@@ -4,7 +4,9 @@ import asyncio
 import contextlib
 import threading
 
-BLOCK_BYTES = 16 << 10
+BLOCK_BYTES = 64 << 10
+# Shorter pauses add up: each takes longer than it should.
+LEAST_PAUSE_SECONDS = 0.005
 
 
 class Slow:
@@ -40,7 +42,8 @@ class Slow:
                 if slowly:
                     now = self._loop.time()
                     self._free_at = max(self._free_at, now) + len(block) / self.bytes_per_second
-                    await asyncio.sleep(self._free_at - now)
+                    if self._free_at - now > LEAST_PAUSE_SECONDS:
+                        await asyncio.sleep(self._free_at - now)
                 sink.write(block)
                 await sink.drain()
 

@@ -139,11 +139,13 @@ class Trio(driver.Driver):
         found = {}
         for entry in pathlib.Path("/proc").glob("[0-9]*"):
             try:
-                command = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")
+                program = os.readlink(entry / "exe")
+                command = (entry / "cmdline").read_bytes().decode(errors="replace").replace("\0", " ")
             except OSError:
                 continue
-            if command[0] == str(self.binary) and str(self.run_dir) in command:
-                found[int(entry.name)] = " ".join(command)
+            # A name that was taken off a running program has a remark behind it.
+            if program.startswith(f"{self.binary.parent}/") and str(self.run_dir) in command:
+                found[int(entry.name)] = f"{program}: {command}"
         return found
 
     def fuse_fds(self, role: str) -> int:

@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-use clip_csi::run::{program, node};
+use clip_csi::run::{node, program};
 
 fn main() -> ExitCode {
     program::main(node::run_with_others)

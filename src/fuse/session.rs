@@ -178,10 +178,7 @@ pub fn mount<I: IndexBytes>(
 ///
 /// # Errors
 /// [`FuseError`]; nothing is left behind then.
-pub fn make_mount(
-    dir: &Path,
-    fs_name: &str,
-) -> Result<(PathBuf, OwnedFd, (u32, u32)), FuseError> {
+pub fn make_mount(dir: &Path, fs_name: &str) -> Result<(PathBuf, OwnedFd, (u32, u32)), FuseError> {
     let dir = dir.canonicalize().map_err(|source| FuseError::Directory {
         dir: dir.to_owned(),
         source,

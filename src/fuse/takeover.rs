@@ -92,7 +92,13 @@ fn init_request(offer: KernelOffer) -> Vec<u8> {
     for _ in 0..6 {
         put(0);
     }
-    for word in [7, offer.minor, MAX_READAHEAD_BYTES, low(offer.flags), low(offer.flags >> 32)] {
+    for word in [
+        7,
+        offer.minor,
+        MAX_READAHEAD_BYTES,
+        low(offer.flags),
+        low(offer.flags >> 32),
+    ] {
         put(word);
     }
     request.resize(usize::try_from(INIT_BYTES).unwrap_or(0), 0);

@@ -120,12 +120,16 @@ impl Sources {
     pub(super) fn retire_idle(&self, max_idle: Duration) {
         let slots: Vec<_> = {
             let slots = lock(&self.slots);
-            slots.iter().map(|(manifest, it)| (*manifest, Arc::clone(it))).collect()
+            slots
+                .iter()
+                .map(|(manifest, it)| (*manifest, Arc::clone(it)))
+                .collect()
         };
         for (manifest, slot) in slots {
             let mut state = lock(&slot.0);
             let is_idle = |it: Instant| max_idle <= it.elapsed();
-            if matches!(&*state, SlotState::Mounted(source) if source.idle_since.is_some_and(is_idle)) {
+            if matches!(&*state, SlotState::Mounted(source) if source.idle_since.is_some_and(is_idle))
+            {
                 self.retire(manifest, &mut state);
             }
         }
@@ -215,13 +219,15 @@ impl Sources {
         let mounted = fs::create_dir_all(&dir)
             .map_err(|err| MountError::system("creating", &dir, err))
             .and_then(|()| {
-                self.mounter.mount(image, &dir).map_err(|err| match err.kind() {
-                    io::ErrorKind::NotConnected => MountError::NoServer {
-                        image: image.manifest,
-                        reason: err.to_string(),
-                    },
-                    _ => MountError::system("mounting the image at", &dir, err),
-                })
+                self.mounter
+                    .mount(image, &dir)
+                    .map_err(|err| match err.kind() {
+                        io::ErrorKind::NotConnected => MountError::NoServer {
+                            image: image.manifest,
+                            reason: err.to_string(),
+                        },
+                        _ => MountError::system("mounting the image at", &dir, err),
+                    })
             })
             .and_then(|session| {
                 let device = device_at(&dir)
@@ -328,7 +334,11 @@ pub(super) fn clear_stale(dir: &Path, alive: &HashSet<Device>) -> io::Result<usi
     for entry in fs::read_dir(dir)? {
         let source_dir = entry?.path();
         // Read anew, as the mounts above are gone.
-        if MountInfo::read()?.at(&source_dir.join(MOUNT_POINT)).next().is_some() {
+        if MountInfo::read()?
+            .at(&source_dir.join(MOUNT_POINT))
+            .next()
+            .is_some()
+        {
             continue;
         }
         let removed = remove(&source_dir.join(MOUNT_POINT)).and_then(|()| remove(&source_dir));

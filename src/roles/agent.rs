@@ -6,7 +6,7 @@
 use std::{
     collections::HashMap,
     fmt,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, PoisonError, mpsc},
     thread,
     time::Duration,
 };
@@ -114,7 +114,7 @@ impl Agent {
         loop {
             match channel.receive() {
                 Ok(Some((AgentRequest::Prepare(request), _))) => {
-                    match self.prepare(channel, &request) {
+                    match self.prepare(channel, request) {
                         Some(held) => prepared.push(held),
                         None => return,
                     }
@@ -127,25 +127,29 @@ impl Agent {
     }
 
     /// Makes the image ready, and tells how far it is and how it ended. `None` if nobody listens.
-    fn prepare(&self, channel: &Channel, request: &ImageRequest) -> Option<Held> {
-        let progress = Arc::new(Progress::default());
-        let outcome = self.runtime.block_on(async {
-            let mut work = self.images.prepare(request, &progress);
+    fn prepare(&self, channel: &Arc<Channel>, request: ImageRequest) -> Option<Held> {
+        let (images, listener) = (Arc::clone(&self.images), Arc::clone(channel));
+        let (sender, outcome) = mpsc::channel();
+        self.runtime.spawn(async move {
+            let progress = Arc::new(Progress::default());
+            let mut work = images.prepare(&request, &progress);
             let mut ticks = tokio::time::interval(PROGRESS);
             ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
             // The first one is at once.
             ticks.tick().await;
             loop {
                 tokio::select! {
-                    outcome = &mut work => return outcome,
+                    // It is waited for below.
+                    outcome = &mut work => return drop(sender.send(outcome)),
                     _ = ticks.tick() => {
                         // If nobody listens, the work is for who asks next.
-                        let _ = channel.send(&AgentReply::Progress(progress.to_string()), None);
+                        let _ = listener.send(&AgentReply::Progress(progress.to_string()), None);
                     }
                 }
             }
         });
-        let (held, answer) = match outcome {
+        // The process ends if the work does not answer: its task was dropped.
+        let (held, answer) = match outcome.recv().ok()? {
             Ok((manifest, held)) => (held, Ok(manifest)),
             Err(err) => (Held::new(), Err(err)),
         };

@@ -147,8 +147,12 @@ impl AgentLink {
         let mounts: Vec<_> = state.mounts.keys().copied().collect();
         let tickets: Vec<_> = state.pending.keys().copied().collect();
         drop(state);
-        mounts.into_iter().for_each(|it| self.tell(Outgoing::Adopt(it)));
-        tickets.into_iter().for_each(|it| self.tell(Outgoing::Present(it)));
+        mounts
+            .into_iter()
+            .for_each(|it| self.tell(Outgoing::Adopt(it)));
+        tickets
+            .into_iter()
+            .for_each(|it| self.tell(Outgoing::Present(it)));
     }
 
     fn receive_all(&self, channel: &Channel) -> String {
@@ -167,7 +171,10 @@ impl AgentLink {
     fn answer(&self, ticket: u64, outcome: Result<(), PresentError>) {
         // It has just been restarted, and is not that far.
         if matches!(outcome, Err(PresentError::Unknown { .. })) {
-            return self.tell(Outgoing::PresentLater(ticket, Instant::now() + UNKNOWN_RETRY));
+            return self.tell(Outgoing::PresentLater(
+                ticket,
+                Instant::now() + UNKNOWN_RETRY,
+            ));
         }
         let pending = self.state().pending.remove(&ticket);
         if let Some(pending) = pending {
@@ -179,7 +186,11 @@ impl AgentLink {
         const TICK: Duration = Duration::from_secs(1);
         let mut later: Vec<(u64, Instant)> = Vec::new();
         loop {
-            let wait = if later.is_empty() { TICK } else { UNKNOWN_RETRY };
+            let wait = if later.is_empty() {
+                TICK
+            } else {
+                UNKNOWN_RETRY
+            };
             match outgoing.recv_timeout(wait) {
                 Ok(Outgoing::PresentLater(ticket, when)) => later.push((ticket, when)),
                 Ok(message) => self.send(&message),
@@ -218,14 +229,13 @@ impl AgentLink {
                         })
                 }
                 Outgoing::Release(device) => Some(AgentRequest::Release { device: *device }),
-                Outgoing::Present(ticket) | Outgoing::PresentLater(ticket, _) => state
-                    .pending
-                    .get(ticket)
-                    .map(|it| AgentRequest::Present {
+                Outgoing::Present(ticket) | Outgoing::PresentLater(ticket, _) => {
+                    state.pending.get(ticket).map(|it| AgentRequest::Present {
                         ticket: *ticket,
                         layer: it.layer,
                         chunks: it.chunks.clone(),
-                    }),
+                    })
+                }
             };
             (channel, request)
         };
@@ -251,7 +261,10 @@ impl AgentLink {
             .filter_map(|it| state.pending.remove(it))
             .collect();
         drop(state);
-        for Pending { layer, since, done, .. } in late {
+        for Pending {
+            layer, since, done, ..
+        } in late
+        {
             done(Err(PresentError::Timeout {
                 layer,
                 waited: now.duration_since(since),

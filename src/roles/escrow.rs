@@ -26,8 +26,8 @@ use super::{
     server,
 };
 use crate::{
-    failpoint,
     digest::ManifestDigest,
+    failpoint,
     fuse::session::{make_mount, set_read_ahead},
     ipc::{Channel, RunDir},
     metrics::Metrics,
@@ -37,8 +37,11 @@ use crate::{
 /// How long a server may take to answer. It opens an index and some files.
 const ANSWER: Duration = Duration::from_secs(20);
 
-/// How long a mount waits for a server that is being restarted.
-const MOUNT_PATIENCE: Duration = Duration::from_secs(20);
+/// How long a start waits for a server whose process lives.
+const SURVIVORS: Duration = Duration::from_secs(20);
+
+/// How long a mount waits for a server that is being restarted: who asked for it, asks again.
+const MOUNT_PATIENCE: Duration = Duration::from_secs(5);
 
 /// How often a server is looked for while there is none: each time is a part of what readers wait.
 const RECONNECT: Duration = Duration::from_millis(2);
@@ -105,7 +108,7 @@ impl Escrow {
     }
 
     fn ask_survivors(&self) {
-        let give_up = Instant::now() + MOUNT_PATIENCE;
+        let give_up = Instant::now() + SURVIVORS;
         loop {
             let asked = Channel::connect(&self.socket).and_then(|it| self.list(&it));
             let err = match asked {
@@ -203,7 +206,11 @@ impl Escrow {
                 Err(err) => return Err(err),
             }
         }
-        info!(mounts = held.len(), given = n_given, "connected to the server");
+        info!(
+            mounts = held.len(),
+            given = n_given,
+            "connected to the server"
+        );
         Ok(())
     }
 

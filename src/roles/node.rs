@@ -16,8 +16,8 @@ use super::{
     protocol::{AgentReply, AgentRequest},
 };
 use crate::{
-    failpoint,
     digest::ManifestDigest,
+    failpoint,
     ipc::{Channel, RunDir},
     mount::{
         ImageMounter, ImageRequest, PrepareError, PreparedImage, Progress, SourceMount, Survivor,

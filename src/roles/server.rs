@@ -192,7 +192,10 @@ impl Server {
                 Some(_) => return Err(io::Error::other("a predecessor that speaks otherwise")),
             }
         }
-        info!(mounts = n_mounts, "serving beside the predecessor, which is to end now");
+        info!(
+            mounts = n_mounts,
+            "serving beside the predecessor, which is to end now"
+        );
         predecessor.send(&ServeRequest::Quit, None)?;
         Ok(())
     }
@@ -237,7 +240,10 @@ impl Server {
         fuse: OwnedFd,
     ) -> io::Result<takeover::KernelOffer> {
         let is_resumed = mount.offer.is_some();
-        let _beginning = self.beginning.lock().unwrap_or_else(PoisonError::into_inner);
+        let _beginning = self
+            .beginning
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         {
             let mut mounts = self.mounts();
             while mounts.is_handing_over {
@@ -283,7 +289,11 @@ impl Server {
         };
         let copy = fuse.try_clone()?;
         let device = mount.device;
-        let ended = self.ended.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let ended = self
+            .ended
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone();
         let on_end = Box::new(move || {
             // The reaper lives as long as the process.
             let _ = ended.send(device);
@@ -374,7 +384,9 @@ impl Server {
         {
             let mut mounts = self.mounts();
             if mounts.is_handing_over {
-                return Err(io::Error::other("two successors at once: the second one has to wait"));
+                return Err(io::Error::other(
+                    "two successors at once: the second one has to wait",
+                ));
             }
             mounts.is_handing_over = true;
         }

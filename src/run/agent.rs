@@ -61,7 +61,12 @@ pub(super) async fn run(args: AgentArgs, config: Config) -> anyhow::Result<ExitC
         Some(address) => {
             let listener = bind_admin(address).await?;
             let shutdown = stopped(stop.clone());
-            Some(tokio::spawn(admin::serve(listener, page, Arc::clone(&ready), shutdown)))
+            Some(tokio::spawn(admin::serve(
+                listener,
+                page,
+                Arc::clone(&ready),
+                shutdown,
+            )))
         }
         None => None,
     };
@@ -112,10 +117,11 @@ async fn watch_others(run_dir: &RunDir, ready: &Ready, events: Option<&NodeEvent
         }
         let (node, serve) = (run_dir.node(), run_dir.serve());
         let missing = tokio::task::spawn_blocking(move || {
-            let missing = |who: &str, asked: std::io::Result<crate::roles::protocol::Status>| match asked {
-                Ok(status) => status.missing,
-                Err(err) => Some(format!("clip-csi {who} does not answer: {err}")),
-            };
+            let missing =
+                |who: &str, asked: std::io::Result<crate::roles::protocol::Status>| match asked {
+                    Ok(status) => status.missing,
+                    Err(err) => Some(format!("clip-csi {who} does not answer: {err}")),
+                };
             missing("node", status::of_node(&node))
                 .or_else(|| missing("serve", status::of_server(&serve)))
         });

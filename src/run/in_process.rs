@@ -45,7 +45,9 @@ pub(super) async fn run(
             let listener = bind_admin(address).await?;
             let (metrics, ready) = (metrics.clone(), Arc::clone(&ready));
             let shutdown = stopped(stop.clone());
-            Some(tokio::spawn(admin::serve(listener, metrics, ready, shutdown)))
+            Some(tokio::spawn(admin::serve(
+                listener, metrics, ready, shutdown,
+            )))
         }
         None => None,
     };

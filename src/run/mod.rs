@@ -92,6 +92,7 @@ fn execute(cli: Cli, config: Config) -> anyhow::Result<ExitCode> {
                 node: config.node.clone(),
                 read_ahead_kib: config.fuse.read_ahead_kib,
             };
+            settings.check()?;
             if args.in_process {
                 return in_runtime(in_process::run(args, settings, config));
             }

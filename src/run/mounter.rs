@@ -13,8 +13,8 @@ use crate::{
     indexer::OpenImage,
     layer::store::LayerStore,
     mount::{
-        ImageMounter, ImageRequest, PrepareError, PreparedImage, Progress, SOURCE_NAME, SourceMount,
-        Survivor,
+        ImageMounter, ImageRequest, PrepareError, PreparedImage, Progress, SOURCE_NAME,
+        SourceMount, Survivor,
     },
     sys::MappedFile,
     tier::{BoxFuture, MakePresent},

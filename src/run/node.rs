@@ -52,6 +52,15 @@ pub struct NodeSettings {
     pub(super) read_ahead_kib: u32,
 }
 
+impl NodeSettings {
+    /// Says what is wrong with them, before anything is bound or made.
+    pub(super) fn check(&self) -> anyhow::Result<()> {
+        socket_path(&self.endpoint)?;
+        let _: PluginName = self.driver_name.parse().map_err(BadConfig::new)?;
+        Ok(())
+    }
+}
+
 /// How images come to this node, and what else is done beside serving CSI.
 pub(super) struct Parts {
     pub(super) mounter: Arc<dyn ImageMounter>,

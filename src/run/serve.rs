@@ -14,8 +14,8 @@ use std::{
 };
 
 use anyhow::{Context, bail};
-use serde::{Deserialize, Serialize};
 use rustix::process::{Pid, Signal, kill_process};
+use serde::{Deserialize, Serialize};
 use signal_hook::{
     consts::{SIGCHLD, SIGINT, SIGTERM},
     iterator::Signals,
@@ -35,14 +35,15 @@ use crate::{
     sys,
 };
 
-/// Deaths within [`CALM`] after which the child is not started at once.
-const MAX_DEATHS: usize = 5;
+/// Deaths within [`CALM`] after which the child is not started at once, but later each time.
+const MAX_DEATHS: u32 = 5;
 
 /// How long the parent remembers a death.
 const CALM: Duration = Duration::from_secs(10);
 
-/// How long it waits then.
-const PAUSE: Duration = Duration::from_secs(1);
+/// How long it waits then: at first, and at most.
+const FIRST_PAUSE: Duration = Duration::from_millis(10);
+const MAX_PAUSE: Duration = Duration::from_secs(1);
 
 /// How often the parent looks whether the successor is gone, and how long it leaves the mounts to a
 /// new successor then.
@@ -113,11 +114,16 @@ fn watch(mut settings: ServeSettings) -> anyhow::Result<ExitCode> {
         let Some(signal) = status.signal() else {
             bail!("the process that serves ended with {status}");
         };
-        warn!(signal, "the process that serves was killed, starting it again");
+        warn!(
+            signal,
+            "the process that serves was killed, starting it again"
+        );
         deaths.retain(|it| it.elapsed() < CALM);
         deaths.push(Instant::now());
-        if MAX_DEATHS < deaths.len() {
-            thread::sleep(PAUSE);
+        let n_deaths = u32::try_from(deaths.len()).unwrap_or(u32::MAX);
+        if let Some(n_more @ 1..) = n_deaths.checked_sub(MAX_DEATHS) {
+            let factor = 2u32.saturating_pow(n_more - 1);
+            thread::sleep(FIRST_PAUSE.saturating_mul(factor).min(MAX_PAUSE));
         }
     }
 }

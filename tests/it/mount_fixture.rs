@@ -18,9 +18,8 @@ use clip_csi::{
     disk,
     metrics::Metrics,
     mount::{
-        Survivor,
         ImageMounter, ImageRequest, MountInfo, MountTable, MountTableConfig, PrepareError,
-        PreparedImage, Progress, PublishRequest, PullCredentials, Recovered, SourceMount,
+        PreparedImage, Progress, PublishRequest, PullCredentials, Recovered, SourceMount, Survivor,
         TargetPath, UnpublishRequest, VolumeId,
     },
     tier::BoxFuture,
