@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import json
 import os
 import pathlib
 import re
@@ -10,13 +11,15 @@ import socket
 import time
 import unittest
 
+import images
 from cluster import project_image
 from cluster.case import DriverCase
 from cluster.cluster import NODES, condition
 from cluster.pods import pod
 from cluster.reader_pods import ReaderPods
-from cluster.release import CONTAINERS, FUSE, NEXT_TAG, NODE, RUN_DIR
+from cluster.release import CONTAINERS, FUSE, NAME, NAMESPACE, NEXT_TAG, NODE, RUN_DIR
 from harness import process, reading, seccomp
+from harness.process import say
 
 N1, N2 = NODES
 # How often each thing happens under readers; an upgrade takes as long as the four pods of two nodes take to start.
@@ -88,8 +91,8 @@ class Restart(DriverCase):
             for component in CONTAINERS:
                 for node, it in self.release.pods(component).items():
                     statuses = it["status"]["containerStatuses"]
-                    images = [status["image"] for status in statuses if status["name"] in ROLES]
-                    self.assertTrue(images and all(image.endswith(f":{tag}") for image in images), f"{component} of {node}: {images}")
+                    found = [status["image"] for status in statuses if status["name"] in ROLES]
+                    self.assertTrue(found and all(image.endswith(f":{tag}") for image in found), f"{component} of {node}: {found}")
                     self.assertEqual([status["restartCount"] for status in statuses], [0] * len(statuses), self.release.logs(node))
             for name in meanwhile:
                 self.wait_ready(name)
@@ -130,6 +133,60 @@ class Restart(DriverCase):
 
     def is_back(self, node: str, component: str, role: str, before: dict[str, int]) -> bool:
         return self.restarts(node, component)[role] > before[role] and condition(self.release.pods(component)[node], "Ready")
+
+
+class Lost(DriverCase):
+    """What a mount does not survive: readers get errors, the operator is told, and new pods work."""
+
+    def setUp(self):
+        super().setUp()
+        self.reference = self.cluster.push(IMAGE)
+        self.first, self.second = sorted(images.get(IMAGE).note()["files"][0])[:2]
+
+    def begin(self) -> None:
+        self.run_pod("lost", node=N1, image=self.reference)
+        self.assert_reads("lost", self.first)
+
+    def assert_reads(self, name: str, file: str) -> None:
+        self.assertEqual(self.exec(name, "sha256sum", f"/mnt/{file}").split(" ")[0], images.get(IMAGE).note()["files"][0][file])
+
+    def assert_lost(self, reason: str) -> None:
+        """The pod's reads fail, an event of the node says so; without the pod all is as before."""
+        process.wait_until(lambda: time.sleep(0.3) or self.metric(N1, "dead_volumes") == 1, "the dead volume to be counted", 60)
+        self.assertRegex(self.exec("lost", "cat", f"/mnt/{self.second}", check=False), "Transport endpoint is not connected|Software caused connection abort")
+        events = lambda: [it["message"] for it in self.cluster.get("events", "--namespace", "default", "--field-selector", f"involvedObject.name={N1},reason={reason}")["items"]]
+        process.wait_until(lambda: time.sleep(0.3) or events(), f"an event {reason} of {N1}", 30)
+        say(f"event of node {N1}: {events()[-1]}")
+
+    def assert_mended(self) -> None:
+        self.kubectl("delete", "pod", "lost", "--timeout=60s")
+        process.wait_until(lambda: time.sleep(0.3) or self.metric(N1, "dead_volumes") == 0, "the dead volume to go", 30)
+        self.run_pod("anew", node=N1, image=self.reference)
+        self.assert_reads("anew", self.second)
+
+    def test_both_gone(self):
+        """Node service and server die at the same moment."""
+        self.begin()
+        for pid in [*self.release.processes(N1, "node"), *self.release.processes(N1, "serve")]:
+            os.kill(pid, signal.SIGKILL)
+        self.assert_lost("DeadVolumes")
+        self.assert_mended()
+
+    def test_given_up(self):
+        """There is no server for longer than node.serverDeadlineSeconds."""
+        self.release.upgrade({"node": {"serverDeadlineSeconds": 3}})
+        self.begin()
+        self.select_nodes("none")
+        process.wait_until(lambda: time.sleep(0.3) or self.metric(N1, "mounts_aborted_total") > 0, "the mounts to be given up", 60)
+        self.assert_lost("MountsGivenUp")
+        self.select_nodes(None)
+        process.wait_until(lambda: time.sleep(0.3) or N1 in self.release.pods(FUSE) and condition(self.release.pods(FUSE)[N1], "Ready"), "a server", 60)
+        self.assert_mended()
+
+    def select_nodes(self, value: str | None) -> None:
+        """Has the DaemonSet fuse want nodes with a label that none has, or no longer."""
+        patch = {"spec": {"template": {"spec": {"nodeSelector": {"e2e": value}}}}}
+        self.kubectl("patch", "daemonset", f"{NAME}-{FUSE}", "--namespace", NAMESPACE, "--type=merge", f"--patch={json.dumps(patch)}")
 
 
 class Privileges(DriverCase):
@@ -223,7 +280,7 @@ class Privileges(DriverCase):
 
 
 # In this order, which spares installations.
-ORDER = [Privileges, Restart]
+ORDER = [Privileges, Lost, Restart]
 
 
 def load_tests(loader, _tests, _pattern):
