@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import json
 import os
 import pathlib
 import re
@@ -10,12 +11,13 @@ import socket
 import time
 import unittest
 
+import images
+from cluster import project_image
 from cluster.case import DriverCase
 from cluster.cluster import NODES, condition
 from cluster.pods import pod
 from cluster.reader_pods import ReaderPods
-from cluster.release import CONTAINERS, FUSE, NEXT_TAG, NODE, RUN_DIR
-from cluster import project_image
+from cluster.release import CONTAINERS, FUSE, NAME, NAMESPACE, NEXT_TAG, NODE, RUN_DIR
 from harness import process, reading, seccomp
 from harness.process import say
 
@@ -37,15 +39,22 @@ class Restart(DriverCase):
         # A pod that is not replaced anew by each case: its figures begin at zero.
         self.release.fresh()
         self.readers = ReaderPods(self, IMAGE, NODES, self.seed)
+        # Times on the clock of time.monotonic(): while something is replaced, and in between.
         self.windows: dict[str, list[tuple[float, float]]] = {}
+        self.calm: list[tuple[float, float]] = []
+        self.rest()
+
+    def rest(self) -> None:
+        begin = time.monotonic()
         time.sleep(CALM_SECONDS)
+        self.calm.append((begin, time.monotonic()))
 
     @contextlib.contextmanager
     def window(self, what: str):
         begin = time.monotonic()
         yield
         self.windows.setdefault(what, []).append((begin, time.monotonic()))
-        time.sleep(CALM_SECONDS)
+        self.rest()
 
     def verdict(self) -> None:
         """Prints what the readers saw, and fails if one saw anything wrong, or nothing; looks whether the driver has given up anything."""
@@ -55,6 +64,7 @@ class Restart(DriverCase):
         for what, windows in self.windows.items():
             lengths = [end - begin for begin, end in windows]
             print(f"  {what}, {len(windows)} times in {sum(lengths) / len(lengths):.1f} s each: pause p50/p99/max {reading.spread(seen.pauses(windows))}")
+        print(f"  nothing, {len(self.calm)} times: longest operation p50/p99/max {reading.spread(seen.pauses(self.calm))}")
         memory = {role: max(self.metric(node, "process_resident_memory_bytes", role=role) for node in NODES) for role in ROLES}
         print("  resident: " + ", ".join(f"{role} {size / 1e6:.1f} MB" for role, size in memory.items()), flush=True)
         self.assertEqual(seen.errors, [])
@@ -81,8 +91,8 @@ class Restart(DriverCase):
             for component in CONTAINERS:
                 for node, it in self.release.pods(component).items():
                     statuses = it["status"]["containerStatuses"]
-                    images = [status["image"] for status in statuses if status["name"] in ROLES]
-                    self.assertTrue(images and all(image.endswith(f":{tag}") for image in images), f"{component} of {node}: {images}")
+                    found = [status["image"] for status in statuses if status["name"] in ROLES]
+                    self.assertTrue(found and all(image.endswith(f":{tag}") for image in found), f"{component} of {node}: {found}")
                     self.assertEqual([status["restartCount"] for status in statuses], [0] * len(statuses), self.release.logs(node))
             for name in meanwhile:
                 self.wait_ready(name)
@@ -125,28 +135,82 @@ class Restart(DriverCase):
         return self.restarts(node, component)[role] > before[role] and condition(self.release.pods(component)[node], "Ready")
 
 
+class Lost(DriverCase):
+    """What a mount does not survive: readers get errors, the operator is told, and new pods work."""
+
+    def setUp(self):
+        super().setUp()
+        self.reference = self.cluster.push(IMAGE)
+        self.first, self.second = sorted(images.get(IMAGE).note()["files"][0])[:2]
+
+    def begin(self) -> None:
+        self.run_pod("lost", node=N1, image=self.reference)
+        self.assert_reads("lost", self.first)
+
+    def assert_reads(self, name: str, file: str) -> None:
+        self.assertEqual(self.exec(name, "sha256sum", f"/mnt/{file}").split(" ")[0], images.get(IMAGE).note()["files"][0][file])
+
+    def assert_lost(self, reason: str) -> None:
+        """The pod's reads fail, an event of the node says so; without the pod all is as before."""
+        process.wait_until(lambda: time.sleep(0.3) or self.metric(N1, "dead_volumes") == 1, "the dead volume to be counted", 60)
+        self.assertRegex(self.exec("lost", "cat", f"/mnt/{self.second}", check=False), "Transport endpoint is not connected|Software caused connection abort")
+        events = lambda: [it["message"] for it in self.cluster.get("events", "--namespace", "default", "--field-selector", f"involvedObject.name={N1},reason={reason}")["items"]]
+        process.wait_until(lambda: time.sleep(0.3) or events(), f"an event {reason} of {N1}", 30)
+        say(f"event of node {N1}: {events()[-1]}")
+
+    def assert_mended(self) -> None:
+        self.kubectl("delete", "pod", "lost", "--timeout=60s")
+        process.wait_until(lambda: time.sleep(0.3) or self.metric(N1, "dead_volumes") == 0, "the dead volume to go", 30)
+        self.run_pod("anew", node=N1, image=self.reference)
+        self.assert_reads("anew", self.second)
+
+    def test_both_gone(self):
+        """Node service and server die at the same moment."""
+        self.begin()
+        for pid in [*self.release.processes(N1, "node"), *self.release.processes(N1, "serve")]:
+            os.kill(pid, signal.SIGKILL)
+        self.assert_lost("DeadVolumes")
+        self.assert_mended()
+
+    def test_given_up(self):
+        """There is no server for longer than node.serverDeadlineSeconds."""
+        self.release.upgrade({"node": {"serverDeadlineSeconds": 3}})
+        self.begin()
+        self.select_nodes("none")
+        process.wait_until(lambda: time.sleep(0.3) or self.metric(N1, "mounts_aborted_total") > 0, "the mounts to be given up", 60)
+        self.assert_lost("MountsGivenUp")
+        self.select_nodes(None)
+        process.wait_until(lambda: time.sleep(0.3) or N1 in self.release.pods(FUSE) and condition(self.release.pods(FUSE)[N1], "Ready"), "a server", 60)
+        self.assert_mended()
+
+    def select_nodes(self, value: str | None) -> None:
+        """Has the DaemonSet fuse want nodes with a label that none has, or no longer."""
+        patch = {"spec": {"template": {"spec": {"nodeSelector": {"e2e": value}}}}}
+        self.kubectl("patch", "daemonset", f"{NAME}-{FUSE}", "--namespace", NAMESPACE, "--type=merge", f"--patch={json.dumps(patch)}")
+
+
 class Privileges(DriverCase):
     """What each role may do on a node, as the kernel has it."""
 
-    def roles(self):
-        """Each process of each role, with its place in /proc."""
+    def each_process(self, check) -> None:
+        """Calls `check` with the role of each process of the driver, its pid on the host, and its place in /proc."""
         for node in NODES:
             for role in ROLES:
                 pids = self.release.processes(node, role)
                 self.assertEqual(len(pids), 2 if role == "serve" else 1, f"{role} of {node}")
                 for pid in pids:
                     with self.subTest(node=node, role=role, pid=pid):
-                        yield role, pid, pathlib.Path(f"/proc/{pid}")
+                        check(role, pid, pathlib.Path(f"/proc/{pid}"))
 
     def test_privileges(self):
         """Agent and server are nobody: no capability, no way to get one, a root that cannot be written; the server cannot write to the cache."""
-        for role, _, place in self.roles():
+        def check(role: str, _pid: int, place: pathlib.Path) -> None:
             status = dict(re.findall(r"^(\w+):\s*(.*)$", (place / "status").read_text(), re.M))
             cannot = self.refuses_a_file(place / "root/new")
             self.assertEqual(cannot, errno.EROFS, "the root can be written")
             if role == "node":
                 self.assertEqual(status["Uid"].split()[0], "0")
-                continue
+                return
             self.assertEqual(set(status["Uid"].split()) | set(status["Gid"].split()), {str(UNPRIVILEGED)})
             for kind in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"):
                 self.assertEqual(int(status[kind], 16), 0, kind)
@@ -154,6 +218,7 @@ class Privileges(DriverCase):
             self.assertEqual(status["Seccomp"], "2", "the runtime's filter")
             cache = self.refuses_a_file(place / "root/var/lib/clip-csi/cache/new")
             self.assertEqual(cache, None if role == "agent" else errno.EROFS, "the agent alone writes to the cache")
+        self.each_process(check)
 
     @staticmethod
     def refuses_a_file(path: pathlib.Path) -> int | None:
@@ -167,7 +232,7 @@ class Privileges(DriverCase):
 
     def test_no_network(self):
         """Server and node service have no socket of the network and cannot get one; the agent has."""
-        for role, pid, place in self.roles():
+        def check(role: str, pid: int, place: pathlib.Path) -> None:
             filters = seccomp.filters(pid)
             verdicts = {family: seccomp.verdict(filters, "socket", family, socket.SOCK_STREAM, 0)[0] for family in (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6, socket.AF_PACKET)}
             self.assertEqual(verdicts.pop(socket.AF_UNIX), "allow")
@@ -179,6 +244,7 @@ class Privileges(DriverCase):
                 self.assertEqual(set(verdicts.values()), {"errno"})
                 self.assertEqual(seccomp.verdict(filters, "io_uring_setup", 1)[0], "errno")
                 self.assertEqual(have, [])
+        self.each_process(check)
 
     @staticmethod
     def inet_sockets(place: pathlib.Path) -> list[str]:
@@ -196,20 +262,17 @@ class Privileges(DriverCase):
         return found
 
     def test_what_is_there(self):
-        """Secrets are the agent's alone, the other two do not know of registries; nobody has a token; the sockets are where nobody else comes."""
-        for role, _, place in self.roles():
+        """Secrets and the token are the agent's alone, the other two do not know of registries; the sockets are where nobody else comes."""
+        def check(role: str, _pid: int, place: pathlib.Path) -> None:
             root = place / "root"
             config = (root / "etc/clip-csi/config.toml").read_text()
             self.assertEqual("redis" in config, role == "agent")
             self.assertEqual(self.exists(root / "etc/clip-csi/secrets/remote/hmac-key"), role == "agent")
-            self.assertFalse(self.exists(root / "var/run/secrets"))
+            self.assertEqual(self.exists(root / "var/run/secrets/kubernetes.io/serviceaccount/token"), role == "agent")
             self.assertEqual(self.exists(root / "dev/fuse"), role == "node")
             run = (root / RUN_DIR.lstrip("/")).stat()
             self.assertEqual((run.st_mode & 0o777, run.st_uid, run.st_gid), (0o700, UNPRIVILEGED, UNPRIVILEGED))
-        for node in NODES:
-            for component, it in ((component, self.release.pods(component)[node]) for component in CONTAINERS):
-                self.assertNotIn("hostNetwork", it["spec"], component)
-        say("who may do what was read from the kernel, for each process of each role on both nodes")
+        self.each_process(check)
 
     @staticmethod
     def exists(path: pathlib.Path) -> bool:
@@ -217,7 +280,7 @@ class Privileges(DriverCase):
 
 
 # In this order, which spares installations.
-ORDER = [Privileges, Restart]
+ORDER = [Privileges, Lost, Restart]
 
 
 def load_tests(loader, _tests, _pattern):

@@ -89,6 +89,6 @@ mod tests {
                 1
             );
         }
-        assert_eq!(join(&[joined.clone()]), joined);
+        assert_eq!(join(std::slice::from_ref(&joined)), joined);
     }
 }

@@ -335,13 +335,14 @@ mod tests {
     use std::{fs::File, io::Read as _, os::fd::AsFd as _, thread};
 
     use super::*;
+    use crate::disk;
 
     #[test]
     fn messages_and_descriptors_arrive_and_the_end_is_seen() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("x.sock");
         let listener = Listener::bind(&path).unwrap();
-        fs::write(dir.path().join("file"), "content").unwrap();
+        disk::publish(&dir.path().join("file"), b"content").unwrap();
         let file = File::open(dir.path().join("file")).unwrap();
         let sender = thread::spawn({
             let path = path.clone();
@@ -397,7 +398,7 @@ mod tests {
         let server = second.accept().unwrap();
         assert_eq!(server.receive::<u32>().unwrap().unwrap().0, 1);
         drop(second);
-        fs::write(&path, "").unwrap();
+        File::create(&path).unwrap();
         let err = Listener::bind(&path).unwrap_err();
         assert_eq!(err.kind(), io::ErrorKind::AlreadyExists);
     }

@@ -103,13 +103,16 @@ impl MountTable {
     }
 }
 
+/// Volumes whose mounts have survived, and where they are.
+pub(super) type LiveVolumes = Vec<(PublicationId, Published)>;
+
 /// Sorts the volumes of `records` whose target still has a mount: those whose source is served, with
 /// where they are, and those whose mount is dead. After a reboot there is no mount, and the volume is
 /// merely not published.
 fn sort_volumes(
     records: &[VolumeRecord],
     sources: &Sources,
-) -> Result<(Vec<(PublicationId, Published)>, Vec<PublicationId>), MountError> {
+) -> Result<(LiveVolumes, Vec<PublicationId>), MountError> {
     let info = mounts()?;
     let (mut live, mut dead) = (Vec::new(), Vec::new());
     for record in records {

@@ -20,6 +20,7 @@ use super::{
     operations::Operations,
     preparations::Preparations,
     record::Records,
+    recover::LiveVolumes,
     sources::Sources,
     target::{self, PublicationId, TargetDir},
 };
@@ -90,7 +91,7 @@ pub(super) struct Recovery {
     pub(super) sources: Sources,
     pub(super) records: Records,
     /// Volumes whose mounts have survived.
-    pub(super) live: Vec<(PublicationId, Published)>,
+    pub(super) live: LiveVolumes,
     pub(super) dead: DeadVolumes,
     /// Keeps another process off the directory.
     pub(super) lock: File,

@@ -6,7 +6,11 @@
 use std::{
     collections::HashMap,
     fmt,
-    sync::{Arc, Mutex, PoisonError, mpsc},
+    sync::{
+        Arc, Mutex, PoisonError, Weak,
+        atomic::{AtomicBool, Ordering},
+        mpsc,
+    },
     thread,
     time::Duration,
 };
@@ -66,6 +70,15 @@ pub struct Agent {
     images: Arc<dyn Images>,
     store: LayerStore,
     runtime: Handle,
+    connections: Arc<Connections>,
+}
+
+/// The connections, to be closed in the end.
+#[derive(Debug, Default)]
+struct Connections {
+    is_stopping: AtomicBool,
+    /// std Mutex: held to push or to look.
+    open: Mutex<Vec<Weak<Channel>>>,
 }
 
 /// The mounts of one connection, whose layers are kept.
@@ -78,6 +91,19 @@ impl Agent {
             images,
             store,
             runtime,
+            connections: Arc::default(),
+        }
+    }
+
+    /// Closes all connections: what was asked for and not answered is asked of the next agent. Call it
+    /// before the store is shut down, whose last words are no answers.
+    pub fn stop(&self) {
+        self.connections.is_stopping.store(true, Ordering::SeqCst);
+        let open = self.connections.open.lock();
+        for channel in open.unwrap_or_else(PoisonError::into_inner).iter() {
+            if let Some(channel) = channel.upgrade() {
+                channel.close();
+            }
         }
     }
 
@@ -95,6 +121,12 @@ impl Agent {
                     continue;
                 }
             };
+            {
+                let open = self.connections.open.lock();
+                let mut open = open.unwrap_or_else(PoisonError::into_inner);
+                open.retain(|it| 0 < it.strong_count());
+                open.push(Arc::downgrade(&channel));
+            }
             let agent = self.clone();
             let started = thread::Builder::new()
                 .name("clip-agent".to_owned())
@@ -192,8 +224,11 @@ impl Agent {
                 layer,
                 chunks,
             } => {
-                let channel = Arc::clone(channel);
+                let (channel, connections) = (Arc::clone(channel), Arc::clone(&self.connections));
                 let done = move |outcome: Result<(), PresentError>| {
+                    if connections.is_stopping.load(Ordering::SeqCst) {
+                        return;
+                    }
                     // If the server is gone, its successor asks again.
                     let _ = channel.send(&AgentReply::Present { ticket, outcome }, None);
                 };

@@ -178,7 +178,10 @@ impl Server {
     /// Serves what a living predecessor serves, beside it, and has it end.
     fn take_over(self: &Arc<Self>, predecessor: &Channel) -> io::Result<()> {
         predecessor.set_receive_timeout(Some(PREDECESSOR))?;
-        predecessor.send(&ServeRequest::HandOver, None)?;
+        if predecessor.send(&ServeRequest::HandOver, None).is_err() {
+            // It died meanwhile: the node service gives what it had.
+            return Ok(());
+        }
         let mut n_mounts = 0;
         loop {
             match predecessor.receive()? {
@@ -196,7 +199,8 @@ impl Server {
             mounts = n_mounts,
             "serving beside the predecessor, which is to end now"
         );
-        predecessor.send(&ServeRequest::Quit, None)?;
+        // One that has died meanwhile is as good as one that ends now.
+        let _ = predecessor.send(&ServeRequest::Quit, None);
         Ok(())
     }
 

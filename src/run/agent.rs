@@ -75,15 +75,14 @@ pub(super) async fn run(args: AgentArgs, config: Config) -> anyhow::Result<ExitC
     let agent = Agent::new(Arc::clone(&opener) as _, store, Handle::current());
     let listener = Arc::new(Listener::bind(&run_dir.agent()).map_err(BadConfig::new)?);
     info!(path = %run_dir.agent().display(), "serving the node service and the server");
-    let serving = Arc::clone(&listener);
+    let (serving, serving_agent) = (Arc::clone(&listener), agent.clone());
     thread::Builder::new()
         .name("clip-accept".to_owned())
-        .spawn(move || agent.serve(&serving))?;
+        .spawn(move || serving_agent.serve(&serving))?;
     let watching = watch_others(&run_dir, &ready, events.as_ref());
     let untaint = async {
-        match taint {
-            Some((cluster, taint)) => Box::pin(node_taint::remove(cluster, taint)).await,
-            None => {}
+        if let Some((cluster, taint)) = taint {
+            Box::pin(node_taint::remove(cluster, taint)).await;
         }
         std::future::pending::<()>().await;
     };
@@ -96,6 +95,7 @@ pub(super) async fn run(args: AgentArgs, config: Config) -> anyhow::Result<ExitC
     info!("stopping: reads of what is on disk go on, others wait for the next agent");
     // At once: who connects from now on is the next one's.
     drop(std::fs::remove_file(run_dir.agent()));
+    agent.stop();
     let drain = Duration::from_secs(config.node.drain_seconds);
     opener.engine().stop(drain).await;
     if let Some(admin) = admin {

@@ -13,7 +13,7 @@ const MODULES: &[(&str, &[&str])] = &[
     ("disk", &[]),
     ("failpoint", &[]),
     ("sys", &[]),
-    ("ipc", &["sys"]),
+    ("ipc", &["disk", "sys"]),
     ("secret", &[]),
     ("telemetry", &[]),
     ("metrics", &["disk", "sys"]),
