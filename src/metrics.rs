@@ -135,7 +135,7 @@ pub struct Metrics {
     pub mounts: IntGauge,
     /// Published volumes.
     pub volumes: IntGauge,
-    /// Volumes of a former process whose mounts are dead.
+    /// Volumes whose mounts are dead.
     pub dead_volumes: IntGauge,
     /// Whether a server is there that the node service can give mounts to (1) or not (0).
     pub serve_up: IntGauge,
@@ -222,7 +222,7 @@ impl Metrics {
             registered: make.int_gauge("registered", "Whether kubelet has registered the driver (1) or not (0)."),
             mounts: make.int_gauge("mounts", "Source mounts: one per image and options."),
             volumes: make.int_gauge("volumes", "Published volumes."),
-            dead_volumes: make.int_gauge("dead_volumes", "Volumes of a former process whose mounts are dead, until they are published anew or unpublished."),
+            dead_volumes: make.int_gauge("dead_volumes", "Volumes whose mounts are dead, until they are published anew or unpublished."),
             serve_up: make.int_gauge("serve_up", "Whether a server of FUSE mounts is connected to the node service (1) or not (0)."),
             serve_takeovers: make.counter("serve_takeovers_total", "Mounts that a server took over from another one."),
             mounts_aborted: make.counter("mounts_aborted_total", "Mounts given up because no server came in time, or none could go on with them."),

@@ -142,13 +142,25 @@ impl MountTable {
         }
     }
 
-    /// Unmounts the source mounts that nobody has used for as long as they are kept. Call it now and
-    /// then.
+    /// Unmounts the source mounts that nobody has used for as long as they are kept, and counts the
+    /// volumes whose sources have died. Call it now and then.
     ///
     /// # Blocking
     /// Waits for unmounts.
-    pub fn retire_idle(&self) {
+    pub fn look_after(&self) {
         self.inner.sources.retire_idle(self.inner.config.max_idle);
+        let published: Vec<_> = {
+            let published = lock(&self.inner.published);
+            published
+                .iter()
+                .map(|(id, it)| (it.manifest, *id))
+                .collect()
+        };
+        let is_dead = |(manifest, id): &(ManifestDigest, PublicationId)| {
+            self.inner.sources.live(*manifest, *id).is_none()
+        };
+        let n_dead = published.into_iter().filter(is_dead).count();
+        self.inner.dead.set_own(n_dead);
     }
 
     pub(super) fn retire_all_idle(&self) {

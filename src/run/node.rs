@@ -35,8 +35,8 @@ use crate::{
     tier::BoxFuture,
 };
 
-/// How often unused source mounts are looked for.
-const IDLE_TICK: Duration = Duration::from_secs(5);
+/// How often the mounts are looked after.
+const LOOK_AFTER: Duration = Duration::from_secs(5);
 
 /// What the node service is to do, as its own program is told.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -157,7 +157,7 @@ pub(super) async fn serve(
     let aside = async {
         tokio::select! {
             () = parts.aside => {}
-            () = retire_idle(table.clone()) => {}
+            () = look_after(table.clone()) => {}
             () = stopped(stop.clone()) => {}
         }
         Ok(())
@@ -171,13 +171,13 @@ pub(super) async fn serve(
     Ok(ExitCode::SUCCESS)
 }
 
-/// Unmounts what nobody uses any more, for ever.
-async fn retire_idle(table: MountTable) {
+/// Unmounts what nobody uses any more, and counts what is dead, for ever.
+async fn look_after(table: MountTable) {
     loop {
-        tokio::time::sleep(IDLE_TICK).await;
+        tokio::time::sleep(LOOK_AFTER).await;
         let table = table.clone();
-        if let Err(err) = tokio::task::spawn_blocking(move || table.retire_idle()).await {
-            warn!(error = %err, "looking for unused mounts failed");
+        if let Err(err) = tokio::task::spawn_blocking(move || table.look_after()).await {
+            warn!(error = %err, "looking after the mounts failed");
         }
         sys::drop_code();
     }
