@@ -1,4 +1,4 @@
-# clip-csi's image: one program, the libraries it is linked with, and the certificates it trusts; no shell.
+# clip-csi's image: its programs, the libraries they are linked with, and the certificates it trusts; no shell.
 #
 #   docker build -t REGISTRY/clip-csi/clip-csi:VERSION .
 #
@@ -14,11 +14,11 @@ WORKDIR /src
 COPY . .
 # Where sources lay while building is nobody's business and changes the bytes.
 RUN RUSTFLAGS="--remap-path-prefix=/src=/clip-csi --remap-path-prefix=${CARGO_HOME:-/root/.cargo}=/cargo" \
-    cargo build --locked --profile "$CARGO_PROFILE" --bin clip-csi
+    cargo build --locked --profile "$CARGO_PROFILE" --bins
 # The root of the image: libraries where the loader looks for them, names for root and for the user below.
-RUN set -eu; program="target/$CARGO_PROFILE/clip-csi"; \
-    install -D "$program" /image/usr/local/bin/clip-csi; \
-    ldd "$program" | grep -o '/[^ ]*' | sort -u | while read -r library; do install -D "$(readlink -f "$library")" "/image$library"; done; \
+RUN set -eu; \
+    for program in clip-csi clip-csi-node clip-csi-serve; do install -D "target/$CARGO_PROFILE/$program" "/image/usr/local/bin/$program"; done; \
+    for program in /image/usr/local/bin/*; do ldd "$program"; done | grep -o '/[^ ]*' | sort -u | while read -r library; do install -D "$(readlink -f "$library")" "/image$library"; done; \
     install -D -m 644 /etc/ssl/certs/ca-certificates.crt /image/etc/ssl/certs/ca-certificates.crt; \
     printf 'root:x:0:0:root:/:/sbin/nologin\nclip-csi:x:65532:65532:clip-csi:/:/sbin/nologin\n' >/image/etc/passwd; \
     printf 'root:x:0:\nclip-csi:x:65532:\n' >/image/etc/group; \

@@ -8,7 +8,7 @@ from cluster import project_image
 from cluster.case import ClusterCase, DriverCase, docker_config, truth
 from cluster.cluster import NODES, PRIVATE_REGISTRY, REGISTRY, condition
 from cluster.pods import SHELL, STAY, pod
-from cluster.release import CHART, REPOSITORY, secret
+from cluster.release import CHART, CONTAINERS, REPOSITORY, secret
 from harness import process, services
 from harness.process import say
 
@@ -58,14 +58,16 @@ class Install(ClusterCase):
         begin = time.monotonic()
         release.install()
         say(f"helm install --wait took {time.monotonic() - begin:.1f} s")
-        pods = release.pods()
-        self.assertEqual(sorted(pods), NODES)
+        for component, containers in CONTAINERS.items():
+            pods = release.pods(component)
+            self.assertEqual(sorted(pods), NODES)
+            for node in NODES:
+                self.assertTrue(condition(pods[node], "Ready"))
+                self.assertEqual({it["name"]: it["restartCount"] for it in pods[node]["status"]["containerStatuses"]}, dict.fromkeys(containers, 0), release.logs(node))
         for node in NODES:
-            self.assertTrue(condition(pods[node], "Ready"))
-            self.assertEqual([it["restartCount"] for it in pods[node]["status"]["containerStatuses"]], [0, 0, 0], release.logs(node))
             process.wait_until(lambda node=node: release.registered(node), f"the driver to be in CSINode {node}", 30)
             self.assertEqual(release.page(node, "/readyz"), "ok\n")
-        image = pods[N1]["spec"]["containers"][0]["image"]
+        image = release.pods()[N1]["spec"]["containers"][0]["image"]
         listed = self.cluster.nodes[N1].ctr("images", "ls", f"name=={image}").stdout
         self.assertIn(image, listed, "kubelet pulled the image that buildah built")
 
@@ -82,8 +84,9 @@ class Volumes(DriverCase):
         self.assert_mounted_tree(self.run_pod("nasty", node=N2, image=self.cluster.push("nasty")), "nasty")
 
     def test_shared(self):
-        """Two pods of a node share one source mount; it goes with the last of them."""
+        """Two pods of a node share one source mount; it goes some time after the last of them."""
         reference = self.cluster.push("small")
+        process.wait_until(lambda: self.metric(N1, "mounts") == 0, "the mounts of former cases to go", 30)
         before = self.metric(N1, "mounts")
         pods = [self.run_pod(f"shared-{number}", node=N1, image=reference) for number in (1, 2)]
         self.assertEqual(self.metric(N1, "mounts"), before + 1)

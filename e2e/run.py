@@ -5,7 +5,7 @@ usage: run.py [-k PATTERN]... [--cases NAME,NAME...] [--list] [--failfast] [--ke
 
 Needs root and a built program (`make e2e` builds it); takes down all that it puts up. Ends with a table
 of the cases and their times; the last line counts: "N passed, N failed, N skipped". Seeds are printed,
-CLIP_E2E_SEED sets them. A case is named by its method or its module, without `test_` and `e2e_`.
+CLIP_E2E_SEED sets them. A case is named by its method, its class or its module, without `test_` and `e2e_`.
 """
 
 import argparse
@@ -18,8 +18,8 @@ import unittest
 from harness import environment, paths, process
 
 # Cheap and general first; the cluster last, because it takes longest.
-MODULES = ["test_tree", "test_images", "test_chart", "e2e_tree", "e2e_sharing", "e2e_csi", "e2e_mirrors", "e2e_bad_input", "e2e_remote",
-           "e2e_cache", "e2e_kill", "e2e_cluster", "e2e_operations"]
+MODULES = ["test_tree", "test_images", "test_readers", "test_chart", "e2e_tree", "e2e_sharing", "e2e_csi", "e2e_mirrors", "e2e_bad_input", "e2e_remote",
+           "e2e_cache", "e2e_kill", "e2e_roles", "e2e_crash", "e2e_restart", "e2e_cluster", "e2e_rollout", "e2e_operations"]
 
 
 class Result(unittest.TextTestResult):
@@ -60,6 +60,10 @@ def names(test: unittest.TestCase) -> tuple[str, str]:
     return module.removeprefix("e2e_").removeprefix("test_").replace("_", "-"), method.removeprefix("test_").replace("_", "-")
 
 
+def chosen_by(test: unittest.TestCase) -> set[str]:
+    """What --cases may call it. Its class as well, because what belongs together may be in two modules."""
+    return {*names(test), type(test).__name__.lower()}
+
 
 def tests_of(suite):
     for it in suite:
@@ -80,13 +84,13 @@ def main() -> None:
 
     every = list(tests_of(unittest.defaultTestLoader.loadTestsFromNames(MODULES)))
     cases = {it.strip() for it in args.cases.split(",") if it.strip()}
-    unknown = cases - {name for test in every for name in names(test)}
+    unknown = cases - {name for test in every for name in chosen_by(test)}
     if unknown:
         sys.exit(f"run.py: no case is called {', '.join(sorted(unknown))}; --list prints all")
     chosen = [
         test for test in every
         if (not args.k or any(pattern in test.id() or fnmatch.fnmatch(test.id(), pattern) for pattern in args.k))
-        and (not cases or cases & set(names(test)))
+        and (not cases or cases & chosen_by(test))
     ]
     if args.list:
         print("\n".join(test.id() for test in chosen))

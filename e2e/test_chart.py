@@ -5,6 +5,7 @@ Needs Helm ($HELM, PATH, or the tests' cache) and promtool; a test without its t
 """
 
 import functools
+import hashlib
 import itertools
 import json
 import os
@@ -45,10 +46,11 @@ EVERYTHING = {
     "node": {
         "kubeletPath": "/data/kubelet", "tolerations": [{"key": "gpu", "operator": "Exists", "effect": "NoSchedule"}], "nodeSelector": {"disk": "nvme"},
         "affinity": {"nodeAffinity": {}}, "priorityClass": {"create": True}, "hostNetwork": True, "dnsConfig": {"nameservers": ["10.0.0.10"]},
-        "selinux": {"options": {"type": "spc_t"}}, "env": [{"name": "HTTPS_PROXY", "value": "http://proxy:3128"}], "envFrom": [{"configMapRef": {"name": "e"}}],
-        "annotations": {"a": "b"}, "podAnnotations": {"a": "b"}, "podLabels": {"a": "b"}, "publishWaitSeconds": 60, "drainSeconds": 1,
+        "runPath": "/run/images", "selinux": {"options": {"type": "spc_t"}}, "annotations": {"a": "b"}, "podAnnotations": {"a": "b"}, "podLabels": {"a": "b"},
+        "publishWaitSeconds": 60, "drainSeconds": 1, "serverDeadlineSeconds": 30, "idleSourceSeconds": 0,
         "serviceAccount": {"annotations": {"a": "b"}}, "startupTaint": {"enabled": True},
     },
+    "agent": {"env": [{"name": "HTTPS_PROXY", "value": "http://proxy:3128"}], "envFrom": [{"configMapRef": {"name": "e"}}]},
     "cache": {"hostPath": "/data/cache", "maxBytes": 200 << 30, "highWatermarkPercent": 85, "lowWatermarkPercent": 70, "minFreeBytes": 1 << 30,
               "maxLayerBytes": 1 << 40, "maxLayerEntries": 1000, "maxLayerIndexBytes": 1 << 20, "maxIndexNodes": 1000, "maxDecompressions": 2,
               "stallTimeoutSeconds": 30},
@@ -60,7 +62,7 @@ EVERYTHING = {
         "existingSecret": "pull", "connectTimeoutSeconds": 5, "readTimeoutSeconds": 6, "retries": 2, "maxBackoffSeconds": 3, "maxWaitSeconds": 60,
         "maxManifestBytes": 1 << 20, "maxLayers": 10,
     },
-    "fuse": {"threadsPerMount": 2, "readThreads": 4, "readAheadKib": 512},
+    "fuse": {"annotations": {"a": "b"}, "podAnnotations": {"a": "b"}, "podLabels": {"a": "b"}, "threadsPerMount": 2, "readThreads": 4, "readAheadKib": 512},
     "metrics": {"podMonitor": {"forceEnable": True, "labels": {"release": "p"}, "interval": "15s", "scrapeTimeout": "5s", "relabelings": [{"targetLabel": "x", "replacement": "y"}],
                                "metricRelabelings": [{"action": "labeldrop", "regex": "z"}]},
                 "prometheusRule": {"forceEnable": True, "labels": {"release": "p"}, "runbookUrl": "https://wiki.example/runbook", "disabledAlerts": ["ClipCsiHitRatioLow"],
@@ -77,8 +79,10 @@ COMBINATIONS = {
     "remote directory": {"remote": {"kind": "dir", "path": "/mnt/shared"}},
     "redis without secrets": {"remote": {"kind": "redis", "url": "redis://r"}},
     "no metrics": {"metrics": {"enabled": False}, "networkPolicy": {"enabled": True}},
+    "no Kubernetes API": {"agent": {"events": {"enabled": False}}},
     "no objects of its own": {"csiDriver": {"create": False}, "node": {"serviceAccount": {"create": False, "name": "given"}}, "test": {"enabled": False}},
-    "rolling update": {"node": {"updateStrategy": {"type": "RollingUpdate", "rollingUpdate": {"maxUnavailable": "10%"}}}},
+    "on delete": {"node": {"updateStrategy": {"type": "OnDelete"}}, "fuse": {"updateStrategy": {"type": "OnDelete"}}},
+    "no surge": {"fuse": {"updateStrategy": {"rollingUpdate": {"maxSurge": 0, "maxUnavailable": 1}}}},
     "other names": {"fullnameOverride": "images", "namespaceOverride": "storage", "csiDriver": {"name": "images.example.org"}},
 }
 
@@ -94,6 +98,11 @@ MISTAKES = [
     ({"node": {"tolerations": {"key": "gpu"}}}, "tolerations"),
     ({"node": {"tolerations": [{"effects": "NoSchedule"}]}}, "effects"),
     ({"node": {"updateStrategy": {"type": "Rolling"}}}, "type"),
+    ({"fuse": {"updateStrategy": {"rollingUpdate": {"surge": 1}}}}, "surge"),
+    ({"node": {"runPath": "run"}}, "runPath"),
+    ({"node": {"env": []}}, "env"),
+    ({"node": {"serverDeadlineSeconds": 0}}, "serverDeadlineSeconds"),
+    ({"log": {"level": "very much"}}, "level"),
     ({"node": {"resources": {"limit": {"memory": "1Gi"}}}}, "limit"),
     ({"node": {"podLabels": {"a": True}}}, "podLabels"),
     ({"cache": {"maxBytes": "100Gi"}}, "maxBytes"),
@@ -106,7 +115,7 @@ MISTAKES = [
     ({"registries": {"hosts": {"registry.example": {"insecure": True}}}}, "insecure"),
     ({"registries": {"hosts": {"registry.example": {"caBundle": {"key": "ca.crt"}}}}}, "configMap"),
     ({"metrics": {"port": 0}}, "port"),
-    ({"metrics": {"prometheusRule": {"disabledAlerts": "ClipCsiDriverDown"}}}, "disabledAlerts"),
+    ({"metrics": {"prometheusRule": {"disabledAlerts": "ClipCsiAgentDown"}}}, "disabledAlerts"),
     ({"csiDriver": {"name": "csi.example.v2"}}, "name"),
     ({"registration": {"mode": "both"}}, "mode"),
     # Not the schema's, but the templates' own.
@@ -160,11 +169,23 @@ def documented_metrics() -> set[str]:
 
 
 def containers(objects: list[dict]):
-    """Every container of the objects, with the pod's specification that it is in."""
+    """Every container of the objects, with the pod's specification that it is in; those that run to an end first."""
     for it in objects:
         spec = it["spec"] if it["kind"] == "Pod" else it.get("spec", {}).get("template", {}).get("spec") if it["kind"] == "DaemonSet" else None
-        for container in (spec or {}).get("containers", []):
+        for container in [*(spec or {}).get("initContainers", []), *(spec or {}).get("containers", [])]:
             yield spec, container
+
+
+def container_of(objects: list[dict], name: str) -> tuple[dict, dict]:
+    return next((spec, it) for spec, it in containers(objects) if it["name"] == name)
+
+
+def daemon_set(objects: list[dict], component: str) -> dict:
+    return next(it for it in objects if it["kind"] == "DaemonSet" and it["metadata"]["name"].endswith(f"-{component}"))
+
+
+def mounted(container: dict) -> dict[str, dict]:
+    return {mount["name"]: mount for mount in container.get("volumeMounts", [])}
 
 
 class NeedsHelm(unittest.TestCase):
@@ -215,8 +236,8 @@ class Rendering(NeedsHelm):
             for it in self.objects(values):
                 if it["kind"] == "DaemonSet":
                     spec = it["spec"]["template"]["spec"]
-                    mounted = {mount["name"] for container in spec["containers"] for mount in container["volumeMounts"]}
-                    self.assertEqual({volume["name"] for volume in spec["volumes"]}, mounted, name)
+                    used = {mount["name"] for container in [*spec.get("initContainers", []), *spec["containers"]] for mount in container["volumeMounts"]}
+                    self.assertEqual({volume["name"] for volume in spec["volumes"]}, used, name)
 
     def test_fields_of_newer_clusters_are_gated(self):
         for version, wanted in (("1.26.0", set()), ("1.27.0", {"seLinuxMount"}), ("1.35.0", {"seLinuxMount", "preventPodSchedulingIfMissing"})):
@@ -233,37 +254,87 @@ class Rendering(NeedsHelm):
         self.assertEqual(kinds({"metrics": {"enabled": False}}, "--api-versions", MONITORING), set())
 
     def test_registration_by_the_sidecar_or_by_the_driver(self):
-        names = lambda values: [container["name"] for _, container in containers(self.objects(merged(values, {"test": {"enabled": False}})))]
-        self.assertEqual(names({}), ["clip-csi", "node-driver-registrar", "livenessprobe"])
-        self.assertEqual(names({"registration": {"mode": "self"}}), ["clip-csi", "livenessprobe"])
+        names = lambda values: [it["name"] for it in daemon_set(self.objects(values), "node")["spec"]["template"]["spec"]["containers"]]
+        self.assertEqual(names({}), ["node", "agent", "node-driver-registrar", "livenessprobe"])
+        self.assertEqual(names({"registration": {"mode": "self"}}), ["node", "agent", "livenessprobe"])
 
     def test_one_path_is_true_for_kubelet_and_driver(self):
         objects = self.objects({"node": {"kubeletPath": "/data/kubelet"}})
-        driver, registrar = list(containers(objects))[:2]
-        self.assertIn("--endpoint=unix:///data/kubelet/plugins/csi.clip-csi.dev/csi.sock", driver[1]["args"])
-        self.assertIn("--kubelet-registration-path=/data/kubelet/plugins/csi.clip-csi.dev/csi.sock", registrar[1]["args"])
-        host = {volume["name"]: volume["hostPath"]["path"] for volume in driver[0]["volumes"] if "hostPath" in volume}
-        for _, container in containers(objects):
-            for mount in container["volumeMounts"]:
-                if mount["name"] in host:
-                    self.assertEqual(host[mount["name"]], mount["mountPath"])
+        self.assertIn("--endpoint=unix:///data/kubelet/plugins/csi.clip-csi.dev/csi.sock", container_of(objects, "node")[1]["args"])
+        self.assertIn("--kubelet-registration-path=/data/kubelet/plugins/csi.clip-csi.dev/csi.sock", container_of(objects, "node-driver-registrar")[1]["args"])
+        for spec, container in containers(objects):
+            host = {volume["name"]: volume["hostPath"]["path"] for volume in spec["volumes"] if "hostPath" in volume}
+            for name, mount in mounted(container).items():
+                if name in host:
+                    self.assertEqual(host[name], mount["mountPath"])
 
-    def test_a_change_of_the_configuration_changes_the_pod(self):
-        annotation = lambda values: self.only(self.objects(values), "DaemonSet")["spec"]["template"]["metadata"]["annotations"]["checksum/config"]
-        self.assertNotEqual(annotation({}), annotation({"cache": {"minFreeBytes": 1}}))
+    def test_the_roles_meet_in_one_directory_of_the_driver(self):
+        for driver in ("csi.clip-csi.dev", "images.example.org"):
+            objects = self.objects({"csiDriver": {"name": driver}, "node": {"runPath": "/run/images"}})
+            for role in ("node", "agent", "serve"):
+                spec, container = container_of(objects, role)
+                self.assertIn(f"--run-dir=/run/images/{driver}", container["args"])
+                self.assertEqual(mounted(container)["run"]["mountPath"], f"/run/images/{driver}")
+                self.assertIn({"path": f"/run/images/{driver}", "type": "DirectoryOrCreate"}, [it.get("hostPath") for it in spec["volumes"]])
+            for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
+                command = container_of(objects, "serve")[1][probe]["exec"]["command"]
+                self.assertEqual(command, ["/usr/local/bin/clip-csi", "status", "--run-dir", f"/run/images/{driver}", "serve"])
+            self.assertEqual(container_of(objects, "own")[1]["args"], ["own", "--uid=65532", "--gid=65532", f"/run/images/{driver}", "/var/lib/clip-csi/cache"])
+
+    def test_both_daemon_sets_run_on_the_same_nodes(self):
+        for values in ({}, EVERYTHING):
+            objects = self.objects(values)
+            node, fuse = (daemon_set(objects, it)["spec"]["template"]["spec"] for it in ("node", "fuse"))
+            for field in ("nodeSelector", "affinity", "tolerations", "priorityClassName"):
+                self.assertEqual(node.get(field), fuse.get(field), field)
+
+    def test_an_upgrade_hands_over(self):
+        objects = self.objects({})
+        self.assertEqual(daemon_set(objects, "fuse")["spec"]["updateStrategy"], {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 1, "maxUnavailable": 0}})
+        self.assertEqual(daemon_set(objects, "node")["spec"]["updateStrategy"], {"type": "RollingUpdate", "rollingUpdate": {"maxUnavailable": "10%"}})
+        # Both pods of a node are there for a while: nothing may belong to one alone.
+        pod = daemon_set(objects, "fuse")["spec"]["template"]["spec"]
+        self.assertNotIn("hostNetwork", pod)
+        self.assertFalse([it for container in pod["containers"] for it in container.get("ports", [])])
+
+    def test_a_change_of_the_configuration_changes_the_pods_that_read_it(self):
+        def annotations(values: dict) -> list[str]:
+            objects = self.objects(values)
+            return [daemon_set(objects, it)["spec"]["template"]["metadata"]["annotations"]["checksum/config"] for it in ("node", "fuse")]
+        node, fuse = annotations({})
+        self.assertNotEqual(annotations({"cache": {"minFreeBytes": 1}})[0], node)
+        self.assertEqual(annotations({"cache": {"minFreeBytes": 1}})[1], fuse, "what the agent alone reads pauses no reader")
+        changed = annotations({"fuse": {"readThreads": 1}})
+        self.assertNotIn(node, changed)
+        self.assertNotIn(fuse, changed)
 
     def test_notes_say_what_an_upgrade_does(self):
         notes = lambda values: run_helm("install", "clip-csi", str(CHART), "--dry-run=client", "--namespace", "n", values=merged(IMAGE, values)).stdout
-        self.assertIn("replaces no running node pod", notes({}))
-        self.assertIn("WARNING: node.updateStrategy is RollingUpdate", notes(COMBINATIONS["rolling update"]))
+        self.assertIn("UPGRADES disturb no running pod", notes({}))
+        self.assertNotIn("WARNING", notes({}))
+        self.assertIn("fuse.updateStrategy is OnDelete", notes(COMBINATIONS["on delete"]))
+        self.assertIn("WARNING: fuse.updateStrategy has no maxSurge", notes(COMBINATIONS["no surge"]))
 
 
 class Configuration(NeedsHelm):
+    def files(self, values: dict) -> dict[str, str]:
+        return self.only([it for it in self.objects(values) if it["metadata"]["name"].endswith("-config")], "ConfigMap")["data"]
+
     def config(self, values: dict) -> str:
-        return self.only([it for it in self.objects(values) if it["metadata"]["name"].endswith("-config")], "ConfigMap")["data"]["config.toml"]
+        return self.files(values)["agent.toml"]
 
     def everything(self) -> str:
         return self.config(EVERYTHING)
+
+    def test_each_role_reads_its_file(self):
+        objects = self.objects({})
+        files = {role: mounted(container_of(objects, role)[1])["config"]["subPath"] for role in ("node", "agent", "serve")}
+        self.assertEqual(files, {"node": "mounts.toml", "agent": "agent.toml", "serve": "mounts.toml"})
+
+    def test_node_service_and_server_hear_nothing_of_registries(self):
+        config = tomllib.loads(self.files(EVERYTHING)["mounts.toml"])
+        whole = tomllib.loads(self.everything())
+        self.assertEqual(config, {"cache": {"dir": "/data/cache"}, "fuse": whole["fuse"], "node": whole["node"]})
 
     def test_it_is_toml_of_the_values(self):
         config = tomllib.loads(self.everything())
@@ -294,8 +365,7 @@ class Configuration(NeedsHelm):
     def test_the_program_accepts_it(self):
         if not paths.binary().exists():
             self.skipTest(f"no {paths.binary()}: run `make build`")
-        for values in ({}, EVERYTHING):
-            text = self.everything() if values else self.config({})
+        for text in (*self.files({}).values(), *self.files(EVERYTHING).values()):
             with tempfile.TemporaryDirectory() as scratch:
                 file = pathlib.Path(scratch, "config.toml")
                 file.write_text(text)
@@ -305,55 +375,99 @@ class Configuration(NeedsHelm):
 
 
 class Security(NeedsHelm):
-    def test_only_the_driver_is_privileged(self):
+    def test_only_the_node_service_is_privileged(self):
         for spec, container in containers(self.objects({})):
-            context = container["securityContext"]
-            with self.subTest(container["name"]):
+            context, name = container["securityContext"], container["name"]
+            with self.subTest(name):
                 self.assertTrue(context["readOnlyRootFilesystem"])
-                self.assertEqual(context.get("privileged", False), container["name"] == "clip-csi")
-                if container["name"] != "clip-csi":
-                    self.assertEqual(context["capabilities"], {"drop": ["ALL"]})
+                self.assertEqual(context.get("privileged", False), name == "node")
+                if name != "node":
+                    more = {"add": ["CHOWN", "DAC_OVERRIDE", "FOWNER"]} if name == "own" else {}
+                    self.assertEqual(context["capabilities"], {"drop": ["ALL"], **more})
                     self.assertFalse(context["allowPrivilegeEscalation"])
                 self.assertNotIn("hostPID", spec)
                 self.assertNotIn("hostNetwork", spec)
                 self.assertEqual(container["terminationMessagePolicy"], "FallbackToLogsOnError")
 
-    def test_secrets_are_files(self):
-        done = template(merged(EVERYTHING, {"node": {"env": []}}))
+    def test_agent_and_server_are_nobody(self):
+        for role in ("agent", "serve"):
+            self.assertEqual(container_of(self.objects({}), role)[1]["securityContext"], {
+                "runAsNonRoot": True, "runAsUser": 65532, "runAsGroup": 65532, "readOnlyRootFilesystem": True, "allowPrivilegeEscalation": False,
+                "capabilities": {"drop": ["ALL"]}, "seccompProfile": {"type": "RuntimeDefault"}})
+
+    def test_each_role_has_what_it_needs_and_no_more(self):
+        objects = self.objects(EVERYTHING)
+        have = {name: set(mounted(container_of(objects, name)[1])) for name in ("own", "node", "agent", "serve")}
+        self.assertEqual(have, {
+            "own": {"run", "cache"},
+            "node": {"plugins-dir", "pods-dir", "run", "dev-fuse", "config"},
+            "agent": {"run", "cache", "config", "kubernetes-api", "remote-secret", "registry-secret", f"ca-{hashlib.sha256(b'private-ca').hexdigest()[:8]}"},
+            "serve": {"run", "cache", "config"},
+        })
+        self.assertTrue(mounted(container_of(objects, "serve")[1])["cache"]["readOnly"])
+        for role in ("agent", "serve"):
+            for mount in container_of(objects, role)[1]["volumeMounts"]:
+                self.assertNotEqual(mount.get("mountPropagation"), "Bidirectional", f"{role}: {mount}")
+
+    def test_the_server_has_no_network(self):
+        policies = {it["metadata"]["name"]: it["spec"] for it in self.objects({"networkPolicy": {"enabled": True}}) if it["kind"] == "NetworkPolicy"}
+        self.assertEqual(set(policies), {"clip-csi-node", "clip-csi-fuse"})
+        fuse = policies["clip-csi-fuse"]
+        self.assertEqual((fuse["policyTypes"], fuse["ingress"], fuse["egress"]), (["Ingress", "Egress"], [], []))
+        self.assertEqual(fuse["podSelector"]["matchLabels"]["app.kubernetes.io/component"], "fuse")
+
+    def test_secrets_are_files_of_the_agent(self):
+        done = template(merged(EVERYTHING, {"agent": {"env": []}}))
         self.assertNotIn("secretKeyRef", done.stdout)
         self.assertNotRegex(done.stdout, r"(?m)^kind: Secret$")
-        spec, driver = next(containers([it for it in yaml.safe_load_all(done.stdout) if it["kind"] == "DaemonSet"]))
+        objects = [it for it in yaml.safe_load_all(done.stdout) if it]
+        spec, agent = container_of(objects, "agent")
         secrets = {volume["name"]: volume["secret"] for volume in spec["volumes"] if "secret" in volume}
         self.assertEqual({it["secretName"] for it in secrets.values()}, {"remote", "pull"})
+        # Root's alone, and with fsGroup the agent's as well.
+        self.assertEqual(spec["securityContext"]["fsGroup"], agent["securityContext"]["runAsGroup"])
         for name, secret in secrets.items():
             self.assertEqual(secret["defaultMode"], 0o400, name)
-            self.assertTrue(next(it for it in driver["volumeMounts"] if it["name"] == name)["readOnly"])
+            self.assertTrue(mounted(agent)[name]["readOnly"])
+            self.assertEqual([it["name"] for _, it in containers(objects) if name in mounted(it)], ["agent"])
 
-    def test_the_kubernetes_api_is_for_the_startup_taint_alone(self):
+    def test_the_kubernetes_api_is_the_agents_and_for_what_is_enabled(self):
         kinds = {"ClusterRole", "ClusterRoleBinding", "Role", "RoleBinding"}
-        without = self.objects({})
-        self.assertEqual({it["kind"] for it in without} & kinds, set())
-        self.assertFalse(self.only(without, "DaemonSet")["spec"]["template"]["spec"]["automountServiceAccountToken"])
-        self.assertFalse(self.only(without, "ServiceAccount")["automountServiceAccountToken"])
-        taint = self.objects({"node": {"startupTaint": {"enabled": True}}})
-        pod = self.only(taint, "DaemonSet")["spec"]["template"]["spec"]
-        self.assertFalse(pod["automountServiceAccountToken"])
-        holders = [it["name"] for it in pod["containers"] if any(mount["name"] == "kubernetes-api" for mount in it["volumeMounts"])]
-        self.assertEqual(holders, ["clip-csi"])
-        granted = {(tuple(rule["resources"]), tuple(rule["verbs"])) for rule in self.only(taint, "ClusterRole")["rules"]}
-        self.assertEqual(granted, {(("csinodes",), ("get",)), (("nodes",), ("get",)), (("nodes",), ("patch",))})
+        nothing, taint = {"agent": {"events": {"enabled": False}}}, {"node": {"startupTaint": {"enabled": True}}}
+        for values, roles, options in ((nothing, set(), set()), ({}, {"Role", "RoleBinding"}, {"--events"}),
+                                       (merged(nothing, taint), {"ClusterRole", "ClusterRoleBinding"}, {"--startup-taint"}), (taint, kinds, {"--events", "--startup-taint"})):
+            objects = self.objects(values)
+            self.assertEqual({it["kind"] for it in objects} & kinds, roles)
+            self.assertFalse(self.only(objects, "ServiceAccount")["automountServiceAccountToken"])
+            for component in ("node", "fuse"):
+                self.assertFalse(daemon_set(objects, component)["spec"]["template"]["spec"]["automountServiceAccountToken"])
+            self.assertEqual([it["name"] for _, it in containers(objects) if "kubernetes-api" in mounted(it)], ["agent"] if roles else [])
+            for _, container in containers(objects):
+                have = {word.partition("=")[0] for word in container.get("args", [])} & {"--events", "--startup-taint"}
+                self.assertEqual(have, options if container["name"] == "agent" else set())
+                if have:
+                    self.assertIn("NODE_ID", [it["name"] for it in container["env"]])
+
+    def rules(self) -> dict[str, list[dict]]:
+        """All that may be granted, by kind of role."""
+        objects = self.objects({"node": {"startupTaint": {"enabled": True}}})
+        return {kind: self.only(objects, kind)["rules"] for kind in ("ClusterRole", "Role")}
+
+    def test_roles_grant_what_is_needed(self):
+        granted = {kind: {(*rule["resources"], *rule["verbs"]) for rule in rules} for kind, rules in self.rules().items()}
+        self.assertEqual(granted, {"ClusterRole": {("csinodes", "get"), ("nodes", "get"), ("nodes", "patch")}, "Role": {("events", "create")}})
 
     def test_each_rule_has_its_reason_above_it(self):
-        text = template({"node": {"startupTaint": {"enabled": True}}}).stdout
-        rules = [(lines[number - 1], lines[number]) for lines in [text.splitlines()] for number in range(len(lines)) if lines[number].lstrip().startswith("- apiGroups:")]
-        self.assertEqual(len(rules), 3)
+        lines = template({"node": {"startupTaint": {"enabled": True}}}).stdout.splitlines()
+        rules = [(lines[number - 1], lines[number]) for number in range(len(lines)) if lines[number].lstrip().startswith("- apiGroups:")]
+        self.assertEqual(len(rules), 4)
         for above, rule in rules:
             self.assertRegex(above, r"^\s*# [A-Z].*\.$", f"no reason above {rule!r}")
 
     def test_rules_have_users(self):
         """No verb or resource beside those that a comment of the table in SECURITY.md explains."""
         text = (DOCS / "SECURITY.md").read_text()
-        for rule in self.only(self.objects({"node": {"startupTaint": {"enabled": True}}}), "ClusterRole")["rules"]:
+        for rule in itertools.chain(*self.rules().values()):
             for resource, verb in itertools.product(rule["resources"], rule["verbs"]):
                 self.assertRegex(text, rf"\| `{resource}` \| `{verb}` \|")
 
@@ -389,7 +503,7 @@ class Schema(NeedsHelm):
             if node.get("additionalProperties", True) is False and isinstance(value, dict) and value:
                 self.assertLessEqual(set(value), set(node["properties"]), "values without a schema")
                 # Objects of Kubernetes, such as resources, may have more fields than the defaults use.
-                if not set(node["properties"]) & {"limits", "rollingUpdate"}:
+                if not set(node["properties"]) & {"limits", "rollingUpdate", "maxSurge"}:
                     self.assertEqual(set(value) - {"global"}, set(node["properties"]) - {"global"}, "a schema without a value")
                 for name, inner in value.items():
                     keys(node["properties"][name], inner)

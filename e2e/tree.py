@@ -62,6 +62,30 @@ def xattrs(path: bytes) -> str:
     return ",".join(pairs)
 
 
+def attributes(full: bytes, info: os.stat_result) -> dict[str, str]:
+    """The fields of one path that it has by itself: all but `sha256` and `group`."""
+    kind = TYPES[stat.S_IFMT(info.st_mode)]
+    fields = {
+        "type": kind,
+        "mode": f"{stat.S_IMODE(info.st_mode):04o}",
+        "uid": str(info.st_uid),
+        "gid": str(info.st_gid),
+        "mtime": f"{info.st_mtime_ns // 10**9}.{info.st_mtime_ns % 10**9:09d}",
+    }
+    if kind != "dir":
+        fields["nlink"] = str(info.st_nlink)
+    if kind in ("file", "link"):
+        fields["size"] = str(info.st_size)
+    if kind in ("char", "block"):
+        fields["rdev"] = f"{os.major(info.st_rdev)}:{os.minor(info.st_rdev)}"
+    if kind == "link":
+        fields["target"] = escape(os.readlink(full))
+    found = xattrs(full)
+    if found:
+        fields["xattrs"] = found
+    return fields
+
+
 def walk(root: bytes):
     """Yields (path relative to root, full path, lstat) for the root and everything below it."""
     pending = [(b".", root)]
@@ -94,30 +118,12 @@ def manifest(root: str, contents: bool = True, threads: int = 4) -> dict[str, di
 
     lines = {}
     for relative, full, info in found:
-        kind = TYPES[stat.S_IFMT(info.st_mode)]
+        fields = attributes(full, info)
         inode = (info.st_dev, info.st_ino)
-        fields = {
-            "type": kind,
-            "mode": f"{stat.S_IMODE(info.st_mode):04o}",
-            "uid": str(info.st_uid),
-            "gid": str(info.st_gid),
-            "mtime": f"{info.st_mtime_ns // 10**9}.{info.st_mtime_ns % 10**9:09d}",
-        }
-        if kind != "dir":
-            fields["nlink"] = str(info.st_nlink)
-            if len(groups[inode]) > 1:
-                fields["group"] = escape(groups[inode][0])
-        if kind in ("file", "link"):
-            fields["size"] = str(info.st_size)
-        if kind in ("char", "block"):
-            fields["rdev"] = f"{os.major(info.st_rdev)}:{os.minor(info.st_rdev)}"
-        if kind == "link":
-            fields["target"] = escape(os.readlink(full))
-        if kind == "file" and contents:
+        if fields["type"] != "dir" and len(groups[inode]) > 1:
+            fields["group"] = escape(groups[inode][0])
+        if fields["type"] == "file" and contents:
             fields["sha256"] = digests[inode]
-        attributes = xattrs(full)
-        if attributes:
-            fields["xattrs"] = attributes
         lines[escape(relative)] = fields
     return lines
 

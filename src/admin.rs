@@ -32,7 +32,19 @@ use tokio::{
 };
 use tracing::{debug, warn};
 
-use crate::metrics::Metrics;
+use crate::{metrics::Metrics, tier::BoxFuture};
+
+/// What `/metrics` shows.
+pub trait Page: Send + Sync + 'static {
+    /// The metrics in Prometheus' text format.
+    fn page(&self) -> BoxFuture<'_, prometheus::Result<String>>;
+}
+
+impl Page for Metrics {
+    fn page(&self) -> BoxFuture<'_, prometheus::Result<String>> {
+        Box::pin(std::future::ready(self.encode()))
+    }
+}
 
 /// Connections at once: Prometheus, kubelet's two probes, a person, and room.
 const MAX_CONNECTIONS: usize = 16;
@@ -75,7 +87,8 @@ impl Ready {
         *self.missing.lock().unwrap_or_else(PoisonError::into_inner) = missing;
     }
 
-    fn missing(&self) -> Option<Cow<'static, str>> {
+    /// What is missing; `None` when the driver is ready.
+    pub fn missing(&self) -> Option<Cow<'static, str>> {
         self.missing
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
@@ -86,11 +99,11 @@ impl Ready {
 /// Serves until `shutdown` is ready. Connections are cut off then: nobody's work depends on them.
 pub async fn serve(
     listener: TcpListener,
-    metrics: Metrics,
+    metrics: impl Page,
     ready: Arc<Ready>,
     shutdown: impl Future<Output = ()>,
 ) {
-    let accepting = accept(listener, metrics, ready);
+    let accepting = accept(listener, Arc::new(metrics), ready);
     tokio::select! {
         () = accepting => {}
         () = shutdown => {}
@@ -98,7 +111,7 @@ pub async fn serve(
 }
 
 /// Accepts connections for ever; owns their tasks, and ends them when it is dropped.
-async fn accept(listener: TcpListener, metrics: Metrics, ready: Arc<Ready>) {
+async fn accept(listener: TcpListener, metrics: Arc<dyn Page>, ready: Arc<Ready>) {
     let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     let mut connections = JoinSet::new();
     loop {
@@ -115,10 +128,10 @@ async fn accept(listener: TcpListener, metrics: Metrics, ready: Arc<Ready>) {
                 continue;
             }
         };
-        let (metrics, ready) = (metrics.clone(), Arc::clone(&ready));
+        let (metrics, ready) = (Arc::clone(&metrics), Arc::clone(&ready));
         connections.spawn(async move {
             let _slot = slot;
-            match timeout(CONNECTION_TIMEOUT, answer_one(stream, &metrics, &ready)).await {
+            match timeout(CONNECTION_TIMEOUT, answer_one(stream, &*metrics, &ready)).await {
                 Ok(Ok(())) => {}
                 Ok(Err(err)) => debug!(error = %err, "admin connection failed"),
                 Err(_) => debug!("admin connection took too long"),
@@ -127,10 +140,10 @@ async fn accept(listener: TcpListener, metrics: Metrics, ready: Arc<Ready>) {
     }
 }
 
-async fn answer_one(stream: TcpStream, metrics: &Metrics, ready: &Ready) -> hyper::Result<()> {
-    let service = service_fn(|request: Request<_>| {
-        let response = respond(request.method(), request.uri().path(), metrics, ready);
-        std::future::ready(Ok::<_, Infallible>(response))
+async fn answer_one(stream: TcpStream, metrics: &dyn Page, ready: &Ready) -> hyper::Result<()> {
+    let service = service_fn(|request: Request<_>| async move {
+        let response = respond(request.method(), request.uri().path(), metrics, ready).await;
+        Ok::<_, Infallible>(response)
     });
     http1::Builder::new()
         .timer(TokioTimer::new())
@@ -140,9 +153,14 @@ async fn answer_one(stream: TcpStream, metrics: &Metrics, ready: &Ready) -> hype
         .await
 }
 
-fn respond(method: &Method, path: &str, metrics: &Metrics, ready: &Ready) -> Response<Full<Bytes>> {
+async fn respond(
+    method: &Method,
+    path: &str,
+    metrics: &dyn Page,
+    ready: &Ready,
+) -> Response<Full<Bytes>> {
     let (status, text) = match (method, path) {
-        (&Method::GET, "/metrics") => match metrics.encode() {
+        (&Method::GET, "/metrics") => match metrics.page().await {
             Ok(text) => (StatusCode::OK, text),
             Err(err) => (StatusCode::INTERNAL_SERVER_ERROR, format!("{err}\n")),
         },

@@ -52,8 +52,16 @@ pub enum LogFormat {
 /// What to do.
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Serve CSI Identity and Node on a Unix socket.
+    /// Serve CSI Identity and Node on a Unix socket, and mount what `serve` serves.
     Node(NodeArgs),
+    /// Fetch what the mounts of a node need, keep its cache, and serve /metrics for all its processes.
+    Agent(AgentArgs),
+    /// Serve the mounts of a node.
+    Serve(ServeArgs),
+    /// Give directories to a user, all that is in them included: for an init container.
+    Own(OwnArgs),
+    /// Say whether a process of the node answers: exit code 0 if it does.
+    Status(StatusArgs),
     /// Mount an image at a directory, read-only.
     Mount(MountArgs),
     /// Unmount what `mount` mounted.
@@ -69,6 +77,92 @@ pub enum Command {
     Cache(CacheCommand),
 }
 
+/// Where the processes of a node meet.
+#[derive(Debug, Clone, Args)]
+pub struct RunDirArgs {
+    /// Directory of the sockets by which the processes of this node talk; it belongs to the user of
+    /// `agent` and `serve`.
+    #[arg(
+        long,
+        env = "CLIP_CSI_RUN_DIR",
+        value_name = "DIR",
+        default_value = "/run/clip-csi"
+    )]
+    pub run_dir: PathBuf,
+}
+
+/// Settings of `clip-csi agent`.
+#[derive(Debug, Args)]
+pub struct AgentArgs {
+    /// Where the processes of this node meet.
+    #[command(flatten)]
+    pub run: RunDirArgs,
+    /// Address of /metrics, /healthz and /readyz; none are served without it.
+    #[arg(long, env = "CLIP_CSI_METRICS_ADDR", value_name = "ADDRESS:PORT")]
+    pub metrics_addr: Option<SocketAddr>,
+    /// Remove taints with this key from the node once kubelet has registered the driver; needs a pod
+    /// whose service account may get CSINodes, and get and patch Nodes.
+    #[arg(
+        long,
+        env = "CLIP_CSI_STARTUP_TAINT",
+        value_name = "KEY",
+        requires = "node_id"
+    )]
+    pub startup_taint: Option<String>,
+    /// Write events of the node when its mounts are lost; needs a pod whose service account may create
+    /// events in the namespace default.
+    #[arg(long, env = "CLIP_CSI_EVENTS", requires = "node_id")]
+    pub events: bool,
+    /// Name of this node in Kubernetes.
+    #[arg(long, env = "NODE_ID")]
+    pub node_id: Option<String>,
+    /// Name of the driver in Kubernetes.
+    #[arg(long, env = "CLIP_CSI_DRIVER_NAME", default_value = "csi.clip-csi.dev")]
+    pub driver_name: String,
+}
+
+/// Settings of `clip-csi serve`.
+#[derive(Debug, Args)]
+pub struct ServeArgs {
+    /// Where the processes of this node meet.
+    #[command(flatten)]
+    pub run: RunDirArgs,
+}
+
+/// Settings of `clip-csi own`.
+#[derive(Debug, Args)]
+pub struct OwnArgs {
+    /// User that the directories are to belong to.
+    #[arg(long)]
+    pub uid: u32,
+    /// Group that they are to belong to.
+    #[arg(long)]
+    pub gid: u32,
+    /// The directories; they are made if they are not there.
+    #[arg(required = true)]
+    pub dirs: Vec<PathBuf>,
+}
+
+/// Settings of `clip-csi status`.
+#[derive(Debug, Args)]
+pub struct StatusArgs {
+    /// Where the processes of this node meet.
+    #[command(flatten)]
+    pub run: RunDirArgs,
+    /// Which process.
+    #[arg(value_enum)]
+    pub role: StatusRole,
+}
+
+/// A process that can be asked how it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum StatusRole {
+    /// `clip-csi node`.
+    Node,
+    /// `clip-csi serve`.
+    Serve,
+}
+
 /// Settings of `clip-csi node`.
 #[derive(Debug, Args)]
 pub struct NodeArgs {
@@ -79,6 +173,12 @@ pub struct NodeArgs {
         default_value = "unix:///run/clip-csi/csi.sock"
     )]
     pub endpoint: String,
+    /// Where the processes of this node meet.
+    #[command(flatten)]
+    pub run: RunDirArgs,
+    /// Fetch and serve in this process too: mounts end with it.
+    #[arg(long)]
+    pub in_process: bool,
     /// Name of this node in Kubernetes.
     #[arg(long, env = "NODE_ID")]
     pub node_id: String,

@@ -5,7 +5,7 @@
 
 use std::path::{Path, PathBuf};
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 use crate::{layer::CacheConfig, registry::RegistryConfig, remote::RemoteConfig};
 
@@ -81,13 +81,17 @@ impl Default for FuseConfig {
 }
 
 /// Settings of the CSI node service.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct NodeConfig {
     /// How long a publish waits for its image before it answers that work goes on, in seconds.
     ///
     /// Kubelet gives a call two minutes.
     pub publish_wait_seconds: u64,
+    /// How long a mount waits for a server after one has died, before it is given up, in seconds.
+    pub server_deadline_seconds: u64,
+    /// How long a source mount is kept that no volume uses any more, in seconds.
+    pub idle_source_seconds: u64,
     /// How long the end waits for uploads under way, in seconds; what is left is uploaded by the
     /// next start.
     pub drain_seconds: u64,
@@ -97,6 +101,10 @@ impl Default for NodeConfig {
     fn default() -> Self {
         Self {
             publish_wait_seconds: 100,
+            // A pod is rescheduled, or an image pulled, in less; and who waits, waits in the kernel.
+            server_deadline_seconds: 60,
+            // A pod that is restarted finds it.
+            idle_source_seconds: 60,
             drain_seconds: 5,
         }
     }

@@ -6,6 +6,7 @@
 
 use std::{fmt, str::FromStr};
 
+use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 /// Says why a text is not a digest.
@@ -58,7 +59,8 @@ pub fn from_hex(text: &str) -> Option<[u8; 32]> {
 macro_rules! sha256_digest {
     ($(#[$doc:meta])* $name:ident) => {
         $(#[$doc])*
-        #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+        #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+        #[serde(try_from = "String", into = "String")]
         pub struct $name([u8; 32]);
 
         impl $name {
@@ -105,6 +107,20 @@ macro_rules! sha256_digest {
                 };
                 let bytes = from_hex(hex).ok_or_else(|| DigestError::Hex { text: text.to_owned() })?;
                 Ok(Self(bytes))
+            }
+        }
+
+        impl TryFrom<String> for $name {
+            type Error = DigestError;
+
+            fn try_from(text: String) -> Result<Self, DigestError> {
+                text.parse()
+            }
+        }
+
+        impl From<$name> for String {
+            fn from(digest: $name) -> Self {
+                digest.to_string()
             }
         }
     };

@@ -9,10 +9,14 @@ pub mod chunk;
 pub mod clock;
 pub mod digest;
 pub mod disk;
+pub mod exposition;
+mod failpoint;
 pub mod metrics;
 pub mod secret;
 pub mod sys;
 pub mod telemetry;
+
+pub mod ipc;
 
 pub mod index;
 pub mod tar;
@@ -23,6 +27,7 @@ pub mod tier;
 pub mod registry;
 pub mod remote;
 
+pub mod node_events;
 pub mod node_taint;
 
 pub mod layer;
@@ -33,6 +38,8 @@ pub mod indexer;
 pub mod fuse;
 
 pub mod mount;
+
+pub mod roles;
 
 pub mod admin;
 pub mod csi;

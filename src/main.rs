@@ -7,5 +7,8 @@ use clip_csi::{cli::Cli, run, sys};
 
 fn main() -> ExitCode {
     sys::tune_allocator();
-    run::run(Cli::parse())
+    let cli = Cli::parse();
+    // Reading the command line runs a lot of code, once.
+    sys::drop_code();
+    run::run(cli)
 }

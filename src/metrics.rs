@@ -135,8 +135,14 @@ pub struct Metrics {
     pub mounts: IntGauge,
     /// Published volumes.
     pub volumes: IntGauge,
-    /// Volumes of a former process whose mounts are dead.
+    /// Volumes whose mounts are dead.
     pub dead_volumes: IntGauge,
+    /// Whether a server is there that the node service can give mounts to (1) or not (0).
+    pub serve_up: IntGauge,
+    /// Mounts that a server took over from another one.
+    pub serve_takeovers: IntCounter,
+    /// Mounts that were given up because no server came in time, or none could go on with them.
+    pub mounts_aborted: IntCounter,
     /// CSI calls by name and gRPC code.
     pub csi_requests: IntCounterVec,
     /// Time of CSI calls.
@@ -151,16 +157,43 @@ pub struct Metrics {
     pub build_info: IntCounterVec,
 }
 
+/// Which process of a node the metrics are of: the value of the label `role`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Role {
+    /// The CSI node service, or a process that does all.
+    Node,
+    /// The agent.
+    Agent,
+    /// The server.
+    Serve,
+}
+
+impl Role {
+    const fn label(self) -> &'static str {
+        match self {
+            Self::Node => "node",
+            Self::Agent => "agent",
+            Self::Serve => "serve",
+        }
+    }
+}
+
 impl Metrics {
+    /// Makes the metrics of the node service, or of a process that does all.
+    pub fn new() -> Self {
+        Self::of(Role::Node)
+    }
+
     /// Makes the metrics, with every labelled series of the closed sets at zero, so that a ratio
     /// can be computed before the first event.
     ///
     /// # Panics
     /// If two metrics have one name, which a test excludes.
-    pub fn new() -> Self {
+    pub fn of(role: Role) -> Self {
         let registry = Registry::new();
         let make = Maker {
             registry: &registry,
+            role,
         };
         let metrics = Self {
             tier_reads: make.counters("tier_reads_total", "Reads by the tier that was asked and how it answered.", &["tier", "outcome"]),
@@ -189,13 +222,16 @@ impl Metrics {
             registered: make.int_gauge("registered", "Whether kubelet has registered the driver (1) or not (0)."),
             mounts: make.int_gauge("mounts", "Source mounts: one per image and options."),
             volumes: make.int_gauge("volumes", "Published volumes."),
-            dead_volumes: make.int_gauge("dead_volumes", "Volumes of a former process whose mounts are dead, until they are published anew or unpublished."),
+            dead_volumes: make.int_gauge("dead_volumes", "Volumes whose mounts are dead, until they are published anew or unpublished."),
+            serve_up: make.int_gauge("serve_up", "Whether a server of FUSE mounts is connected to the node service (1) or not (0)."),
+            serve_takeovers: make.counter("serve_takeovers_total", "Mounts that a server took over from another one."),
+            mounts_aborted: make.counter("mounts_aborted_total", "Mounts given up because no server came in time, or none could go on with them."),
             csi_requests: make.counters("csi_requests_total", "CSI calls by name and gRPC code.", &["rpc", "code"]),
             csi_request_duration: make.histograms("csi_request_duration_seconds", "Time of CSI calls.", &["rpc"], CALL_BUCKETS_SECONDS),
-            process_resident_memory_bytes: make.gauge("process_resident_memory_bytes", "Resident memory of this process (VmRSS)."),
-            process_resident_memory_highwater_bytes: make.gauge("process_resident_memory_highwater_bytes", "Highest resident memory of this process so far (VmHWM)."),
-            process_start_time: make.gauge("process_start_time_seconds", "When this process started, in seconds since 1970."),
-            build_info: make.counters("build_info", "Always 1; the label carries the version.", &["version"]),
+            process_resident_memory_bytes: make.role_gauge("process_resident_memory_bytes", "Resident memory of this process (VmRSS)."),
+            process_resident_memory_highwater_bytes: make.role_gauge("process_resident_memory_highwater_bytes", "Highest resident memory of this process so far (VmHWM)."),
+            process_start_time: make.role_gauge("process_start_time_seconds", "When this process started, in seconds since 1970."),
+            build_info: make.role_counters("build_info", "Always 1; the label carries the version.", &["version"]),
             cache_disk: Arc::default(),
             registry,
         };
@@ -288,6 +324,7 @@ impl Default for Metrics {
 /// Makes a metric with the driver's prefix and registers it.
 struct Maker<'a> {
     registry: &'a Registry,
+    role: Role,
 }
 
 impl Maker<'_> {
@@ -321,10 +358,18 @@ impl Maker<'_> {
         ))
     }
 
-    fn gauge(&self, name: &str, help: &str) -> Gauge {
-        self.registered(Gauge::with_opts(
-            Opts::new(name, help).namespace("clip_csi"),
-        ))
+    /// One of which each process of a node has its own.
+    fn role_gauge(&self, name: &str, help: &str) -> Gauge {
+        self.registered(Gauge::with_opts(self.role_opts(name, help)))
+    }
+
+    fn role_counters(&self, name: &str, help: &str, labels: &[&str]) -> IntCounterVec {
+        self.registered(IntCounterVec::new(self.role_opts(name, help), labels))
+    }
+
+    fn role_opts(&self, name: &str, help: &str) -> Opts {
+        let opts = Opts::new(name, help).namespace("clip_csi");
+        opts.const_label("role", self.role.label())
     }
 
     fn histogram(&self, name: &str, help: &str, buckets: &[f64]) -> Histogram {

@@ -24,6 +24,35 @@ impl<T> fmt::Debug for Secret<T> {
     }
 }
 
+/// Sends a secret to another role of this node, over a private socket and nowhere else: for
+/// `#[serde(with = "exposed")]` on a field, so that no secret is serializable by accident.
+pub mod exposed {
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    use super::Secret;
+
+    /// Writes the value.
+    ///
+    /// # Errors
+    /// The serializer's.
+    pub fn serialize<T: Serialize, S: Serializer>(
+        secret: &Secret<T>,
+        serializer: S,
+    ) -> Result<S::Ok, S::Error> {
+        secret.expose().serialize(serializer)
+    }
+
+    /// Reads the value.
+    ///
+    /// # Errors
+    /// The deserializer's.
+    pub fn deserialize<'de, T: Deserialize<'de>, D: Deserializer<'de>>(
+        deserializer: D,
+    ) -> Result<Secret<T>, D::Error> {
+        T::deserialize(deserializer).map(Secret::new)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

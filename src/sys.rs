@@ -1,14 +1,15 @@
-//! The only module with `unsafe`: memory maps and the allocator's settings.
+//! The only module with `unsafe`: memory maps, a descriptor's number, the allocator.
 
 #![expect(
     unsafe_code,
-    reason = "mmap and mallopt have no safe interface; nothing else is here"
+    reason = "mmap, madvise, dup3, mallopt and a peer without a pid have no safe interface; nothing else is here"
 )]
 
 use std::{
     fs::File,
     io,
     ops::Deref,
+    os::fd::{AsRawFd, BorrowedFd},
     sync::atomic::{AtomicU64, Ordering},
 };
 
@@ -119,6 +120,112 @@ impl SharedWords {
     }
 }
 
+/// 64-bit words of a file that other processes change, mapped for reading.
+#[derive(Debug)]
+pub struct WordsView(memmap2::MmapRaw);
+
+impl WordsView {
+    /// Maps the whole of `file`, whose length must not change.
+    ///
+    /// # Errors
+    /// Those of mmap(2).
+    pub fn new(file: &File) -> io::Result<Self> {
+        Ok(Self(memmap2::MmapOptions::new().map_raw_read_only(file)?))
+    }
+
+    /// Reads word `at`; sees what was written before a bit that it sees was set.
+    ///
+    /// # Panics
+    /// If there is no such word.
+    pub fn load(&self, at: usize) -> u64 {
+        assert!(at < self.0.len() / 8, "word {at} of {}", self.0.len() / 8);
+        // SAFETY: the map is page-aligned and lives as long as `self`; `at` is inside it; all
+        // accesses, here and in other processes, are atomic, and this one only reads.
+        let word = unsafe { &*self.0.as_ptr().cast::<AtomicU64>().add(at) };
+        word.load(Ordering::Acquire)
+    }
+}
+
+/// Makes the descriptor number `place` another name of the open file `file`; what it named is closed.
+///
+/// # Errors
+/// Those of dup3(2); then nothing is changed.
+pub fn replace_descriptor(place: BorrowedFd<'_>, file: BorrowedFd<'_>) -> io::Result<()> {
+    // SAFETY: both numbers are open descriptors, as their types say, and `place` stays one: whoever
+    // owns it goes on to own an open descriptor.
+    let made = unsafe { libc::dup3(file.as_raw_fd(), place.as_raw_fd(), libc::O_CLOEXEC) };
+    if made < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+/// Who is at the other end of a Unix socket.
+///
+/// rustix has this, but takes the peer's pid for one that is never 0: it is, where the peer is in
+/// another pod, whose processes this one cannot see.
+///
+/// # Errors
+/// Those of getsockopt(2).
+pub fn peer_uid(socket: BorrowedFd<'_>) -> io::Result<u32> {
+    let mut peer = libc::ucred {
+        pid: 0,
+        uid: 0,
+        gid: 0,
+    };
+    let wanted = std::mem::size_of::<libc::ucred>();
+    let mut len = libc::socklen_t::try_from(wanted).map_err(io::Error::other)?;
+    // SAFETY: the kernel writes at most `len` bytes to `peer`, of which every value is valid.
+    let failed = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_PEERCRED,
+            (&raw mut peer).cast(),
+            &raw mut len,
+        )
+    };
+    if failed != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    if usize::try_from(len) != Ok(wanted) {
+        return Err(io::Error::other(
+            "SO_PEERCRED: the kernel's answer has another length",
+        ));
+    }
+    Ok(peer.uid)
+}
+
+/// Gives up, for this process and all that it starts, the network: from now on sockets are Unix
+/// sockets, and io_uring, which could make others, is none.
+///
+/// # Errors
+/// If the kernel has no seccomp filters.
+pub fn unix_sockets_only() -> io::Result<()> {
+    use seccompiler::{
+        BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
+        SeccompRule, apply_filter_all_threads,
+    };
+    let make = || -> Result<BpfProgram, seccompiler::BackendError> {
+        let family = u64::from(libc::AF_UNIX.unsigned_abs());
+        let others = SeccompCondition::new(0, SeccompCmpArgLen::Dword, SeccompCmpOp::Ne, family)?;
+        let rules = [
+            (libc::SYS_socket, vec![SeccompRule::new(vec![others])?]),
+            (libc::SYS_io_uring_setup, Vec::new()),
+        ];
+        let refused = libc::EAFNOSUPPORT.unsigned_abs();
+        let filter = SeccompFilter::new(
+            rules.into_iter().collect(),
+            SeccompAction::Allow,
+            SeccompAction::Errno(refused),
+            std::env::consts::ARCH.try_into()?,
+        )?;
+        filter.try_into()
+    };
+    let program = make().map_err(io::Error::other)?;
+    apply_filter_all_threads(&program).map_err(io::Error::other)
+}
+
 /// Sets the allocator up for a small resident size; call it first in `main`.
 ///
 /// glibc raises its mmap threshold when a large block is freed, and later large blocks (fuser's
@@ -140,6 +247,53 @@ pub fn trim_allocator() {
     // SAFETY: malloc_trim(3) is thread-safe and touches only free memory.
     unsafe {
         libc::malloc_trim(0);
+    }
+}
+
+/// Gives the pages of code and constants that were mapped back to the kernel; what runs is mapped
+/// again, from the page cache.
+///
+/// Most of what a process has resident is code that ran once, at its start, and what the kernel maps
+/// around it (64 KiB with each page). Call it when a stage of the work is over.
+pub fn drop_code() {
+    /// Gives back the segments of one object that nobody can write to.
+    ///
+    /// # Safety
+    /// As dl_iterate_phdr(3) calls it.
+    unsafe extern "C" fn drop_object(
+        object: *mut libc::dl_phdr_info,
+        _: usize,
+        _: *mut libc::c_void,
+    ) -> libc::c_int {
+        // SAFETY: the loader passes a valid object, whose headers are that many.
+        let (base, headers) = unsafe {
+            let object = &*object;
+            let n_headers = usize::from(object.dlpi_phnum);
+            let headers = std::slice::from_raw_parts(object.dlpi_phdr, n_headers);
+            (object.dlpi_addr, headers)
+        };
+        for header in headers {
+            if header.p_type != libc::PT_LOAD || header.p_flags & libc::PF_W != 0 {
+                continue;
+            }
+            const PAGE_MASK: u64 = 4095;
+            let begin = (base + header.p_vaddr) & !PAGE_MASK;
+            let end = base + header.p_vaddr + header.p_memsz;
+            let (Ok(begin), Ok(len)) = (usize::try_from(begin), usize::try_from(end - begin))
+            else {
+                continue;
+            };
+            // SAFETY: a segment that was never writable equals its file, from which it is mapped
+            // again at the next access. Where that is refused (the vdso), nothing happens.
+            unsafe {
+                libc::madvise(begin as *mut libc::c_void, len, libc::MADV_DONTNEED);
+            }
+        }
+        0
+    }
+    // SAFETY: the callback keeps nothing of what it is given.
+    unsafe {
+        libc::dl_iterate_phdr(Some(drop_object), std::ptr::null_mut());
     }
 }
 
@@ -182,6 +336,15 @@ mod tests {
         assert_eq!(other.load(1), 0b100);
         file.set_len(9).unwrap();
         assert!(SharedWords::new(&file).is_err());
+    }
+
+    #[test]
+    fn code_that_was_given_back_runs_on() {
+        drop_code();
+        let before = memory().resident_bytes;
+        drop_code();
+        assert_eq!(format!("{:>5}", 17), "   17");
+        assert!(memory().resident_bytes <= before + (4 << 20));
     }
 
     #[test]

@@ -9,10 +9,11 @@
 //!   and the next one is asked.
 //! - [`BlobSource`]: the origin. Its errors are the only ones that reach a reader.
 
-use std::{fmt, future::Future, ops::Range, path::PathBuf, pin::Pin, time::Duration};
+use std::{borrow::Cow, fmt, future::Future, ops::Range, path::PathBuf, pin::Pin, time::Duration};
 
 use bytes::Bytes;
 use futures_util::Stream;
+use serde::{Deserialize, Serialize};
 
 use crate::digest::{BlobDigest, DiffId};
 
@@ -46,8 +47,9 @@ pub trait MakePresent: Send + Sync + fmt::Debug {
 
 /// Says why chunks could not be made present.
 ///
-/// Cloneable, because everybody who waits for the same fill is told.
-#[derive(Debug, Clone, thiserror::Error)]
+/// Cloneable, because everybody who waits for the same fill is told; serializable, because some of
+/// them wait in another process.
+#[derive(Debug, Clone, thiserror::Error, Serialize, Deserialize)]
 pub enum PresentError {
     /// The origin failed, after its retries.
     #[error("fetching layer {layer}")]
@@ -98,7 +100,7 @@ pub enum PresentError {
         /// The layer that was wanted.
         layer: DiffId,
         /// The limit's name in the configuration.
-        limit: &'static str,
+        limit: Cow<'static, str>,
         /// Its value.
         max: u64,
     },
@@ -145,7 +147,7 @@ pub trait BlobSource: Send + Sync + fmt::Debug {
 /// Says why the origin did not give what was asked.
 ///
 /// Texts end up in `kubectl describe pod`: they name the object and what to do, never a secret.
-#[derive(Debug, Clone, thiserror::Error)]
+#[derive(Debug, Clone, thiserror::Error, Serialize, Deserialize)]
 pub enum SourceError {
     /// The registry has no such image or blob.
     #[error("{what} was not found at {registry}: check the name, and that it was pushed")]

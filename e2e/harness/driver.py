@@ -50,33 +50,21 @@ def write_config(file: pathlib.Path, *, plain_http=(), redis: services.Redis | N
     return file
 
 
-class Worker:
-    """`clip-csi node`: a node of a cluster, with a cache, a socket and metrics of its own."""
+class Driver:
+    """A node of a cluster, with a cache, a socket and metrics of its own: what all ways to run one have in common."""
 
-    def __init__(self, directory: pathlib.Path, config: pathlib.Path, *, cache_dir: pathlib.Path | None = None, options=(), env=None):
+    def __init__(self, directory: pathlib.Path, config: pathlib.Path, *, cache_dir: pathlib.Path | None = None):
         self.directory, self.config = directory, config
         directory.mkdir(parents=True, exist_ok=True)
         self.state_dir = directory / "state"
         self.cache_dir = cache_dir or directory / "cache"
         self.targets = directory / "pods"
         self.targets.mkdir(exist_ok=True)
-        # Not below `directory`: a socket's path has 107 bytes at most.
+        # A socket's path has 107 bytes at most.
         self.socket = directory / "csi.sock"
         assert len(str(self.socket)) < 108, f"too long for a socket: {self.socket}"
         self.log = directory / "log"
-        self.options, self.env = options, env
-        self.start()
-
-    def start(self) -> None:
-        """Also the restart after a kill: everything is where it was."""
         self.metrics_port = process.free_port()
-        self.server = process.Server(
-            [paths.binary(), "node", "--endpoint", f"unix://{self.socket}", "--node-id", self.directory.name,
-             "--state-dir", self.state_dir, "--cache-dir", self.cache_dir, "--config", self.config,
-             "--metrics-addr", f"127.0.0.1:{self.metrics_port}", *self.options],
-            stdout=self.log, env=self.env,
-        )
-        self.server.wait_ready(lambda: self.socket.exists() and self.csi("probe").ok, f"clip-csi node {self.directory.name}")
 
     def csi(self, *words, timeout="130s") -> Reply:
         done = process.run(csictl(), "--endpoint", f"unix://{self.socket}", "--timeout", timeout, *words, check=False)
@@ -116,11 +104,6 @@ class Worker:
         """The sum of the series that have these labels; 0 if there is none."""
         return metric(self.metrics(), name, **labels)
 
-    def memory(self) -> dict[str, int]:
-        """VmRSS and VmHWM in bytes."""
-        status = pathlib.Path(f"/proc/{self.server.pid}/status").read_text()
-        return {key: int(kib) * 1024 for key, kib in re.findall(r"^(VmRSS|VmHWM):\s+(\d+) kB", status, re.M)}
-
     def left_behind(self) -> list[str]:
         """What is there of volumes: mounts, targets, records. Empty when nothing is published."""
         found = [f"mount {point}" for point in process.mounts_below(self.directory)]
@@ -129,7 +112,40 @@ class Worker:
         return found
 
     def tail(self, lines: int = 15) -> str:
-        return "\n".join(self.log.read_text(errors="backslashreplace").splitlines()[-lines:])
+        return last_lines(self.log, lines)
+
+
+def last_lines(log: pathlib.Path, lines: int) -> str:
+    return "\n".join(log.read_text(errors="backslashreplace").splitlines()[-lines:]) if log.exists() else ""
+
+
+def memory_of(pid: int) -> dict[str, int]:
+    """VmRSS and VmHWM in bytes."""
+    status = pathlib.Path(f"/proc/{pid}/status").read_text()
+    return {key: int(kib) * 1024 for key, kib in re.findall(r"^(VmRSS|VmHWM):\s+(\d+) kB", status, re.M)}
+
+
+class Worker(Driver):
+    """`clip-csi node` that does all by itself: one process."""
+
+    def __init__(self, directory: pathlib.Path, config: pathlib.Path, *, cache_dir: pathlib.Path | None = None, options=(), env=None):
+        super().__init__(directory, config, cache_dir=cache_dir)
+        self.options, self.env = options, env
+        self.start()
+
+    def start(self) -> None:
+        """Also the restart after a kill: everything is where it was."""
+        self.metrics_port = process.free_port()
+        self.server = process.Server(
+            [paths.binary(), "node", "--in-process", "--endpoint", f"unix://{self.socket}", "--node-id", self.directory.name,
+             "--state-dir", self.state_dir, "--cache-dir", self.cache_dir, "--config", self.config,
+             "--metrics-addr", f"127.0.0.1:{self.metrics_port}", *self.options],
+            stdout=self.log, env=self.env,
+        )
+        self.server.wait_ready(lambda: self.socket.exists() and self.csi("probe").ok, f"clip-csi node {self.directory.name}")
+
+    def memory(self) -> dict[str, int]:
+        return memory_of(self.server.pid)
 
     def stop(self) -> int:
         return self.server.stop()

@@ -3,6 +3,7 @@
 import os
 import pathlib
 import random
+import shutil
 import subprocess
 import tempfile
 import unittest
@@ -13,7 +14,8 @@ import tree
 from cluster.cluster import Cluster
 from cluster.release import Release
 
-from . import driver, process, services
+from . import driver, paths, process, reading, services
+from .trio import Trio
 
 # Set by run.py for the time of the run.
 shared: "Environment | None" = None
@@ -25,6 +27,7 @@ class Environment:
     def __init__(self, work: pathlib.Path):
         self.work = work
         self.pushed: dict[str, str] = {}
+        self.plans: dict[str, pathlib.Path] = {}
         self._cluster: Cluster | None = None
         self._release: Release | None = None
 
@@ -59,6 +62,22 @@ class Environment:
         if name not in self.pushed:
             self.pushed[name] = images.get(name).push(self.registry.host)
         return self.pushed[name]
+
+    def binary(self) -> pathlib.Path:
+        """The program under test where every user may run it: a clone may lie where only its owner goes."""
+        place = self.work / "bin" / "clip-csi"
+        if not place.exists():
+            place.parent.mkdir()
+            for program in paths.programs():
+                shutil.copy(program, place.parent)
+                (place.parent / program.name).chmod(0o755)
+        return place
+
+    def plan(self, name: str) -> pathlib.Path:
+        """For readers: what the image must show."""
+        if name not in self.plans:
+            self.plans[name] = reading.plan(self.work, name)
+        return self.plans[name]
 
 
 def children_left() -> list[str]:
@@ -104,11 +123,21 @@ class Case(unittest.TestCase):
         self.addCleanup(self.show_log, worker)
         return worker
 
-    def show_log(self, worker: driver.Worker) -> None:
+    def trio(self, name="a", config: pathlib.Path | None = None, **settings) -> Trio:
+        """The three roles. What of the test's own files they read (a key) must be theirs."""
+        for it in self.work.glob("*key*"):
+            os.chown(it, process.UNPRIVILEGED, process.UNPRIVILEGED)
+        trio = Trio(self.work / name, config or self.config(), self.env.binary(), **settings)
+        # Killed and not asked to end, so that nothing waits on a mount that a failed test left without a server.
+        self.addCleanup(trio.end)
+        self.addCleanup(self.show_log, trio)
+        return trio
+
+    def show_log(self, worker: driver.Driver) -> None:
         """After a failure, what the worker had to say."""
         outcome = self._outcome.result
         if any(getattr(it, "test_case", it) is self for it, _ in [*outcome.failures, *outcome.errors]):
-            print(f"--- seed {self.seed}; end of {worker.log}:\n{worker.tail(25)}\n---", flush=True)
+            print(f"--- seed {self.seed}; the logs' end in {worker.directory}:\n{worker.tail(25)}\n---", flush=True)
 
     def mountpoint(self, name="mnt") -> pathlib.Path:
         path = self.work / name

@@ -15,7 +15,19 @@ def cache() -> pathlib.Path:
     return path
 
 
+def scratch() -> pathlib.Path:
+    """Where runs have their scratch directories: in the cache, unless other users are kept out of it, as they are of root's home."""
+    inside = cache().resolve() / "work"
+    open_to_all = all(it.stat().st_mode & 0o001 for it in inside.parents)
+    return inside if open_to_all else pathlib.Path("/var/tmp/clip-csi-e2e")
+
+
 def binary() -> pathlib.Path:
     """The program under test: CLIP_CSI_BIN, or what `cargo build --release` makes."""
     target = os.environ.get("CARGO_TARGET_DIR") or REPO / "target"
     return pathlib.Path(os.environ.get("CLIP_CSI_BIN") or pathlib.Path(target) / "release" / "clip-csi")
+
+
+def programs() -> list[pathlib.Path]:
+    """The program under test, and those beside it that it becomes."""
+    return [binary(), *(binary().with_name(name) for name in ("clip-csi-node", "clip-csi-serve"))]

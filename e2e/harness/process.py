@@ -60,17 +60,28 @@ def listens(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
+# As the chart runs what needs no rights: a user of its own, no capability and no way to one.
+UNPRIVILEGED = 65532
+
+
+def as_user(uid: int) -> list[str]:
+    """The words before a command that is to run as this user without any privilege."""
+    return ["setpriv", "--reuid", str(uid), "--regid", str(uid), "--clear-groups", "--bounding-set", "-all", "--inh-caps", "-all", "--no-new-privs"]
+
+
 class Server:
     """A process that runs until it is stopped. Its output goes to files that the caller names."""
 
-    def __init__(self, command, stdout: pathlib.Path, stderr: pathlib.Path | None = None, env=None):
+    def __init__(self, command, stdout: pathlib.Path, stderr: pathlib.Path | None = None, env=None, prefix=()):
+        """`prefix` is a command that becomes the server, such as `as_user`."""
         self.command = [os.fspath(word) for word in command]
         # It ends with this program, even by `kill -9`. To the kernel that means with the thread that started it.
+        # After the prefix, because a change of user takes that back.
         tied = ["setpriv", "--pdeathsig", "KILL"] if threading.current_thread() is threading.main_thread() else []
         self.stdout, self.stderr = stdout, stderr or stdout
         with open(stdout, "ab") as out, open(self.stderr, "ab") as err:
             self.process = subprocess.Popen(
-                tied + self.command, stdin=subprocess.DEVNULL, stdout=out, stderr=err,
+                [*prefix, *tied, *self.command], stdin=subprocess.DEVNULL, stdout=out, stderr=err,
                 env={**os.environ, **env} if env else None,
                 # Its own group, so that ^C reaches this program first, which then takes it down.
                 start_new_session=True,
@@ -141,6 +152,33 @@ def unmount_below(directory) -> None:
         subprocess.run(["umount", "-l", point], stderr=subprocess.DEVNULL, check=False)
 
 
+def open_files(pid: int) -> list[str]:
+    """What a process has open, as /proc names it: '/dev/fuse', 'socket:[1]', a path."""
+    found = []
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        for name in os.listdir(f"/proc/{pid}/fd"):
+            with contextlib.suppress(FileNotFoundError):
+                found.append(os.readlink(f"/proc/{pid}/fd/{name}"))
+    return found
+
+
+def dead(pid: int) -> bool:
+    """Gone, or waiting to be waited for."""
+    try:
+        return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+    except OSError:
+        return True
+
+
+def children_of(pid: int) -> list[int]:
+    """Children of all its threads; none if it is gone."""
+    found = []
+    for file in pathlib.Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            found += map(int, file.read_text().split())
+    return found
+
+
 # In a scratch directory: who made it.
 OWNER = "owner.pid"
 
@@ -159,15 +197,19 @@ def remove_of_dead_runs(parent: pathlib.Path) -> None:
 def workspace(prefix: str, keep: bool = False):
     """A scratch directory; what is mounted below it is unmounted and it is removed in any case.
 
-    It lies in the cache's file system and not in /tmp, which may be a tmpfs: the truth needs
-    device nodes and capabilities, and the measurements a disk.
+    Not in /tmp, which may be a tmpfs: the truth needs device nodes and capabilities, and the
+    measurements a disk. Whoever knows a name in it may use that, because parts of the program
+    under test run as a user without rights.
     """
     from . import paths
 
-    parent = paths.cache() / "work"
+    parent = paths.scratch()
     parent.mkdir(exist_ok=True)
+    if parent.stat().st_uid != os.geteuid():
+        raise Failed(f"{parent} belongs to another user: remove it")
     remove_of_dead_runs(parent)
     directory = pathlib.Path(tempfile.mkdtemp(prefix=prefix + ".", dir=parent))
+    directory.chmod(0o711)
     (directory / OWNER).write_text(str(os.getpid()))
 
     def on_signal(number, _frame):

@@ -223,7 +223,7 @@ fn shown(text: &str) -> String {
 
 fn invalid(field: &'static str, reason: impl Into<String>) -> MountError {
     MountError::Invalid {
-        field,
+        field: field.into(),
         reason: reason.into(),
     }
 }

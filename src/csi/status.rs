@@ -37,6 +37,8 @@ pub(super) fn code(err: &MountError) -> Code {
         MountError::Forbidden { .. } => Code::PermissionDenied,
         // Not final: the registry may be back at the next call.
         MountError::Unavailable { .. } => Code::Unavailable,
+        // Not final: the server may be back at the next call.
+        MountError::NoServer { .. } => Code::Unavailable,
         // Not final: eviction or the node's operator makes room.
         MountError::NoSpace { .. } => Code::ResourceExhausted,
         // Not final: there is room again when other images are unmounted.
@@ -241,7 +243,7 @@ mod tests {
             (
                 PresentError::Limit {
                     layer,
-                    limit: "max_layer_bytes",
+                    limit: "max_layer_bytes".into(),
                     max: 5,
                 },
                 Code::FailedPrecondition,
@@ -276,7 +278,7 @@ mod tests {
                 MountError::of_image(
                     "app",
                     PrepareError::Invalid {
-                        field: "platform",
+                        field: "platform".into(),
                         reason: "x".to_owned(),
                     },
                 ),
@@ -286,7 +288,7 @@ mod tests {
                 MountError::of_image(
                     "app",
                     PrepareError::Limit {
-                        limit: "max_layers",
+                        limit: "max_layers".into(),
                         max: 1,
                     },
                 ),
@@ -356,7 +358,7 @@ mod tests {
     #[test]
     fn a_long_message_is_cut_between_characters() {
         let err = MountError::Invalid {
-            field: "image",
+            field: "image".into(),
             reason: "ä".repeat(4000),
         };
         let message = message(&err);

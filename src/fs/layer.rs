@@ -5,7 +5,7 @@ use std::{io, ops::Range};
 use super::{LayerData, Wait};
 use crate::{
     digest::DiffId,
-    layer::{disk::DiskWait, store::Layer},
+    layer::{disk::DiskWait, reader::LayerReader, store::Layer},
 };
 
 /// A mount holds the whole [`Layer`], not its file alone: the store serves what somebody has open.
@@ -19,10 +19,27 @@ impl LayerData for Layer {
     }
 
     fn read_at(&self, buf: &mut [u8], offset: u64, wait: Wait) -> io::Result<bool> {
-        let wait = match wait {
-            Wait::Never => DiskWait::Never,
-            Wait::ForDisk => DiskWait::Allowed,
-        };
-        self.file().read_at(buf, offset, wait)
+        self.file().read_at(buf, offset, disk_wait(wait))
+    }
+}
+
+impl LayerData for LayerReader {
+    fn diff_id(&self) -> DiffId {
+        Self::diff_id(self)
+    }
+
+    fn has(&self, chunks: Range<u32>) -> bool {
+        Self::has(self, chunks)
+    }
+
+    fn read_at(&self, buf: &mut [u8], offset: u64, wait: Wait) -> io::Result<bool> {
+        Self::read_at(self, buf, offset, disk_wait(wait))
+    }
+}
+
+fn disk_wait(wait: Wait) -> DiskWait {
+    match wait {
+        Wait::Never => DiskWait::Never,
+        Wait::ForDisk => DiskWait::Allowed,
     }
 }

@@ -10,7 +10,13 @@
 //! because the mount is read-only and the kernel answers EROFS itself. Interrupt: fuser answers
 //! ENOSYS; a reader that is killed while its read is pending leaves at once all the same.
 
-use std::{ffi::OsStr, io, os::unix::ffi::OsStrExt, sync::Arc, time::Duration};
+use std::{
+    ffi::OsStr,
+    io,
+    os::unix::ffi::OsStrExt,
+    sync::{Arc, OnceLock},
+    time::Duration,
+};
 
 use fuser::{
     AccessFlags, Errno, FileHandle, Filesystem, FopenFlags, Generation, INodeNo, InitFlags,
@@ -24,6 +30,7 @@ use super::{
     counters::Op,
     errno::errno,
     read::PendingRead,
+    takeover::KernelOffer,
 };
 use crate::fs::{ClipFs, FsError, IndexBytes};
 
@@ -61,6 +68,8 @@ const WANTED: InitFlags = InitFlags::FUSE_ASYNC_READ
 #[derive(Debug)]
 pub(super) struct Adapter<I> {
     served: Arc<Served<I>>,
+    /// What the kernel offered, once it has; for who takes the connection over.
+    offer: Arc<OnceLock<KernelOffer>>,
     /// Whether the kernel takes ENOSYS for "never ask again" (Linux 3.16 for files, 5.1 for
     /// directories).
     no_open: bool,
@@ -95,9 +104,10 @@ refuse!(
 );
 
 impl<I: IndexBytes> Adapter<I> {
-    pub(super) fn new(served: Arc<Served<I>>) -> Self {
+    pub(super) fn new(served: Arc<Served<I>>, offer: Arc<OnceLock<KernelOffer>>) -> Self {
         Self {
             served,
+            offer,
             no_open: false,
             no_opendir: false,
         }
@@ -139,6 +149,12 @@ impl<I: IndexBytes> Adapter<I> {
 
 impl<I: IndexBytes> Filesystem for Adapter<I> {
     fn init(&mut self, _req: &Request, config: &mut KernelConfig) -> io::Result<()> {
+        let abi = config.kernel_abi();
+        // A second call does not happen.
+        let _ = self.offer.set(KernelOffer {
+            minor: abi.1,
+            flags: config.capabilities().bits(),
+        });
         let granted = WANTED & config.capabilities();
         self.no_open = granted.contains(InitFlags::FUSE_NO_OPEN_SUPPORT);
         self.no_opendir = granted.contains(InitFlags::FUSE_NO_OPENDIR_SUPPORT);

@@ -24,7 +24,7 @@ use tracing::{error, warn};
 use self::{
     counters::{Counters, FailureLog, Op, Subject},
     errno::is_failure,
-    pool::ReadPool,
+    pool::{ReadPool, TRIM_EVERY},
 };
 use crate::{
     fs::{ClipFs, FsError, IndexBytes},
@@ -39,6 +39,7 @@ mod errno;
 pub mod pool;
 mod read;
 pub mod session;
+pub mod takeover;
 
 /// What the threads that serve one mount share.
 struct Served<I> {
@@ -77,7 +78,18 @@ impl<I: IndexBytes> Served<I> {
     /// three locks (failures, buffers, queue), which are held for single moves and are taken even
     /// when poisoned.
     fn guard(self: &Arc<Self>, op: Op, handle: impl FnOnce()) {
-        self.pool.count_request();
+        // Until the pages that it touches are given back, or others may do so.
+        let _turn = self.pool.turn();
+        self.guard_without_turn(op, handle);
+    }
+
+    /// The same for work that waits for the disk, and so must not keep others from their turn.
+    fn guard_without_turn(self: &Arc<Self>, op: Op, handle: impl FnOnce()) {
+        if catch_unwind(AssertUnwindSafe(handle)).is_err() {
+            self.counters.failed(op);
+            error!(?op, "FUSE request panicked: please report this");
+        }
+        // Afterwards: what it touched is given back with the rest, or by who comes next.
         if !self.in_burst.load(Ordering::Relaxed) && !self.in_burst.swap(true, Ordering::Relaxed) {
             let served = Arc::downgrade(self);
             self.pool.trim_later(Box::new(move || {
@@ -87,10 +99,11 @@ impl<I: IndexBytes> Served<I> {
                 }
             }));
         }
-        if catch_unwind(AssertUnwindSafe(handle)).is_err() {
-            self.counters.failed(op);
-            error!(?op, "FUSE request panicked: please report this");
-        }
+        // A listing touches as much as many others.
+        self.pool.count_request(match op {
+            Op::ReadDir | Op::ReadDirPlus => TRIM_EVERY,
+            _ => 1,
+        });
     }
 
     /// Counts an answer, and logs it if it is a failure.

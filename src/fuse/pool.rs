@@ -23,6 +23,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+use crate::sys;
+
 /// Idle buffers of more than this are freed at once: only direct I/O asks for so much at a time,
 /// readahead for 256 KiB.
 const KEEP_BYTES: usize = 512 << 10;
@@ -36,10 +38,9 @@ const SETTLE: Duration = Duration::from_secs(1);
 /// How many requests of all mounts may pass before the pages of indexes that they touched are given
 /// back, even in the middle of a burst.
 ///
-/// A fault maps 64 KiB of an index, and a lookup faults about three times: 64 requests far apart
-/// hold 12 MiB at the very worst, those of a walk far less. Mapping pages again costs some ten
-/// microseconds, spread over 64 requests of 30 µs each.
-const TRIM_EVERY: u32 = 64;
+/// A fault maps 64 KiB of an index, and a lookup faults about three times: four requests far apart
+/// hold 768 KiB. Mapping pages again costs some microseconds, a request 30.
+pub(super) const TRIM_EVERY: u32 = 4;
 
 /// Stack of a read thread: it calls pread(2) and writes the odd log line.
 const STACK_BYTES: usize = 256 << 10;
@@ -80,7 +81,33 @@ pub struct ReadPool {
     shared: Arc<Shared>,
     workers: Vec<JoinHandle<()>>,
     n_requests: AtomicU32,
+    turns: Turns,
 }
+
+/// Requests of all mounts that are answered at the same time: one for each core, and some.
+///
+/// More would not be faster, but each that is interrupted holds the pages of an index that it
+/// touched until it goes on, and each mount has a thread.
+#[derive(Debug)]
+struct Turns {
+    /// std Mutex: held to count.
+    n_left: Mutex<usize>,
+    ended: Condvar,
+}
+
+/// The right to answer a request.
+#[derive(Debug)]
+pub(super) struct Turn<'a>(&'a Turns);
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        *lock(&self.0.n_left) += 1;
+        self.0.ended.notify_one();
+    }
+}
+
+/// The fewest turns: so many may be waiting for a page of an index that is not in memory.
+const MIN_TURNS: usize = 2;
 
 struct Shared {
     /// std Mutex: held to move an entry, never while a job runs. Locked before `buffers`.
@@ -130,6 +157,14 @@ impl ReadPool {
             shared,
             workers: Vec::new(),
             n_requests: AtomicU32::new(0),
+            turns: Turns {
+                n_left: Mutex::new(
+                    thread::available_parallelism()
+                        .map_or(0, usize::from)
+                        .max(MIN_TURNS),
+                ),
+                ended: Condvar::new(),
+            },
         };
         for at in 0..config.n_threads.max(1) {
             let shared = pool.shared.clone();
@@ -158,9 +193,22 @@ impl ReadPool {
         self.shared.work.notify_one();
     }
 
-    /// Counts a request of any mount. Every so often, runs all that waits for the end of a burst.
-    pub(super) fn count_request(&self) {
-        if self.n_requests.fetch_add(1, Ordering::Relaxed) % TRIM_EVERY == TRIM_EVERY - 1 {
+    /// Waits for a turn to answer a request from memory.
+    pub(super) fn turn(&self) -> Turn<'_> {
+        let mut n_left = lock(&self.turns.n_left);
+        while *n_left == 0 {
+            let woken = self.turns.ended.wait(n_left);
+            n_left = woken.unwrap_or_else(PoisonError::into_inner);
+        }
+        *n_left -= 1;
+        Turn(&self.turns)
+    }
+
+    /// Counts a request of any mount as so many. Every so often, runs all that waits for the end of a
+    /// burst.
+    pub(super) fn count_request(&self, weight: u32) {
+        let before = self.n_requests.fetch_add(weight, Ordering::Relaxed);
+        if before / TRIM_EVERY != before.wrapping_add(weight) / TRIM_EVERY {
             let trims = std::mem::take(&mut lock(&self.shared.queue).trims);
             for (_, trim) in trims {
                 run(trim);
@@ -231,6 +279,7 @@ impl Shared {
                 drop(queue);
                 run(trim);
                 lock(&self.buffers).free_idle();
+                sys::drop_code();
             }
         }
     }
@@ -390,10 +439,10 @@ mod tests {
         let (sender, receiver) = mpsc::channel();
         pool.trim_later(Box::new(move || sender.send(()).unwrap()));
         for _ in 0..TRIM_EVERY - 1 {
-            pool.count_request();
+            pool.count_request(1);
         }
         assert_eq!(receiver.try_recv(), Err(mpsc::TryRecvError::Empty));
-        pool.count_request();
+        pool.count_request(1);
         assert_eq!(receiver.try_recv(), Ok(()));
     }
 

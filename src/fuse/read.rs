@@ -97,7 +97,7 @@ impl<I: IndexBytes> PendingRead<I> {
         let served = self.served.clone();
         let pool = served.pool.clone();
         pool.submit(Box::new(move |buffer| {
-            served.guard(Op::Read, || self.attempt(buffer, Wait::ForDisk));
+            served.guard_without_turn(Op::Read, || self.attempt(buffer, Wait::ForDisk));
         }));
     }
 

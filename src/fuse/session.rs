@@ -12,7 +12,7 @@ use std::{
         unix::ffi::OsStrExt,
     },
     path::{Path, PathBuf},
-    sync::{Arc, Condvar, Mutex, PoisonError},
+    sync::{Arc, Condvar, Mutex, OnceLock, PoisonError},
     thread::{self, JoinHandle},
     time::{Duration, Instant},
 };
@@ -21,7 +21,12 @@ use fuser::{Session, SessionACL};
 use rustix::mount::{MountFlags, UnmountFlags};
 use tracing::{debug, info, warn};
 
-use super::{Served, adapter::Adapter, pool::ReadPool};
+use super::{
+    Served,
+    adapter::Adapter,
+    pool::ReadPool,
+    takeover::{self, KernelOffer},
+};
 use crate::{
     fs::{ClipFs, IndexBytes},
     tier::MakePresent,
@@ -111,6 +116,15 @@ pub enum Unmounted {
     InUse,
 }
 
+/// A FUSE connection that this process serves, wherever it is mounted. Dropping it changes nothing:
+/// it is served until the kernel says that it has ended.
+#[derive(Debug)]
+pub struct FuseSession {
+    offer: KernelOffer,
+    end: Arc<End>,
+    thread: JoinHandle<()>,
+}
+
 /// A mounted image. Dropping it unmounts.
 #[derive(Debug)]
 pub struct FuseMount {
@@ -139,28 +153,58 @@ pub fn mount<I: IndexBytes>(
     dir: &Path,
     options: &MountOptions,
 ) -> Result<FuseMount, FuseError> {
+    let (dir, fuse, device) = make_mount(dir, &options.fs_name)?;
+    let nothing = Box::new(|| {});
+    let session = serve(fs, provider, pool, fuse, None, options.n_threads, nothing);
+    let session = session.map_err(|source| {
+        detach(&dir);
+        FuseError::Session {
+            dir: dir.clone(),
+            source,
+        }
+    })?;
+    set_read_ahead(device, options.read_ahead_kib);
+    info!(dir = %dir.display(), image = options.fs_name, device.minor = device.1, "mounted");
+    Ok(FuseMount {
+        dir,
+        device,
+        end: session.end,
+        thread: Some(session.thread),
+    })
+}
+
+/// Mounts a connection on `dir` that nobody serves yet. Returns the directory as mountinfo has it,
+/// the connection and its device number.
+///
+/// # Errors
+/// [`FuseError`]; nothing is left behind then.
+pub fn make_mount(dir: &Path, fs_name: &str) -> Result<(PathBuf, OwnedFd, (u32, u32)), FuseError> {
     let dir = dir.canonicalize().map_err(|source| FuseError::Directory {
         dir: dir.to_owned(),
         source,
     })?;
     let fuse = File::options().read(true).write(true).open("/dev/fuse");
     let fuse = OwnedFd::from(fuse.map_err(|source| FuseError::Device { source })?);
-    make_mount(&fuse, &dir, &options.fs_name).map_err(|source| FuseError::Mount {
+    let failed = |source| FuseError::Mount {
         dir: dir.clone(),
         source,
-    })?;
-    let adapter = Adapter::new(Arc::new(Served::new(fs, provider, pool)));
-    start(adapter, fuse, &dir, options).map_err(|source| {
-        detach(&dir);
-        FuseError::Session {
-            dir: dir.clone(),
-            source,
+    };
+    call_mount(&fuse, &dir, fs_name).map_err(failed)?;
+    let found = std::fs::read("/proc/self/mountinfo").and_then(|mounts| {
+        device_of(&mounts, &dir)
+            .ok_or_else(|| io::Error::other("the new mount is not in /proc/self/mountinfo"))
+    });
+    match found {
+        Ok(device) => Ok((dir, fuse, device)),
+        Err(source) => {
+            detach(&dir);
+            Err(failed(source))
         }
-    })
+    }
 }
 
 /// Calls mount(2), which answers before anybody serves.
-fn make_mount(fuse: &OwnedFd, dir: &Path, fs_name: &str) -> io::Result<()> {
+fn call_mount(fuse: &OwnedFd, dir: &Path, fs_name: &str) -> io::Result<()> {
     // The root is a directory until getattr says what else it is.
     let data = format!(
         "fd={},rootmode=40000,user_id={},group_id={},default_permissions,allow_other",
@@ -174,38 +218,65 @@ fn make_mount(fuse: &OwnedFd, dir: &Path, fs_name: &str) -> io::Result<()> {
     Ok(())
 }
 
-fn start<I: IndexBytes>(
-    adapter: Adapter<I>,
+/// Serves `fs` on the connection `fuse` until it ends.
+///
+/// A new connection begins with the kernel's offer; one that another process began goes on with
+/// what was offered then, and [`resend`](super::takeover::resend) is to follow. `on_end` is called
+/// when it has ended, by its thread.
+///
+/// # Errors
+/// Those of the system, and of fuser.
+pub fn serve<I: IndexBytes>(
+    fs: Arc<ClipFs<I>>,
+    provider: Arc<dyn MakePresent>,
+    pool: Arc<ReadPool>,
     fuse: OwnedFd,
-    dir: &Path,
-    options: &MountOptions,
-) -> io::Result<FuseMount> {
+    offer: Option<KernelOffer>,
+    n_threads: usize,
+    on_end: Box<dyn FnOnce() + Send>,
+) -> io::Result<FuseSession> {
     let mut config = fuser::Config::default();
     config.acl = SessionACL::All;
-    config.n_threads = Some(options.n_threads.max(1));
+    config.n_threads = Some(n_threads.max(1));
     config.clone_fd = false;
-    let session = Session::from_fd(adapter, fuse, SessionACL::All, config)?;
-    let mounts = std::fs::read("/proc/self/mountinfo")?;
-    let device = device_of(&mounts, dir)
-        .ok_or_else(|| io::Error::other("the new mount is not in /proc/self/mountinfo"))?;
-    set_read_ahead(device, options.read_ahead_kib);
+    let offered = Arc::new(OnceLock::new());
+    let adapter = Adapter::new(Arc::new(Served::new(fs, provider, pool)), offered.clone());
+    let session = match offer {
+        Some(offer) => takeover::resume(adapter, &fuse, offer, config)?,
+        None => Session::from_fd(adapter, fuse, SessionACL::All, config)?,
+    };
+    let offer = *offered
+        .get()
+        .ok_or_else(|| io::Error::other("fuser did not initialise the session"))?;
     let end = Arc::new(End::default());
     let reached = end.clone();
     let thread = thread::Builder::new()
         .name("clip-fuse".to_owned())
         .stack_size(STACK_BYTES)
-        .spawn(move || reached.set(clean(session.run())))?;
-    info!(dir = %dir.display(), image = options.fs_name, device.minor = device.1, "mounted");
-    Ok(FuseMount {
-        dir: dir.to_owned(),
-        device,
-        end,
-        thread: Some(thread),
-    })
+        .spawn(move || {
+            reached.set(clean(session.run()));
+            on_end();
+        })?;
+    Ok(FuseSession { offer, end, thread })
+}
+
+impl FuseSession {
+    /// What the kernel offered when the connection began.
+    pub fn offer(&self) -> KernelOffer {
+        self.offer
+    }
+
+    /// Whether the kernel has ended it: it was unmounted or aborted.
+    pub fn has_ended(&self) -> bool {
+        self.end.is_reached()
+    }
 }
 
 /// Sets how far the kernel reads ahead in this mount; without it, 128 KiB.
-fn set_read_ahead((major, minor): (u32, u32), kib: u32) {
+///
+/// Has an effect once the connection is served, because the kernel takes the least of what it and
+/// the server say then.
+pub fn set_read_ahead((major, minor): (u32, u32), kib: u32) {
     let path = format!("/sys/class/bdi/{major}:{minor}/read_ahead_kb");
     let written = File::options()
         .write(true)
@@ -248,6 +319,11 @@ impl End {
         self.reached.notify_all();
     }
 
+    fn is_reached(&self) -> bool {
+        let result = self.result.lock();
+        result.unwrap_or_else(PoisonError::into_inner).is_some()
+    }
+
     /// Waits until the session has ended or the deadline has passed; says whether it has ended.
     fn wait_until(&self, deadline: Instant) -> bool {
         let mut result = self.result.lock().unwrap_or_else(PoisonError::into_inner);
@@ -275,11 +351,7 @@ impl FuseMount {
 
     /// Whether nobody serves it any more: it was unmounted or aborted, or its session broke.
     pub fn has_ended(&self) -> bool {
-        self.end
-            .result
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .is_some()
+        self.end.is_reached()
     }
 
     /// Waits until the session ends: when somebody unmounts it, or it breaks.

@@ -198,12 +198,17 @@ pub fn remove(paths: &CachePaths, layer: DiffId) -> io::Result<Removed> {
     Ok(Removed::Yes)
 }
 
-/// Removes an image's index. Whoever has it mapped keeps it; it is made anew when it is wanted.
+/// Removes an image's index, unless somebody has pinned it. It is made anew when it is wanted.
 ///
 /// # Errors
 /// Those of the file system.
 pub(super) fn remove_image(paths: &CachePaths, image: ManifestDigest) -> io::Result<()> {
-    found(fs::remove_file(paths.image(image)))?;
+    let path = paths.image(image);
+    if let Some(file) = found(File::open(&path))?
+        && lock::try_claim(&file)?
+    {
+        found(fs::remove_file(path))?;
+    }
     Ok(())
 }
 

@@ -70,6 +70,22 @@ impl CachePaths {
         self.images().join(format!("{}{IMAGE_SUFFIX}", image.hex()))
     }
 
+    /// Opens the index of an image and keeps it from being removed for as long as the file is open.
+    ///
+    /// # Errors
+    /// Those of the file system; `NotFound` also if it is just being removed.
+    pub fn pin_image(&self, image: ManifestDigest) -> io::Result<File> {
+        let path = self.image(image);
+        let file = File::open(&path)?;
+        if lock::try_pin(&file)? && lock::is_at(&file, &path)? {
+            return Ok(file);
+        }
+        Err(io::Error::new(
+            io::ErrorKind::NotFound,
+            "the image's index is being removed",
+        ))
+    }
+
     /// Holds what is not complete yet.
     pub(super) fn temporary(&self) -> PathBuf {
         self.root.join("tmp")
@@ -274,18 +290,7 @@ impl LayerFile {
     /// # Errors
     /// Those of preadv2(2); `UnexpectedEof` beyond the layer's end.
     pub fn read_at(&self, buf: &mut [u8], offset: u64, wait: DiskWait) -> io::Result<bool> {
-        if wait == DiskWait::Allowed {
-            self.data.read_exact_at(buf, offset)?;
-            return Ok(true);
-        }
-        let len = buf.len();
-        let mut slices = [io::IoSliceMut::new(buf)];
-        match rustix::io::preadv2(&self.data, &mut slices, offset, ReadWriteFlags::NOWAIT) {
-            Ok(read) => Ok(read == len),
-            // A file system without RWF_NOWAIT always waits.
-            Err(rustix::io::Errno::AGAIN | rustix::io::Errno::OPNOTSUPP) => Ok(false),
-            Err(err) => Err(err.into()),
-        }
+        read_at(&self.data, buf, offset, wait)
     }
 
     /// Reads a chunk as it is on disk and says whether it matches its digest.
@@ -355,6 +360,30 @@ impl LayerFile {
     pub fn chunk_bytes(&self, chunk: u32) -> u64 {
         let range = chunk::byte_range(chunk, self.layer_bytes());
         range.end - range.start
+    }
+}
+
+/// Fills `buf` from `offset` of `data`; `Ok(false)` if that would have to wait and must not.
+///
+/// # Errors
+/// Those of preadv2(2); `UnexpectedEof` beyond the end.
+pub(super) fn read_at(
+    data: &File,
+    buf: &mut [u8],
+    offset: u64,
+    wait: DiskWait,
+) -> io::Result<bool> {
+    if wait == DiskWait::Allowed {
+        data.read_exact_at(buf, offset)?;
+        return Ok(true);
+    }
+    let len = buf.len();
+    let mut slices = [io::IoSliceMut::new(buf)];
+    match rustix::io::preadv2(data, &mut slices, offset, ReadWriteFlags::NOWAIT) {
+        Ok(read) => Ok(read == len),
+        // A file system without RWF_NOWAIT always waits.
+        Err(rustix::io::Errno::AGAIN | rustix::io::Errno::OPNOTSUPP) => Ok(false),
+        Err(err) => Err(err.into()),
     }
 }
 

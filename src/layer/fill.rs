@@ -100,7 +100,11 @@ impl Blame<'_> {
                 }
             }
             SinkError::Refused(reason) => PresentError::Refused { layer, reason },
-            SinkError::Limit(limit, max) => PresentError::Limit { layer, limit, max },
+            SinkError::Limit(limit, max) => PresentError::Limit {
+                layer,
+                limit: limit.into(),
+                max,
+            },
         }
     }
 

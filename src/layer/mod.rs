@@ -32,6 +32,7 @@
 
 pub mod catalog;
 pub mod disk;
+pub mod reader;
 pub mod store;
 
 mod evict;

@@ -15,7 +15,10 @@ use std::{
     path::Path,
 };
 
-use crate::{chunk, disk, sys::SharedWords};
+use crate::{
+    chunk, disk,
+    sys::{SharedWords, WordsView},
+};
 
 const MAGIC: u64 = u64::from_le_bytes(*b"CLIPSTA1");
 const WORD_MAGIC: usize = 0;
@@ -152,6 +155,43 @@ impl State {
     }
 }
 
+/// Which chunks of a layer are present, for who only reads it.
+#[derive(Debug)]
+pub(super) struct StateView {
+    words: WordsView,
+    n_chunks: u32,
+}
+
+impl StateView {
+    /// Maps the state of a layer of `layer_bytes` that somebody has opened in this boot.
+    ///
+    /// # Errors
+    /// `InvalidData` if nobody has, or the file is of another layer; else those of mmap(2).
+    pub(super) fn open(file: &File, layer_bytes: u64, boot: u64) -> io::Result<Self> {
+        let n_chunks = chunk::n_chunks(layer_bytes);
+        let expected_words = FIRST_BITMAP_WORD as u64 + n_chunks.div_ceil(64);
+        let wrong = || io::Error::new(io::ErrorKind::InvalidData, "state of another layer or boot");
+        let n_chunks = u32::try_from(n_chunks).map_err(|_| wrong())?;
+        if file.metadata()?.len() != expected_words * 8 {
+            return Err(wrong());
+        }
+        let words = WordsView::new(file)?;
+        let has = |at, word| words.load(at) == word;
+        if !has(WORD_MAGIC, MAGIC) || !has(WORD_LAYER_BYTES, layer_bytes) || !has(WORD_BOOT, boot) {
+            return Err(wrong());
+        }
+        Ok(Self { words, n_chunks })
+    }
+
+    /// Whether all `chunks` are present and verified.
+    pub(super) fn has_all(&self, mut chunks: Range<u32>) -> bool {
+        chunks.all(|it| {
+            let (word, bit) = place(it);
+            it < self.n_chunks && self.words.load(word) & bit != 0
+        })
+    }
+}
+
 fn place(chunk: u32) -> (usize, u64) {
     (FIRST_BITMAP_WORD + chunk as usize / 64, 1 << (chunk % 64))
 }
@@ -188,6 +228,15 @@ mod tests {
         assert!(!state.has(71) && !state.has(u32::MAX - 1));
         let again = State::open(&path, LAYER_BYTES, 1).unwrap();
         assert_eq!(present(&again), [0, 70]);
+        let view = StateView::open(&File::open(&path).unwrap(), LAYER_BYTES, 1).unwrap();
+        assert!(view.has_all(0..1) && view.has_all(70..71) && !view.has_all(70..72));
+        assert!(state.set(1) && view.has_all(0..2));
+        state.clear(1);
+        assert!(!view.has_all(0..2));
+        for (layer_bytes, boot) in [(LAYER_BYTES + 1, 1), (LAYER_BYTES, 2), (1, 1)] {
+            let err = StateView::open(&File::open(&path).unwrap(), layer_bytes, boot).unwrap_err();
+            assert_eq!(err.kind(), io::ErrorKind::InvalidData);
+        }
         assert_eq!(again.n_present(), 2);
         assert!(!again.is_suspect() && again.has_all(70..71) && !again.has_all(69..71));
         again.clear(70);

@@ -1,6 +1,12 @@
-//! Counts the volumes of a former process whose mounts are dead: their pods see nothing but errors.
+//! Counts the volumes whose mounts are dead: their pods see nothing but errors.
 
-use std::{collections::HashSet, sync::Mutex};
+use std::{
+    collections::HashSet,
+    sync::{
+        Mutex,
+        atomic::{AtomicUsize, Ordering},
+    },
+};
 
 use prometheus::IntGauge;
 
@@ -11,6 +17,8 @@ use super::{lock, target::PublicationId};
 pub(super) struct DeadVolumes {
     /// std Mutex: held for a set lookup, taken alone.
     ids: Mutex<HashSet<PublicationId>>,
+    /// Those of this process whose sources died.
+    n_own: AtomicUsize,
     gauge: IntGauge,
 }
 
@@ -18,6 +26,7 @@ impl DeadVolumes {
     pub(super) fn new(ids: impl IntoIterator<Item = PublicationId>, gauge: IntGauge) -> Self {
         let dead = Self {
             ids: Mutex::new(ids.into_iter().collect()),
+            n_own: AtomicUsize::new(0),
             gauge,
         };
         dead.show(&lock(&dead.ids));
@@ -31,7 +40,14 @@ impl DeadVolumes {
         self.show(&ids);
     }
 
+    /// Says how many volumes of this process have dead sources.
+    pub(super) fn set_own(&self, n_own: usize) {
+        self.n_own.store(n_own, Ordering::Relaxed);
+        self.show(&lock(&self.ids));
+    }
+
     fn show(&self, ids: &HashSet<PublicationId>) {
-        self.gauge.set(i64::try_from(ids.len()).unwrap_or(i64::MAX));
+        let n_dead = ids.len() + self.n_own.load(Ordering::Relaxed);
+        self.gauge.set(i64::try_from(n_dead).unwrap_or(i64::MAX));
     }
 }

@@ -1,19 +1,24 @@
 //! Says why a volume was not published, one variant per thing that the caller does differently.
 
-use std::{io, path::PathBuf, time::Duration};
+use std::{borrow::Cow, io, path::PathBuf, time::Duration};
 
-use crate::tier::{PresentError, SourceError};
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    digest::ManifestDigest,
+    tier::{PresentError, SourceError},
+};
 
 /// Says why an image could not be made ready.
 ///
 /// Cloneable, because everybody who waits for the same image is told.
-#[derive(Debug, Clone, thiserror::Error)]
+#[derive(Debug, Clone, thiserror::Error, Serialize, Deserialize)]
 pub enum PrepareError {
     /// The request itself is wrong: a reference or a platform that cannot be read.
     #[error("{field}: {reason}")]
     Invalid {
         /// The attribute's name.
-        field: &'static str,
+        field: Cow<'static, str>,
         /// What is wrong with it, and what would do.
         reason: String,
     },
@@ -27,7 +32,7 @@ pub enum PrepareError {
     #[error("it exceeds {limit} = {max}: raise the limit if the image is trusted")]
     Limit {
         /// The limit's name in the configuration.
-        limit: &'static str,
+        limit: Cow<'static, str>,
         /// Its value.
         max: u64,
     },
@@ -35,6 +40,12 @@ pub enum PrepareError {
     #[error("{reason}")]
     Refused {
         /// What is wrong with it.
+        reason: String,
+    },
+    /// Who prepares images is not there: it is being started.
+    #[error("{reason}")]
+    Away {
+        /// Who, where, and what to do.
         reason: String,
     },
     /// Something failed on this node that the request did not cause.
@@ -54,7 +65,7 @@ pub enum MountError {
     #[error("{field}: {reason}")]
     Invalid {
         /// The field or attribute.
-        field: &'static str,
+        field: Cow<'static, str>,
         /// What is wrong with it, and what would do.
         reason: String,
     },
@@ -130,6 +141,14 @@ pub enum MountError {
         #[source]
         cause: Box<PrepareError>,
     },
+    /// Who serves mounts is not there: it is being started.
+    #[error("cannot mount image {image} now: {reason}")]
+    NoServer {
+        /// The image.
+        image: ManifestDigest,
+        /// Who, where, and what to do.
+        reason: String,
+    },
     /// A disk of the node is full.
     #[error("the disk of {} is full: free space there, or give it a larger one", .path.display())]
     NoSpace {
@@ -192,6 +211,7 @@ impl MountError {
             | Self::Preparing { .. }
             | Self::Overloaded { .. }
             | Self::Unavailable { .. }
+            | Self::NoServer { .. }
             | Self::NoSpace { .. }
             | Self::CacheFull { .. } => true,
             Self::Invalid { .. }
@@ -213,12 +233,13 @@ impl MountError {
         let source_error = match &*cause {
             PrepareError::Invalid { field, reason } => {
                 return Self::Invalid {
-                    field,
+                    field: field.clone(),
                     reason: reason.clone(),
                 };
             }
             PrepareError::Limit { .. } => return Self::Limit { image, cause },
             PrepareError::Refused { .. } => return Self::Refused { image, cause },
+            PrepareError::Away { .. } => return Self::Unavailable { image, cause },
             PrepareError::Internal { reason } => {
                 return Self::System {
                     doing: format!("preparing image {image}"),
@@ -254,7 +275,7 @@ impl MountError {
             }
             SourceError::Protocol { .. } => Self::Refused { image, cause },
             SourceError::Unsupported { .. } => Self::Invalid {
-                field: "image",
+                field: "image".into(),
                 reason: source_error.to_string(),
             },
         }

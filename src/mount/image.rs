@@ -10,10 +10,15 @@ use std::{
     },
 };
 
+use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use super::{PrepareError, lock};
-use crate::{digest::ManifestDigest, secret::Secret, tier::BoxFuture};
+use super::{Device, PrepareError, lock};
+use crate::{
+    digest::ManifestDigest,
+    secret::{Secret, exposed},
+    tier::BoxFuture,
+};
 
 /// Makes images ready and mounts them.
 pub trait ImageMounter: Send + Sync + fmt::Debug {
@@ -38,25 +43,46 @@ pub trait ImageMounter: Send + Sync + fmt::Debug {
     /// # Blocking
     /// Runs on the blocking pool, inside the runtime's context.
     fn mount(&self, image: &PreparedImage, dir: &Path) -> io::Result<Box<dyn SourceMount>>;
+
+    /// The source mounts that outlived the process that mounted them, because another one serves
+    /// them. Asked once, at start.
+    ///
+    /// # Blocking
+    /// Waits for who serves them, for a bounded time.
+    fn survivors(&self) -> Vec<Survivor>;
 }
 
-/// A source mount that is being served. Dropped, it is lazily unmounted and served no more.
+/// A source mount that outlived the process that mounted it.
+#[derive(Debug)]
+pub struct Survivor {
+    /// The image.
+    pub manifest: ManifestDigest,
+    /// Its file system, by which mountinfo shows where it is mounted.
+    pub device: Device,
+    /// What keeps it.
+    pub session: Box<dyn SourceMount>,
+}
+
+/// A source mount that is being served.
+///
+/// Dropped, it is given up: where this process serves it, it is unmounted; where another one does,
+/// it goes on, for a successor of this process.
 pub trait SourceMount: Send + fmt::Debug {
     /// Whether it is still served: somebody may have aborted the connection behind our back.
     fn is_alive(&self) -> bool;
 
-    /// Unmounts it lazily and stops serving it.
+    /// Unmounts it lazily from `dir`, where it is, and stops serving it when its last user is gone.
     ///
     /// # Errors
     /// Those of the system. The table detaches what is left.
     ///
     /// # Blocking
     /// Runs on the blocking pool.
-    fn unmount(self: Box<Self>) -> io::Result<()>;
+    fn unmount(self: Box<Self>, dir: &Path) -> io::Result<()>;
 }
 
 /// Says which image is wanted, and with which rights.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ImageRequest {
     /// The reference as the user wrote it.
     pub image: String,
@@ -67,7 +93,7 @@ pub struct ImageRequest {
 }
 
 /// How to authenticate to a registry.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum PullCredentials {
     /// With the node's own credentials, or anonymously where it has none.
     None,
@@ -76,10 +102,11 @@ pub enum PullCredentials {
         /// The name.
         username: String,
         /// The password.
+        #[serde(with = "exposed")]
         password: Secret<String>,
     },
     /// With what a docker `config.json` says for the image.
-    DockerConfig(Secret<Vec<u8>>),
+    DockerConfig(#[serde(with = "exposed")] Secret<Vec<u8>>),
 }
 
 impl ImageRequest {

@@ -15,6 +15,7 @@ impl MountTable {
     /// # Blocking
     /// Waits for the disk.
     pub fn leave(self) -> bool {
+        self.retire_all_idle();
         let dir = self.state_dir();
         match remove_state(dir) {
             Ok(gone) => {

@@ -44,7 +44,7 @@ mod target;
 
 pub use error::{MountError, PrepareError};
 pub use image::{
-    ImageMounter, ImageRequest, PreparedImage, Progress, PullCredentials, SourceMount,
+    ImageMounter, ImageRequest, PreparedImage, Progress, PullCredentials, SourceMount, Survivor,
 };
 pub use mountinfo::{Device, MountEntry, MountInfo, MountInfoError};
 pub use record::{RecordError, VolumeRecord};

@@ -15,7 +15,7 @@ use super::{
     dead::DeadVolumes,
     record::Records,
     sources::{self, Sources},
-    table::{Recovery, mounts},
+    table::{Published, Recovery, mounts},
     target::PublicationId,
 };
 use crate::metrics::Metrics;
@@ -26,9 +26,11 @@ pub(super) const LOCK_FILE: &str = "lock";
 /// What was found at start.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Recovered {
-    /// Volumes that a former process published. Their mounts are dead until they are published
-    /// again; unpublish knows them.
+    /// Volumes that a former process published. Those whose mounts are dead are so until they are
+    /// published again; unpublish knows them.
     pub volumes: usize,
+    /// Those of them whose mounts are dead.
+    pub dead_volumes: usize,
     /// Records of volumes whose pod is gone, removed.
     pub orphans: usize,
     /// Records that could not be read, put aside.
@@ -56,15 +58,25 @@ impl MountTable {
         let volumes_dir = make_dir(&state_dir.join("volumes"))?;
         // Before anything is touched: the mounts of a living process are not stale.
         let lock = lock_dir(&state_dir)?;
-        let stale_sources = sources::clear_stale(&sources_dir)
+        let survivors = mounter.survivors();
+        let alive = survivors.iter().map(|it| it.device).collect();
+        let stale_sources = sources::clear_stale(&sources_dir, &alive)
             .map_err(|err| MountError::system("clearing", &sources_dir, err))?;
+        let sources = Sources::new(
+            sources_dir,
+            Arc::clone(&mounter),
+            metrics.mounts.clone(),
+            config.max_idle,
+        );
+        sources.adopt(survivors, &mounts()?);
         let records = Records::new(volumes_dir.clone());
         let swept = records
             .sweep()
             .map_err(|err| MountError::system("reading records in", &volumes_dir, err))?;
-        let dead = dead_volumes(&swept.kept)?;
+        let (live, dead) = sort_volumes(&swept.kept, &sources)?;
         let recovered = Recovered {
             volumes: swept.kept.len(),
+            dead_volumes: dead.len(),
             orphans: swept.dropped,
             bad_records: swept.bad,
             stale_sources,
@@ -72,16 +84,17 @@ impl MountTable {
         info!(
             path = %state_dir.display(),
             volumes = recovered.volumes,
-            dead_volumes = dead.len(),
+            live_volumes = live.len(),
+            dead_volumes = recovered.dead_volumes,
             orphans = recovered.orphans,
             bad_records = recovered.bad_records,
             stale_sources = recovered.stale_sources,
             "recovered mount state"
         );
-        let sources = Sources::new(sources_dir, Arc::clone(&mounter), metrics.mounts.clone());
         let recovery = Recovery {
             sources,
             records,
+            live,
             dead: DeadVolumes::new(dead, metrics.dead_volumes.clone()),
             lock,
         };
@@ -90,16 +103,34 @@ impl MountTable {
     }
 }
 
-/// The volumes of `records` whose target still has a mount: this process serves none yet, so it is
-/// dead. After a reboot there is none, and the volume is merely not published.
-fn dead_volumes(records: &[VolumeRecord]) -> Result<Vec<PublicationId>, MountError> {
+/// Volumes whose mounts have survived, and where they are.
+pub(super) type LiveVolumes = Vec<(PublicationId, Published)>;
+
+/// Sorts the volumes of `records` whose target still has a mount: those whose source is served, with
+/// where they are, and those whose mount is dead. After a reboot there is no mount, and the volume is
+/// merely not published.
+fn sort_volumes(
+    records: &[VolumeRecord],
+    sources: &Sources,
+) -> Result<(LiveVolumes, Vec<PublicationId>), MountError> {
     let info = mounts()?;
-    let is_mounted = |record: &VolumeRecord| {
-        let path = record.target.resolve().ok().flatten();
-        path.is_some_and(|it| info.at(&it).next().is_some())
-    };
-    let dead = records.iter().filter(|it| is_mounted(it));
-    Ok(dead.map(VolumeRecord::id).collect())
+    let (mut live, mut dead) = (Vec::new(), Vec::new());
+    for record in records {
+        let Some(path) = record.target.resolve().ok().flatten() else {
+            continue;
+        };
+        let Some(device) = info.at(&path).last().map(|it| it.device) else {
+            continue;
+        };
+        let id = record.id();
+        if sources.rejoin(record.manifest, device, id) {
+            let manifest = record.manifest;
+            live.push((id, Published { manifest, path }));
+        } else {
+            dead.push(id);
+        }
+    }
+    Ok((live, dead))
 }
 
 /// Makes a directory for the driver alone, and returns its path as mountinfo has it.

@@ -9,13 +9,14 @@ use std::{
     fs, io,
     path::{Path, PathBuf},
     sync::{Arc, Mutex},
+    time::{Duration, Instant},
 };
 
 use prometheus::IntGauge;
 use tracing::{info, warn};
 
 use super::{
-    Device, ImageMounter, MountError, MountInfo, PreparedImage, SourceMount, bind, lock,
+    Device, ImageMounter, MountError, MountInfo, PreparedImage, SourceMount, Survivor, bind, lock,
     target::{PublicationId, remove},
 };
 use crate::digest::ManifestDigest;
@@ -29,6 +30,8 @@ pub(super) struct Sources {
     dir: PathBuf,
     mounter: Arc<dyn ImageMounter>,
     gauge: IntGauge,
+    /// How long a source without users is kept for the next one.
+    max_idle: Duration,
     /// std Mutex: held for a map lookup. May be taken while a slot is held, not the reverse.
     slots: Mutex<HashMap<ManifestDigest, Arc<Slot>>>,
 }
@@ -50,15 +53,85 @@ struct Source {
     session: Box<dyn SourceMount>,
     device: Device,
     users: HashSet<PublicationId>,
+    /// Since when it has had no users.
+    idle_since: Option<Instant>,
 }
 
 impl Sources {
-    pub(super) fn new(dir: PathBuf, mounter: Arc<dyn ImageMounter>, gauge: IntGauge) -> Self {
+    pub(super) fn new(
+        dir: PathBuf,
+        mounter: Arc<dyn ImageMounter>,
+        gauge: IntGauge,
+        max_idle: Duration,
+    ) -> Self {
         Self {
             dir,
             mounter,
             gauge,
+            max_idle,
             slots: Mutex::default(),
+        }
+    }
+
+    /// Takes the source mounts over that a former process made and another one serves. Those that are
+    /// not mounted where they should be end with their last user.
+    pub(super) fn adopt(&self, survivors: Vec<Survivor>, info: &MountInfo) {
+        for survivor in survivors {
+            let mount_point = self.mount_point(survivor.manifest);
+            let topmost = info.at(&mount_point).last().map(|it| it.device);
+            if topmost != Some(survivor.device) || !survivor.session.is_alive() {
+                info!(image.manifest = %survivor.manifest, "a mount survived that is bound to volumes only");
+                continue;
+            }
+            let source = Source {
+                session: survivor.session,
+                device: survivor.device,
+                users: HashSet::new(),
+                idle_since: Some(Instant::now()),
+            };
+            self.gauge.inc();
+            info!(image.manifest = %survivor.manifest, path = %mount_point.display(), "a mount survived");
+            let slot = Arc::new(Slot(Mutex::new(SlotState::Mounted(source))));
+            lock(&self.slots).insert(survivor.manifest, slot);
+        }
+    }
+
+    /// Makes `user` a user of the source if `device` is its file system; says whether it is.
+    pub(super) fn rejoin(
+        &self,
+        manifest: ManifestDigest,
+        device: Device,
+        user: PublicationId,
+    ) -> bool {
+        let Some(slot) = lock(&self.slots).get(&manifest).cloned() else {
+            return false;
+        };
+        match &mut *lock(&slot.0) {
+            SlotState::Mounted(source) if source.device == device => {
+                source.users.insert(user);
+                source.idle_since = None;
+                true
+            }
+            SlotState::Mounted(_) | SlotState::Vacant | SlotState::Gone => false,
+        }
+    }
+
+    /// Unmounts the sources that nobody has used for `max_idle`.
+    pub(super) fn retire_idle(&self, max_idle: Duration) {
+        let slots: Vec<_> = {
+            let slots = lock(&self.slots);
+            slots
+                .iter()
+                .map(|(manifest, it)| (*manifest, Arc::clone(it)))
+                .collect()
+        };
+        for (manifest, slot) in slots {
+            let mut state = lock(&slot.0);
+            let is_idle = |it: Instant| max_idle <= it.elapsed();
+            if matches!(&*state, SlotState::Mounted(source) if source.idle_since.is_some_and(is_idle))
+            {
+                self.retire(manifest, &mut state);
+            }
         }
     }
 
@@ -88,6 +161,7 @@ impl Sources {
             let outcome = self.mounted(image, &mut state).and_then(|source| {
                 bind(&self.mount_point(manifest))?;
                 source.users.insert(user);
+                source.idle_since = None;
                 Ok(())
             });
             if outcome.is_err() {
@@ -147,7 +221,13 @@ impl Sources {
             .and_then(|()| {
                 self.mounter
                     .mount(image, &dir)
-                    .map_err(|err| MountError::system("mounting the image at", &dir, err))
+                    .map_err(|err| match err.kind() {
+                        io::ErrorKind::NotConnected => MountError::NoServer {
+                            image: image.manifest,
+                            reason: err.to_string(),
+                        },
+                        _ => MountError::system("mounting the image at", &dir, err),
+                    })
             })
             .and_then(|session| {
                 let device = device_at(&dir)
@@ -157,6 +237,7 @@ impl Sources {
                     session,
                     device,
                     users: HashSet::new(),
+                    idle_since: None,
                 })
             });
         if mounted.is_err() {
@@ -165,10 +246,21 @@ impl Sources {
         mounted
     }
 
+    /// Keeps a source that has lost its last user for the next one, or unmounts it.
     fn retire_unused(&self, manifest: ManifestDigest, state: &mut SlotState) {
-        if matches!(state, SlotState::Mounted(source) if !source.users.is_empty()) {
-            return;
+        if let SlotState::Mounted(source) = &mut *state {
+            if !source.users.is_empty() {
+                return;
+            }
+            if !self.max_idle.is_zero() && source.session.is_alive() {
+                source.idle_since = Some(Instant::now());
+                return;
+            }
         }
+        self.retire(manifest, state);
+    }
+
+    fn retire(&self, manifest: ManifestDigest, state: &mut SlotState) {
         self.dismantle(manifest, state);
         *state = SlotState::Gone;
         lock(&self.slots).remove(&manifest);
@@ -180,7 +272,7 @@ impl Sources {
             return;
         };
         self.gauge.dec();
-        if let Err(err) = source.session.unmount() {
+        if let Err(err) = source.session.unmount(&self.mount_point(manifest)) {
             warn!(image.manifest = %manifest, error = %err, "unmounting a source failed, detaching it");
         }
         self.clear(manifest);
@@ -219,19 +311,21 @@ fn device_at(path: &Path) -> io::Result<Device> {
     })
 }
 
-/// Detaches the source mounts that a former process left below `dir`, and removes their
-/// directories. Returns how many mounts there were.
+/// Detaches the source mounts that a former process left below `dir`, except those of `alive`, and
+/// removes their directories. Returns how many mounts there were.
 ///
-/// This release serves FUSE in the process that mounts, so what is found is dead. What cannot be
-/// cleared is in nobody's way but its own image's, so it is logged and left.
+/// What cannot be cleared is in nobody's way but its own image's, so it is logged and left.
 ///
 /// # Errors
 /// Those of reading mountinfo and of reading `dir`.
-pub(super) fn clear_stale(dir: &Path) -> io::Result<usize> {
+pub(super) fn clear_stale(dir: &Path, alive: &HashSet<Device>) -> io::Result<usize> {
     let info = MountInfo::read()?;
     let mut n_stale = 0;
     // The latest first: it lies on top.
     for entry in info.below(dir).rev() {
+        if alive.contains(&entry.device) {
+            continue;
+        }
         n_stale += 1;
         if let Err(err) = bind::detach(&entry.mount_point) {
             warn!(path = %entry.mount_point.display(), error = %err, "stale source mount stays");
@@ -239,6 +333,14 @@ pub(super) fn clear_stale(dir: &Path) -> io::Result<usize> {
     }
     for entry in fs::read_dir(dir)? {
         let source_dir = entry?.path();
+        // Read anew, as the mounts above are gone.
+        if MountInfo::read()?
+            .at(&source_dir.join(MOUNT_POINT))
+            .next()
+            .is_some()
+        {
+            continue;
+        }
         let removed = remove(&source_dir.join(MOUNT_POINT)).and_then(|()| remove(&source_dir));
         if let Err(err) = removed {
             warn!(path = %source_dir.display(), error = %err, "stale source directory stays");

@@ -20,10 +20,11 @@ use super::{
     operations::Operations,
     preparations::Preparations,
     record::Records,
+    recover::LiveVolumes,
     sources::Sources,
     target::{self, PublicationId, TargetDir},
 };
-use crate::digest::ManifestDigest;
+use crate::{digest::ManifestDigest, failpoint};
 
 /// How a mount table works.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -32,6 +33,8 @@ pub struct MountTableConfig {
     pub state_dir: PathBuf,
     /// How long a call waits for an image before it answers "still being prepared".
     pub prepare_wait: Duration,
+    /// How long a source mount without volumes is kept for the next one.
+    pub max_idle: Duration,
 }
 
 impl MountTableConfig {
@@ -87,15 +90,17 @@ struct Inner {
 pub(super) struct Recovery {
     pub(super) sources: Sources,
     pub(super) records: Records,
+    /// Volumes whose mounts have survived.
+    pub(super) live: LiveVolumes,
     pub(super) dead: DeadVolumes,
     /// Keeps another process off the directory.
     pub(super) lock: File,
 }
 
 #[derive(Debug, Clone)]
-struct Published {
-    manifest: ManifestDigest,
-    path: PathBuf,
+pub(super) struct Published {
+    pub(super) manifest: ManifestDigest,
+    pub(super) path: PathBuf,
 }
 
 /// What [`Inner::examine`] found.
@@ -117,9 +122,11 @@ impl MountTable {
         let Recovery {
             sources,
             records,
+            live,
             dead,
             lock,
         } = recovery;
+        gauge.set(i64::try_from(live.len()).unwrap_or(i64::MAX));
         Self {
             inner: Arc::new(Inner {
                 config,
@@ -127,12 +134,37 @@ impl MountTable {
                 preparations: Preparations::new(mounter),
                 sources,
                 records,
-                published: Mutex::default(),
+                published: Mutex::new(live.into_iter().collect()),
                 gauge,
                 dead,
                 _lock: lock,
             }),
         }
+    }
+
+    /// Unmounts the source mounts that nobody has used for as long as they are kept, and counts the
+    /// volumes whose sources have died. Call it now and then.
+    ///
+    /// # Blocking
+    /// Waits for unmounts.
+    pub fn look_after(&self) {
+        self.inner.sources.retire_idle(self.inner.config.max_idle);
+        let published: Vec<_> = {
+            let published = lock(&self.inner.published);
+            published
+                .iter()
+                .map(|(id, it)| (it.manifest, *id))
+                .collect()
+        };
+        let is_dead = |(manifest, id): &(ManifestDigest, PublicationId)| {
+            self.inner.sources.live(*manifest, *id).is_none()
+        };
+        let n_dead = published.into_iter().filter(is_dead).count();
+        self.inner.dead.set_own(n_dead);
+    }
+
+    pub(super) fn retire_all_idle(&self) {
+        self.inner.sources.retire_idle(Duration::ZERO);
     }
 
     pub(super) fn state_dir(&self) -> &Path {
@@ -253,8 +285,11 @@ impl Inner {
         let ours = target::make(&path)? == TargetDir::Absent || has_record;
         let attached = self.sources.attach(image, id, |source| {
             self.records.store(record)?;
+            failpoint::reached("publish:recorded");
             bind::bind_read_only(source, &path)
-                .map_err(|err| MountError::system("binding the image to", &path, err))
+                .map_err(|err| MountError::system("binding the image to", &path, err))?;
+            failpoint::reached("publish:bound");
+            Ok(())
         });
         if let Err(err) = attached {
             // What these meet is logged: `err` is what says what happened.
@@ -307,7 +342,9 @@ impl Inner {
             match self.check_owner(id, &path, has_record) {
                 Ok(()) => {
                     self.detach_target(&path)?;
+                    failpoint::reached("unpublish:detached");
                     remove_target(&path)?;
+                    failpoint::reached("unpublish:removed");
                 }
                 Err(err) => {
                     warn!(volume.id = %volume, error = %err, "target left as it is");
@@ -413,7 +450,7 @@ pub(super) fn mounts() -> Result<MountInfo, MountError> {
 /// NodePublishVolumeRequest, `target_path`).
 fn resolve_for_publish(target: &TargetPath) -> Result<PathBuf, MountError> {
     target.resolve()?.ok_or_else(|| MountError::Invalid {
-        field: "target_path",
+        field: "target_path".into(),
         reason: format!("the parent directory of {target} does not exist: create it first"),
     })
 }

@@ -41,7 +41,7 @@ impl VolumeId {
             return Ok(Self(text.to_owned()));
         };
         Err(MountError::Invalid {
-            field: "volume_id",
+            field: "volume_id".into(),
             reason,
         })
     }
@@ -87,7 +87,7 @@ impl TargetPath {
             return Ok(Self(text.trim_end_matches('/').to_owned()));
         };
         Err(MountError::Invalid {
-            field: "target_path",
+            field: "target_path".into(),
             reason,
         })
     }
@@ -229,10 +229,7 @@ mod tests {
             assert!(
                 matches!(
                     TargetPath::parse(text),
-                    Err(MountError::Invalid {
-                        field: "target_path",
-                        ..
-                    })
+                    Err(MountError::Invalid { field, .. }) if field == "target_path"
                 ),
                 "{text:?} was taken"
             );

@@ -5,6 +5,7 @@ use std::{path::PathBuf, sync::Arc, time::Duration};
 use anyhow::Context;
 use tokio::runtime::Handle;
 
+use super::BadConfig;
 use crate::{
     cli::ImageArgs,
     clock::{Clock, SystemClock},
@@ -15,17 +16,6 @@ use crate::{
     registry::{Credentials, DockerConfig, ImageRef, Platform, RegistryClient, ResolvedImage},
     remote::{self, Uploader},
 };
-
-/// A setting that cannot work, found when it was first used.
-#[derive(Debug, thiserror::Error)]
-#[error(transparent)]
-pub(super) struct BadConfig(Box<dyn std::error::Error + Send + Sync>);
-
-impl BadConfig {
-    pub(super) fn new(cause: impl std::error::Error + Send + Sync + 'static) -> Self {
-        Self(Box::new(cause))
-    }
-}
 
 /// Opens images.
 #[derive(Debug)]

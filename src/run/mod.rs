@@ -3,25 +3,35 @@
 //! The start has stages: logging, configuration (exit code 64 on a bad value, nothing bound yet),
 //! parts, and only then work. `engine` is what all modes share: registry, cache, indexer.
 
+mod agent;
 mod cache;
 mod counted;
 mod engine;
+mod in_process;
 mod index;
 mod mount;
 mod mounter;
-mod node;
+pub mod node;
+mod opener;
+mod own;
+pub mod program;
+pub mod serve;
+mod status;
 
 use std::process::ExitCode;
 
 use anyhow::Context;
 use tracing::error;
 
-use engine::BadConfig;
-
+use self::{
+    node::NodeSettings,
+    program::{LogSettings, become_program},
+    serve::ServeSettings,
+};
 use crate::{
     cli::{CacheCommand, Cli, Command, Common, IndexCommand, LogFormat},
     config::Config,
-    telemetry,
+    sys, telemetry,
 };
 
 /// Exit code of a bad command line or configuration (sysexits.h, `EX_USAGE`).
@@ -33,6 +43,17 @@ const MAX_BLOCKING_THREADS: usize = 16;
 /// Stack of a blocking thread: the deepest user is zstd, with some tens of KiB.
 const THREAD_STACK_BYTES: usize = 512 << 10;
 
+/// A setting that cannot work, found when it was first used.
+#[derive(Debug, thiserror::Error)]
+#[error(transparent)]
+pub(super) struct BadConfig(Box<dyn std::error::Error + Send + Sync>);
+
+impl BadConfig {
+    pub(super) fn new(cause: impl std::error::Error + Send + Sync + 'static) -> Self {
+        Self(Box::new(cause))
+    }
+}
+
 /// Runs what the command line says; what goes wrong is printed once, with its causes.
 pub fn run(cli: Cli) -> ExitCode {
     if let Err(err) = start_logging(&cli) {
@@ -42,16 +63,59 @@ pub fn run(cli: Cli) -> ExitCode {
         Ok(config) => config,
         Err(err) => return fail(&err, EXIT_USAGE),
     };
+    sys::drop_code();
     match execute(cli, config) {
         Ok(code) => code,
-        Err(err) if err.is::<BadConfig>() => fail(&err, EXIT_USAGE),
-        Err(err) => fail(&err, 1),
+        Err(err) => fail(&err, exit_code(&err)),
     }
 }
 
+fn exit_code(err: &anyhow::Error) -> u8 {
+    if err.is::<BadConfig>() { EXIT_USAGE } else { 1 }
+}
+
 fn execute(cli: Cli, config: Config) -> anyhow::Result<ExitCode> {
+    let log = LogSettings {
+        is_json: cli.common.log_format == LogFormat::Json,
+        level: log_level(&cli).to_owned(),
+    };
     match cli.command {
-        Command::Node(args) => in_runtime(node::run(args, config)),
+        Command::Node(args) => {
+            let settings = NodeSettings {
+                log,
+                run_dir: args.run.run_dir.clone(),
+                endpoint: args.endpoint.clone(),
+                node_id: args.node_id.clone(),
+                driver_name: args.driver_name.clone(),
+                state_dir: args.state_dir.clone(),
+                registration_dir: args.registration_dir.clone(),
+                node: config.node.clone(),
+                read_ahead_kib: config.fuse.read_ahead_kib,
+            };
+            settings.check()?;
+            if args.in_process {
+                return in_runtime(in_process::run(args, settings, config));
+            }
+            if args.metrics_addr.is_some() || args.startup_taint.is_some() {
+                let reason = "--metrics-addr and --startup-taint are for `clip-csi agent`, or for --in-process";
+                return Err(BadConfig::new(std::io::Error::other(reason)).into());
+            }
+            Err(become_program("clip-csi-node", &settings))
+        }
+        Command::Agent(args) => in_runtime(agent::run(args, config)),
+        Command::Serve(args) => {
+            let settings = ServeSettings {
+                log,
+                run_dir: args.run.run_dir,
+                cache_dir: config.cache.dir,
+                read_threads: config.fuse.read_threads,
+                threads_per_mount: config.fuse.threads_per_mount,
+                is_child: false,
+            };
+            Err(become_program("clip-csi-serve", &settings))
+        }
+        Command::Own(args) => own::run(&args),
+        Command::Status(args) => status::run(&args),
         Command::Mount(args) if args.foreground => in_runtime(mount::serve(args, config)),
         Command::Mount(args) => mount::in_background(&args),
         Command::Unmount { dir } => mount::unmount(&dir),
@@ -83,14 +147,17 @@ fn start_logging(cli: &Cli) -> anyhow::Result<()> {
         LogFormat::Text => telemetry::LogFormat::Text,
         LogFormat::Json => telemetry::LogFormat::Json,
     };
-    // A daemon tells what it does; a person wants to hear of trouble only.
+    telemetry::init(format, log_level(cli).parse()?)?;
+    Ok(())
+}
+
+/// A daemon tells what it does; a person wants to hear of trouble only.
+fn log_level(cli: &Cli) -> &str {
     let quiet = match &cli.command {
-        Command::Node(_) => "info",
+        Command::Node(_) | Command::Agent(_) | Command::Serve(_) => "info",
         _ => "warn",
     };
-    let level = cli.common.log_level.as_deref().unwrap_or(quiet);
-    telemetry::init(format, level.parse()?)?;
-    Ok(())
+    cli.common.log_level.as_deref().unwrap_or(quiet)
 }
 
 fn read_config(common: &Common) -> anyhow::Result<Config> {

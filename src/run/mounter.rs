@@ -2,10 +2,7 @@
 
 use std::{any::Any, io, path::Path, sync::Arc};
 
-use super::{
-    counted::Counted,
-    engine::{Engine, Wanted},
-};
+use super::{engine::Engine, opener::Opener};
 use crate::{
     config::FuseConfig,
     fs::ClipFs,
@@ -13,21 +10,20 @@ use crate::{
         pool::{PoolConfig, ReadPool},
         session::{self, FuseMount, MountOptions},
     },
-    indexer::{IndexerError, OpenImage},
+    indexer::OpenImage,
     layer::store::LayerStore,
     mount::{
-        ImageMounter, ImageRequest, PrepareError, PreparedImage, Progress, PullCredentials,
-        SOURCE_NAME, SourceMount,
+        ImageMounter, ImageRequest, PrepareError, PreparedImage, Progress, SOURCE_NAME,
+        SourceMount, Survivor,
     },
-    registry::{Credentials, DockerConfig, ImageRef, Platform},
     sys::MappedFile,
-    tier::{BlobSource, BoxFuture, MakePresent},
+    tier::{BoxFuture, MakePresent},
 };
 
 /// Opens images with an [`Engine`] and serves them from this process.
 #[derive(Debug)]
 pub(super) struct InProcess {
-    engine: Engine,
+    opener: Opener,
     pool: Arc<ReadPool>,
     fuse: FuseConfig,
 }
@@ -39,12 +35,16 @@ impl InProcess {
             n_threads: fuse.read_threads,
             ..PoolConfig::default()
         })?;
-        Ok(Self { engine, pool, fuse })
+        Ok(Self {
+            opener: Opener::new(engine),
+            pool,
+            fuse,
+        })
     }
 
     /// What opens images.
     pub(super) fn engine(&self) -> &Engine {
-        &self.engine
+        self.opener.engine()
     }
 
     /// Makes an open image servable.
@@ -53,7 +53,7 @@ impl InProcess {
         Ok(Arc::new(ClipFs::new(
             image.index,
             layers,
-            self.engine.metrics.clone(),
+            self.engine().metrics.clone(),
         )?))
     }
 
@@ -64,7 +64,7 @@ impl InProcess {
             n_threads: self.fuse.threads_per_mount,
             read_ahead_kib: self.fuse.read_ahead_kib,
         };
-        let store: LayerStore = self.engine.store.clone();
+        let store: LayerStore = self.engine().store.clone();
         let provider: Arc<dyn MakePresent> = Arc::new(store);
         session::mount(
             Arc::clone(image),
@@ -74,78 +74,6 @@ impl InProcess {
             &options,
         )
         .map_err(io::Error::other)
-    }
-
-    /// Parses what a pod asks for. A secret of its own counts alone, the node's otherwise.
-    fn wanted(&self, request: &ImageRequest) -> Result<Wanted, PrepareError> {
-        let invalid = |field, reason: String| PrepareError::Invalid { field, reason };
-        let image: ImageRef = request
-            .image
-            .parse()
-            .map_err(|err| invalid("image", format!("{err}")))?;
-        let platform = match &request.platform {
-            Some(text) => text
-                .parse()
-                .map_err(|err| invalid("platform", format!("{err}")))?,
-            None => Platform::host(),
-        };
-        let credentials = match &request.credentials {
-            PullCredentials::None => self.engine.registry.node_credentials(&image),
-            PullCredentials::Basic { username, password } => Credentials::Basic {
-                username: username.clone(),
-                password: password.clone(),
-            },
-            PullCredentials::DockerConfig(config) => DockerConfig::parse(config.expose())
-                .map_err(|err| invalid("nodePublishSecretRef", err.to_string()))?
-                .for_image(&image),
-        };
-        Ok(Wanted {
-            image,
-            platform,
-            credentials,
-        })
-    }
-
-    async fn open(
-        &self,
-        request: &ImageRequest,
-        progress: &Arc<Progress>,
-    ) -> Result<PreparedImage, PrepareError> {
-        let Wanted {
-            image,
-            platform,
-            credentials,
-        } = self.wanted(request)?;
-        progress.set_phase("asking the registry");
-        let resolved = self
-            .engine
-            .registry
-            .resolve(&image, &platform, &credentials)
-            .await?;
-        let paths = self.engine.store.paths();
-        let missing = resolved.layers.iter();
-        let missing = missing.filter(|it| !paths.layer(it.diff_id).exists());
-        let missing: Vec<_> = missing.map(|it| it.blob_bytes).collect();
-        progress.set_total(missing.iter().sum());
-        progress.set_phase(format!(
-            "fetching {} of {} layers",
-            missing.len(),
-            resolved.layers.len()
-        ));
-        let blobs: Arc<dyn BlobSource> = Arc::new(Counted {
-            source: self.engine.registry.blobs(&image, &credentials),
-            progress: Arc::clone(progress),
-        });
-        let opened = self.engine.indexer.open(&resolved, &blobs).await?;
-        let fs = self
-            .file_system(opened)
-            .map_err(|err| PrepareError::Internal {
-                reason: err.to_string(),
-            })?;
-        Ok(PreparedImage {
-            manifest: resolved.manifest,
-            token: fs,
-        })
     }
 }
 
@@ -158,7 +86,18 @@ impl ImageMounter for InProcess {
         request: &'a ImageRequest,
         progress: &'a Arc<Progress>,
     ) -> BoxFuture<'a, Result<PreparedImage, PrepareError>> {
-        Box::pin(self.open(request, progress))
+        Box::pin(async move {
+            let (manifest, opened) = self.opener.open(request, progress).await?;
+            let fs = self
+                .file_system(opened)
+                .map_err(|err| PrepareError::Internal {
+                    reason: err.to_string(),
+                })?;
+            Ok(PreparedImage {
+                manifest,
+                token: fs,
+            })
+        })
     }
 
     fn mount(&self, image: &PreparedImage, dir: &Path) -> io::Result<Box<dyn SourceMount>> {
@@ -167,6 +106,11 @@ impl ImageMounter for InProcess {
             .downcast()
             .map_err(|_| io::Error::other("the image was prepared by somebody else"))?;
         Ok(Box::new(Served(self.serve(&fs, dir)?)))
+    }
+
+    fn survivors(&self) -> Vec<Survivor> {
+        // What this process serves ends with it.
+        Vec::new()
     }
 }
 
@@ -179,27 +123,9 @@ impl SourceMount for Served {
         !self.0.has_ended()
     }
 
-    fn unmount(self: Box<Self>) -> io::Result<()> {
+    fn unmount(self: Box<Self>, _: &Path) -> io::Result<()> {
         // A source that is still bound somewhere is served until that bind goes.
         let _ = self.0.unmount();
         Ok(())
-    }
-}
-
-impl From<IndexerError> for PrepareError {
-    fn from(err: IndexerError) -> Self {
-        match err {
-            IndexerError::Layer(err) => Self::Present(err),
-            IndexerError::Merge {
-                source: crate::index::IndexError::Limit { limit, max },
-                ..
-            } => Self::Limit { limit, max },
-            IndexerError::Merge { ref source, .. } => Self::Refused {
-                reason: format!("{err}: {source}"),
-            },
-            IndexerError::Disk { .. } => Self::Internal {
-                reason: err.to_string(),
-            },
-        }
     }
 }

@@ -1,127 +1,186 @@
-//! `clip-csi node`: serves CSI, fetches and mounts, all in one process.
+//! `clip-csi node`: serves CSI, mounts, and binds. Fetching and serving are for `agent` and `serve`; its
+//! own program has no code for them.
 
 use std::{
+    borrow::Cow,
     fs,
     path::{Path, PathBuf},
     process::ExitCode,
     sync::Arc,
+    thread,
     time::Duration,
 };
 
 use anyhow::{Context, bail};
+use serde::{Deserialize, Serialize};
 use tokio::{
-    net::TcpListener,
     signal::unix::{SignalKind, signal},
     sync::watch,
 };
 use tracing::{info, warn};
 
-use super::{
-    engine::{BadConfig, Engine},
-    mounter::InProcess,
-};
+use super::{BadConfig, program::LogSettings};
 use crate::{
-    admin::{self, Ready},
-    cli::NodeArgs,
-    config::Config,
+    admin::Ready,
+    config::NodeConfig,
     csi::{
         CsiConfig, PluginName, Registration, RegistrationConfig, RegistrationOutcome, Server,
         bind_private,
     },
+    ipc::{Listener, RunDir},
     metrics::Metrics,
     mount::{ImageMounter, MountTable, MountTableConfig},
-    node_taint::{self, StartupTaint, TaintKey},
+    roles::{NodeMounter, escrow::Escrow, notices::Notices, protocol::Status, status},
+    sys,
+    tier::BoxFuture,
 };
 
-/// Serves until a signal asks for the end.
-pub(super) async fn run(args: NodeArgs, config: Config) -> anyhow::Result<ExitCode> {
-    info!(version = env!("CARGO_PKG_VERSION"), "clip-csi node starts");
-    let socket = socket_path(&args.endpoint)?;
-    let plugin_name: PluginName = args.driver_name.parse().map_err(BadConfig::new)?;
-    let taint = match &args.startup_taint {
-        Some(key) => Some(startup_taint(key, &args).context("--startup-taint")?),
-        None => None,
-    };
-    let metrics = Metrics::new();
-    // Listening for signals begins before there is anything that they could leave behind.
-    let stop = stop_signal()?;
-    let ready = Arc::new(Ready::not_yet("starting"));
-    // Before anything is bound: configured files are read here.
-    let engine = Engine::start(&config, metrics.clone())?;
-    let admin = match args.metrics_addr {
-        Some(address) => {
-            let listener = TcpListener::bind(address)
-                .await
-                .with_context(|| format!("binding --metrics-addr {address}"))?;
-            info!(address = %listener.local_addr()?, "serving /metrics, /healthz and /readyz");
+/// How often the mounts are looked after.
+const LOOK_AFTER: Duration = Duration::from_secs(5);
+
+/// What the node service is to do, as its own program is told.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct NodeSettings {
+    pub(super) log: LogSettings,
+    pub(super) run_dir: PathBuf,
+    pub(super) endpoint: String,
+    pub(super) node_id: String,
+    pub(super) driver_name: String,
+    pub(super) state_dir: PathBuf,
+    pub(super) registration_dir: Option<PathBuf>,
+    pub(super) node: NodeConfig,
+    pub(super) read_ahead_kib: u32,
+}
+
+impl NodeSettings {
+    /// Says what is wrong with them, before anything is bound or made.
+    pub(super) fn check(&self) -> anyhow::Result<()> {
+        socket_path(&self.endpoint)?;
+        let _: PluginName = self.driver_name.parse().map_err(BadConfig::new)?;
+        Ok(())
+    }
+}
+
+/// How images come to this node, and what else is done beside serving CSI.
+pub(super) struct Parts {
+    pub(super) mounter: Arc<dyn ImageMounter>,
+    /// How long a source mount without volumes is kept.
+    pub(super) max_idle: Duration,
+    /// Goes on beside the calls, until it ends or they do.
+    pub(super) aside: BoxFuture<'static, ()>,
+    /// Done when the calls have ended.
+    pub(super) end: BoxFuture<'static, anyhow::Result<()>>,
+}
+
+/// Serves until a signal asks for the end; agent and server do the rest.
+///
+/// # Errors
+/// What keeps it from starting or going on.
+pub fn run_with_others(settings: NodeSettings) -> anyhow::Result<ExitCode> {
+    settings.log.start()?;
+    // Before there is a thread that would keep it.
+    sys::unix_sockets_only().context("giving up the network")?;
+    super::in_runtime(async {
+        let metrics = Metrics::new();
+        let ready = Arc::new(Ready::not_yet("starting"));
+        let stop = stop_signal()?;
+        let notices = Arc::new(Notices::default());
+        let run_dir = RunDir::new(&settings.run_dir);
+        let deadline = Duration::from_secs(settings.node.server_deadline_seconds);
+        let escrow = Escrow::start(&run_dir, deadline, metrics.clone(), Arc::clone(&notices))?;
+        let listener = Listener::bind(&run_dir.node()).map_err(BadConfig::new)?;
+        {
             let (metrics, ready) = (metrics.clone(), Arc::clone(&ready));
-            Some(tokio::spawn(admin::serve(
-                listener,
-                metrics,
-                ready,
-                stopped(stop.clone()),
-            )))
+            let notices = Arc::clone(&notices);
+            thread::Builder::new()
+                .name("clip-status".to_owned())
+                .spawn(move || {
+                    status::serve_node(&listener, &notices, || Status {
+                        metrics: metrics.encode().unwrap_or_default(),
+                        missing: ready.missing().map(Cow::into_owned),
+                    });
+                })?;
         }
-        None => None,
-    };
-    let mounter = Arc::new(InProcess::new(engine, config.fuse.clone())?);
-    let plugin_dir = plugin_dir(&socket, &args.state_dir).map(Path::to_owned);
+        let parts = Parts {
+            mounter: Arc::new(NodeMounter::new(&run_dir, escrow, settings.read_ahead_kib)),
+            max_idle: Duration::from_secs(settings.node.idle_source_seconds),
+            aside: Box::pin(std::future::pending()),
+            end: Box::pin(std::future::ready(Ok(()))),
+        };
+        serve(settings, parts, &metrics, &ready, &notices, stop).await
+    })
+}
+
+/// Serves CSI until a signal asks for the end.
+pub(super) async fn serve(
+    settings: NodeSettings,
+    parts: Parts,
+    metrics: &Metrics,
+    ready: &Ready,
+    notices: &Notices,
+    stop: watch::Receiver<bool>,
+) -> anyhow::Result<ExitCode> {
+    info!(version = env!("CARGO_PKG_VERSION"), "clip-csi node starts");
+    let socket = socket_path(&settings.endpoint)?;
+    let plugin_name: PluginName = settings.driver_name.parse().map_err(BadConfig::new)?;
+    let plugin_dir = plugin_dir(&socket, &settings.state_dir).map(Path::to_owned);
     let table_config = MountTableConfig {
-        state_dir: args.state_dir,
-        prepare_wait: Duration::from_secs(config.node.publish_wait_seconds),
+        state_dir: settings.state_dir,
+        prepare_wait: Duration::from_secs(settings.node.publish_wait_seconds),
+        max_idle: parts.max_idle,
     };
-    let seam: Arc<dyn ImageMounter> = Arc::clone(&mounter) as _;
-    let (table, _recovered) = MountTable::recover(table_config, seam, &metrics)?;
+    let (table, recovered) = MountTable::recover(table_config, parts.mounter, metrics)?;
+    if 0 < recovered.dead_volumes {
+        let message = format!(
+            "{} volumes of running pods lost their mounts while the driver was away, and every access to them fails; \
+             delete the pods that use them",
+            recovered.dead_volumes
+        );
+        notices.add("DeadVolumes", message);
+    }
     let csi_config = CsiConfig {
         plugin_name: plugin_name.clone(),
-        node_id: args.node_id,
+        node_id: settings.node_id,
     };
-    let server = Server::new(csi_config, table.clone(), &metrics);
+    let server = Server::new(csi_config, table.clone(), metrics);
     let bound = bind_private(&socket).with_context(|| format!("socket {}", socket.display()))?;
     info!(path = %socket.display(), "serving CSI Identity and Node");
+    sys::drop_code();
     let calls = async { anyhow::Ok(server.serve(bound, stopped(stop.clone())).await?) };
     // After the CSI socket listens: kubelet calls it as soon as it sees the registration.
-    let registration = args.registration_dir.map(|dir| RegistrationConfig {
+    let registration = settings.registration_dir.map(|dir| RegistrationConfig {
         plugin_name,
         csi_socket: socket,
         dir,
     });
-    let registration = register(registration, &metrics, &ready, stopped(stop.clone()));
-    let untaint = async {
-        if let Some((cluster, taint)) = taint {
-            tokio::select! {
-                () = node_taint::remove(cluster, taint) => {}
-                () = stopped(stop.clone()) => {}
-            }
+    let registration = register(registration, metrics, ready, stopped(stop.clone()));
+    let aside = async {
+        tokio::select! {
+            () = parts.aside => {}
+            () = look_after(table.clone()) => {}
+            () = stopped(stop.clone()) => {}
         }
         Ok(())
     };
-    let served = tokio::try_join!(calls, registration, Box::pin(untaint));
+    let served = tokio::try_join!(calls, registration, aside);
     ready.unset("stopping");
-    // This process serves the mounts: pods that still use them see them end with it.
-    warn!("stopping: mounts that pods still use end with this process");
-    mounter
-        .engine()
-        .stop(Duration::from_secs(config.node.drain_seconds))
-        .await;
+    let ended = parts.end.await;
     leave(table, plugin_dir.as_deref());
-    if let Some(admin) = admin {
-        admin.await.context("serving /metrics")?;
-    }
     served?;
+    ended?;
     Ok(ExitCode::SUCCESS)
 }
 
-/// What `--startup-taint` asks for, and where.
-fn startup_taint(key: &str, args: &NodeArgs) -> Result<(kube::Config, StartupTaint), BadConfig> {
-    let key: TaintKey = key.parse().map_err(BadConfig::new)?;
-    let cluster = node_taint::cluster_of_this_pod().map_err(BadConfig::new)?;
-    let taint = StartupTaint {
-        node: args.node_id.clone(),
-        driver: args.driver_name.clone(),
-        key,
-    };
-    Ok((cluster, taint))
+/// Unmounts what nobody uses any more, and counts what is dead, for ever.
+async fn look_after(table: MountTable) {
+    loop {
+        tokio::time::sleep(LOOK_AFTER).await;
+        let table = table.clone();
+        if let Err(err) = tokio::task::spawn_blocking(move || table.look_after()).await {
+            warn!(error = %err, "looking after the mounts failed");
+        }
+        sys::drop_code();
+    }
 }
 
 /// Has kubelet register the driver, if this is asked for, and makes the driver ready once it did.
@@ -188,7 +247,7 @@ fn socket_path(endpoint: &str) -> anyhow::Result<PathBuf> {
 }
 
 /// Turns SIGTERM and SIGINT into a value that all parts watch.
-fn stop_signal() -> anyhow::Result<watch::Receiver<bool>> {
+pub(super) fn stop_signal() -> anyhow::Result<watch::Receiver<bool>> {
     let (sender, receiver) = watch::channel(false);
     let (mut terminate, mut interrupt) = (
         signal(SignalKind::terminate())?,
@@ -206,7 +265,7 @@ fn stop_signal() -> anyhow::Result<watch::Receiver<bool>> {
 }
 
 /// Is ready when the process is to stop.
-async fn stopped(mut stop: watch::Receiver<bool>) {
+pub(super) async fn stopped(mut stop: watch::Receiver<bool>) {
     // The sender goes only after it has sent.
     let _ = stop.wait_for(|it| *it).await;
 }

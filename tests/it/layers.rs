@@ -162,7 +162,7 @@ async fn limits_stop_a_bomb() {
             .await
             .unwrap_err();
         assert!(
-            matches!(error, PresentError::Limit { limit: it, .. } if it == limit),
+            matches!(&error, PresentError::Limit { limit: it, .. } if *it == limit),
             "{error}"
         );
     }

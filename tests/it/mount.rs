@@ -41,6 +41,7 @@ impl World {
             recovered,
             Recovered {
                 volumes: 0,
+                dead_volumes: 0,
                 orphans: 0,
                 bad_records: 0,
                 stale_sources: 0
@@ -324,10 +325,7 @@ async fn a_target_that_is_not_ours_is_refused_and_left_alone() {
     assert!(
         matches!(
             err,
-            MountError::Invalid {
-                field: "target_path",
-                ..
-            }
+            MountError::Invalid { ref field, .. } if field == "target_path"
         ),
         "{err:?}"
     );

@@ -19,7 +19,7 @@ use clip_csi::{
     metrics::Metrics,
     mount::{
         ImageMounter, ImageRequest, MountInfo, MountTable, MountTableConfig, PrepareError,
-        PreparedImage, Progress, PublishRequest, PullCredentials, Recovered, SourceMount,
+        PreparedImage, Progress, PublishRequest, PullCredentials, Recovered, SourceMount, Survivor,
         TargetPath, UnpublishRequest, VolumeId,
     },
     tier::BoxFuture,
@@ -110,6 +110,7 @@ impl Scratch {
             state_dir: self.state_dir(),
             // Long enough for what is not held up on purpose, on a busy machine.
             prepare_wait: Duration::from_millis(400),
+            max_idle: Duration::ZERO,
         }
     }
 }
@@ -216,6 +217,10 @@ impl ImageMounter for FakeMounter {
             alive: Arc::clone(&self.alive),
         }))
     }
+
+    fn survivors(&self) -> Vec<Survivor> {
+        Vec::new()
+    }
 }
 
 #[derive(Debug)]
@@ -230,7 +235,7 @@ impl SourceMount for FakeSource {
         self.alive.load(Ordering::SeqCst)
     }
 
-    fn unmount(self: Box<Self>) -> io::Result<()> {
+    fn unmount(self: Box<Self>, _: &Path) -> io::Result<()> {
         Ok(())
     }
 }

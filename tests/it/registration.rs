@@ -150,7 +150,7 @@ impl Process {
         let dir = tempfile::tempdir().unwrap();
         std::fs::create_dir(dir.path().join("registry")).unwrap();
         let mut child = Command::new(env!("CARGO_BIN_EXE_clip-csi"))
-            .arg("node")
+            .args(["node", "--in-process"])
             .args(["--node-id", "n1", "--metrics-addr", "127.0.0.1:0"])
             .arg("--endpoint")
             .arg(format!("unix://{}/csi.sock", dir.path().display()))

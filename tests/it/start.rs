@@ -19,7 +19,7 @@ fn start(dir: &Path, config: &str, words: &[&str]) -> Output {
     let file = dir.join("config.toml");
     write(&file, config);
     Command::new(env!("CARGO_BIN_EXE_clip-csi"))
-        .args(["node", "--node-id", "n1", "--config"])
+        .args(["node", "--in-process", "--node-id", "n1", "--config"])
         .arg(&file)
         .arg("--endpoint")
         .arg(format!("unix://{}/csi.sock", dir.display()))

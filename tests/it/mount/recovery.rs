@@ -128,6 +128,7 @@ async fn after_a_crash_sources_are_cleared_and_volumes_can_be_unpublished_or_pub
         recovered,
         Recovered {
             volumes: 2,
+            dead_volumes: 2,
             orphans: 1,
             bad_records: 1,
             stale_sources: 2

@@ -1,5 +1,6 @@
 {{/*
-config.toml from the values. A value that is null is left out, so that the driver's own default holds and is written in
+The configuration files from the values: that of the agent, and one for the node service and the server, which need
+nothing of what is said about registries and the remote. A value that is null is left out, so that the driver's own default holds and is written in
 one place only (docs/CONFIGURATION.md).
 */}}
 
@@ -14,7 +15,23 @@ one place only (docs/CONFIGURATION.md).
 {{- end }}
 {{- end }}
 
-{{- define "clip-csi.config" -}}
+{{/* What is in both. */}}
+{{- define "clip-csi.settings" -}}
+[fuse]
+{{- include "clip-csi.tomlIntegers" (dict "values" .Values.fuse "keys" (list "threadsPerMount" "readThreads" "readAheadKib")) }}
+
+[node]
+{{- include "clip-csi.tomlIntegers" (dict "values" .Values.node "keys" (list "publishWaitSeconds" "drainSeconds" "serverDeadlineSeconds" "idleSourceSeconds")) }}
+{{- end }}
+
+{{- define "clip-csi.mountsConfig" -}}
+[cache]
+dir = {{ .Values.cache.hostPath | toJson }}
+
+{{ include "clip-csi.settings" . }}
+{{- end }}
+
+{{- define "clip-csi.agentConfig" -}}
 [cache]
 dir = {{ .Values.cache.hostPath | toJson }}
 {{- include "clip-csi.tomlIntegers" (dict "values" .Values.cache "keys" (list "maxBytes" "highWatermarkPercent" "lowWatermarkPercent" "minFreeBytes" "maxLayerBytes" "maxLayerEntries" "maxLayerIndexBytes" "maxIndexNodes" "maxDecompressions" "stallTimeoutSeconds")) }}
@@ -60,9 +77,5 @@ always_ask_origin = true
 {{- end }}
 {{- end }}
 
-[fuse]
-{{- include "clip-csi.tomlIntegers" (dict "values" .Values.fuse "keys" (list "threadsPerMount" "readThreads" "readAheadKib")) }}
-
-[node]
-{{- include "clip-csi.tomlIntegers" (dict "values" .Values.node "keys" (list "publishWaitSeconds" "drainSeconds")) }}
+{{ include "clip-csi.settings" . }}
 {{- end }}

@@ -57,6 +57,57 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{ include "clip-csi.pluginDir" . }}/csi.sock
 {{- end }}
 
+{{/* Where the roles of a node meet. One per driver, so that a second one on the node is no trouble. */}}
+{{- define "clip-csi.runDir" -}}
+{{ .Values.node.runPath }}/{{ .Values.csiDriver.name }}
+{{- end }}
+
+{{/* The user of the agent and of the server, as the image has it: their directories are made for it. */}}
+{{- define "clip-csi.uid" -}}
+65532
+{{- end }}
+
+{{/* What the pods of both DaemonSets have in common. */}}
+{{- define "clip-csi.podSettings" -}}
+# Whoever needs a token of the Kubernetes API gets one of its own.
+automountServiceAccountToken: false
+enableServiceLinks: false
+{{- with .Values.imagePullSecrets }}
+imagePullSecrets:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- if .Values.node.priorityClass.create }}
+priorityClassName: {{ include "clip-csi.fullname" . }}-node
+{{- else if .Values.node.priorityClassName }}
+priorityClassName: {{ .Values.node.priorityClassName }}
+{{- end }}
+nodeSelector:
+  kubernetes.io/os: linux
+  {{- with .Values.node.nodeSelector }}
+  {{- toYaml . | nindent 2 }}
+  {{- end }}
+{{- with .Values.node.affinity }}
+affinity:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .Values.node.tolerations }}
+tolerations:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end }}
+
+{{/* Whether the agent asks the Kubernetes API for anything: "true" or "false". */}}
+{{- define "clip-csi.usesApi" -}}
+{{ or .Values.node.startupTaint.enabled .Values.agent.events.enabled }}
+{{- end }}
+
+{{/* Arguments that all roles take. */}}
+{{- define "clip-csi.commonArgs" -}}
+- --run-dir={{ include "clip-csi.runDir" . }}
+- --log-format={{ .Values.log.format }}
+- --log-level={{ .Values.log.level }}
+{{- end }}
+
 {{- define "clip-csi.node.serviceAccountName" -}}
 {{- if .Values.node.serviceAccount.create }}
 {{- default (printf "%s-node" (include "clip-csi.fullname" .)) .Values.node.serviceAccount.name }}

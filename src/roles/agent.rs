@@ -1,0 +1,244 @@
+//! The agent: owns network and cache, makes images ready for the node service, and chunks present
+//! for the server.
+//!
+//! A thread per connection: there are three, and as many more as images are being prepared.
+
+use std::{
+    collections::HashMap,
+    fmt,
+    sync::{
+        Arc, Mutex, PoisonError, Weak,
+        atomic::{AtomicBool, Ordering},
+        mpsc,
+    },
+    thread,
+    time::Duration,
+};
+
+use tokio::{runtime::Handle, time::MissedTickBehavior};
+use tracing::{debug, info, warn};
+
+use super::protocol::{AgentReply, AgentRequest, MountKey};
+use crate::{
+    digest::ManifestDigest,
+    ipc::{Channel, Listener},
+    layer::store::{Layer, LayerStore},
+    mount::{ImageRequest, PrepareError, Progress},
+    telemetry::error_chain,
+    tier::{BoxFuture, MakePresent as _, PresentError},
+};
+
+/// How often who waits for an image hears how far it is.
+const PROGRESS: Duration = Duration::from_millis(500);
+
+/// Stack of a connection's thread, which also runs the start of a preparation.
+const STACK_BYTES: usize = 256 << 10;
+
+/// How long to wait when no connection can be accepted: usually all file descriptors are in use.
+const ACCEPT_BACKOFF: Duration = Duration::from_millis(100);
+
+/// What keeps an image's layers in the cache: dropped, they may be evicted.
+pub type Held = Vec<Arc<Layer>>;
+
+/// Opens images: the seam to registry and index.
+pub trait Images: Send + Sync + fmt::Debug {
+    /// Makes the image ready: see [`ImageMounter::prepare`](crate::mount::ImageMounter::prepare).
+    ///
+    /// # Errors
+    /// Those of [`PrepareError`].
+    fn prepare<'a>(
+        &'a self,
+        request: &'a ImageRequest,
+        progress: &'a Arc<Progress>,
+    ) -> BoxFuture<'a, Result<(ManifestDigest, Held), PrepareError>>;
+
+    /// Opens the layers of an image that was made ready before, by this process or another one,
+    /// and is mounted. Asks no registry, unless a layer is damaged.
+    ///
+    /// # Errors
+    /// Those of [`PrepareError`].
+    fn adopt<'a>(
+        &'a self,
+        manifest: ManifestDigest,
+        request: &'a ImageRequest,
+    ) -> BoxFuture<'a, Result<Held, PrepareError>>;
+}
+
+/// What all connections share.
+#[derive(Debug, Clone)]
+pub struct Agent {
+    images: Arc<dyn Images>,
+    store: LayerStore,
+    runtime: Handle,
+    connections: Arc<Connections>,
+}
+
+/// The connections, to be closed in the end.
+#[derive(Debug, Default)]
+struct Connections {
+    is_stopping: AtomicBool,
+    /// std Mutex: held to push or to look.
+    open: Mutex<Vec<Weak<Channel>>>,
+}
+
+/// The mounts of one connection, whose layers are kept.
+type Adopted = Arc<Mutex<HashMap<MountKey, Held>>>;
+
+impl Agent {
+    /// Makes an agent that works on `runtime`.
+    pub fn new(images: Arc<dyn Images>, store: LayerStore, runtime: Handle) -> Self {
+        Self {
+            images,
+            store,
+            runtime,
+            connections: Arc::default(),
+        }
+    }
+
+    /// Closes all connections: what was asked for and not answered is asked of the next agent. Call it
+    /// before the store is shut down, whose last words are no answers.
+    pub fn stop(&self) {
+        self.connections.is_stopping.store(true, Ordering::SeqCst);
+        let open = self.connections.open.lock();
+        for channel in open.unwrap_or_else(PoisonError::into_inner).iter() {
+            if let Some(channel) = channel.upgrade() {
+                channel.close();
+            }
+        }
+    }
+
+    /// Answers all who connect, for ever.
+    ///
+    /// # Blocking
+    /// For ever: give it a thread.
+    pub fn serve(&self, listener: &Listener) {
+        loop {
+            let channel = match listener.accept() {
+                Ok(channel) => Arc::new(channel),
+                Err(err) => {
+                    warn!(error = %err, "accepting a connection failed");
+                    thread::sleep(ACCEPT_BACKOFF);
+                    continue;
+                }
+            };
+            {
+                let open = self.connections.open.lock();
+                let mut open = open.unwrap_or_else(PoisonError::into_inner);
+                open.retain(|it| 0 < it.strong_count());
+                open.push(Arc::downgrade(&channel));
+            }
+            let agent = self.clone();
+            let started = thread::Builder::new()
+                .name("clip-agent".to_owned())
+                .stack_size(STACK_BYTES)
+                .spawn(move || agent.converse(&channel));
+            if let Err(err) = started {
+                // The connection is closed: who made it tries again.
+                warn!(error = %err, "no thread for a connection");
+            }
+        }
+    }
+
+    fn converse(&self, channel: &Arc<Channel>) {
+        let adopted = Adopted::default();
+        // Kept until the connection ends: nothing of it is evicted meanwhile.
+        let mut prepared = Vec::new();
+        loop {
+            match channel.receive() {
+                Ok(Some((AgentRequest::Prepare(request), _))) => {
+                    match self.prepare(channel, request) {
+                        Some(held) => prepared.push(held),
+                        None => return,
+                    }
+                }
+                Ok(Some((request, _))) => self.obey(request, channel, &adopted),
+                Ok(None) => return debug!("a connection ended"),
+                Err(err) => return warn!(error = %err, "a connection broke"),
+            }
+        }
+    }
+
+    /// Makes the image ready, and tells how far it is and how it ended. `None` if nobody listens.
+    fn prepare(&self, channel: &Arc<Channel>, request: ImageRequest) -> Option<Held> {
+        let (images, listener) = (Arc::clone(&self.images), Arc::clone(channel));
+        let (sender, outcome) = mpsc::channel();
+        self.runtime.spawn(async move {
+            let progress = Arc::new(Progress::default());
+            let mut work = images.prepare(&request, &progress);
+            let mut ticks = tokio::time::interval(PROGRESS);
+            ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+            // The first one is at once.
+            ticks.tick().await;
+            loop {
+                tokio::select! {
+                    // It is waited for below.
+                    outcome = &mut work => return drop(sender.send(outcome)),
+                    _ = ticks.tick() => {
+                        // If nobody listens, the work is for who asks next.
+                        let _ = listener.send(&AgentReply::Progress(progress.to_string()), None);
+                    }
+                }
+            }
+        });
+        // The process ends if the work does not answer: its task was dropped.
+        let (held, answer) = match outcome.recv().ok()? {
+            Ok((manifest, held)) => (held, Ok(manifest)),
+            Err(err) => (Held::new(), Err(err)),
+        };
+        channel.send(&AgentReply::Prepared(answer), None).ok()?;
+        Some(held)
+    }
+
+    fn obey(&self, request: AgentRequest, channel: &Arc<Channel>, adopted: &Adopted) {
+        match request {
+            AgentRequest::Prepare(_) => {}
+            AgentRequest::Adopt {
+                device,
+                manifest,
+                request,
+            } => {
+                let (images, adopted) = (Arc::clone(&self.images), Arc::clone(adopted));
+                // Known from now on, so that a release is not overtaken.
+                lock(&adopted).insert(device, Held::new());
+                self.runtime.spawn(async move {
+                    match images.adopt(manifest, &request).await {
+                        Ok(held) => {
+                            info!(image.manifest = %manifest, layers = held.len(), "ready for the chunks of a mount");
+                            if let Some(place) = lock(&adopted).get_mut(&device) {
+                                *place = held;
+                            }
+                        }
+                        Err(err) => {
+                            warn!(image.manifest = %manifest, error = error_chain(&err),
+                                "what a mount lacks on disk cannot be fetched");
+                        }
+                    }
+                });
+            }
+            AgentRequest::Release { device } => {
+                let held = lock(adopted).remove(&device);
+                drop(held);
+            }
+            AgentRequest::Present {
+                ticket,
+                layer,
+                chunks,
+            } => {
+                let (channel, connections) = (Arc::clone(channel), Arc::clone(&self.connections));
+                let done = move |outcome: Result<(), PresentError>| {
+                    if connections.is_stopping.load(Ordering::SeqCst) {
+                        return;
+                    }
+                    // If the server is gone, its successor asks again.
+                    let _ = channel.send(&AgentReply::Present { ticket, outcome }, None);
+                };
+                self.store.make_present(layer, chunks, Box::new(done));
+            }
+        }
+    }
+}
+
+/// std Mutex: held for a map operation, never across an await.
+fn lock(adopted: &Adopted) -> std::sync::MutexGuard<'_, HashMap<MountKey, Held>> {
+    adopted.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,157 @@
+//! The node service's view of images: the agent prepares them, the server serves them.
+
+use std::{
+    any::Any,
+    io,
+    path::{Path, PathBuf},
+    sync::Arc,
+    thread,
+    time::{Duration, Instant},
+};
+
+use tokio::{sync::oneshot, time::sleep};
+
+use super::{
+    escrow::Escrow,
+    protocol::{AgentReply, AgentRequest},
+};
+use crate::{
+    digest::ManifestDigest,
+    failpoint,
+    ipc::{Channel, RunDir},
+    mount::{
+        ImageMounter, ImageRequest, PrepareError, PreparedImage, Progress, SourceMount, Survivor,
+    },
+    tier::BoxFuture,
+};
+
+/// How long a preparation waits for an agent that is being restarted.
+const AGENT_PATIENCE: Duration = Duration::from_secs(60);
+
+/// How often it is looked for.
+const RECONNECT: Duration = Duration::from_millis(100);
+
+/// Stack of a thread that listens to the agent.
+const STACK_BYTES: usize = 128 << 10;
+
+/// Prepares images through the agent and mounts them for the server.
+#[derive(Debug)]
+pub struct NodeMounter {
+    agent: PathBuf,
+    escrow: Arc<Escrow>,
+    read_ahead_kib: u32,
+}
+
+/// What a mount needs of a preparation.
+#[derive(Debug)]
+struct Prepared {
+    request: ImageRequest,
+    /// Open for as long as the layers are to be kept.
+    _lease: Channel,
+}
+
+impl NodeMounter {
+    /// Makes a mounter that meets the others in `run`.
+    pub fn new(run: &RunDir, escrow: Arc<Escrow>, read_ahead_kib: u32) -> Self {
+        Self {
+            agent: run.agent(),
+            escrow,
+            read_ahead_kib,
+        }
+    }
+
+    async fn ask(
+        &self,
+        request: &ImageRequest,
+        progress: &Arc<Progress>,
+    ) -> Result<PreparedImage, PrepareError> {
+        let mut gone_since = None;
+        loop {
+            let err = match self.ask_once(request, progress).await {
+                Ok((manifest, lease)) => {
+                    failpoint::reached("node:prepared");
+                    return Ok(PreparedImage {
+                        manifest: manifest?,
+                        token: Arc::new(Prepared {
+                            request: request.clone(),
+                            _lease: lease,
+                        }),
+                    });
+                }
+                Err(err) => err,
+            };
+            let since = *gone_since.get_or_insert_with(Instant::now);
+            if AGENT_PATIENCE < since.elapsed() || err.kind() == io::ErrorKind::InvalidInput {
+                return Err(PrepareError::Away {
+                    reason: format!(
+                        "no agent at {}: {err}: it is asked again; is clip-csi agent running?",
+                        self.agent.display()
+                    ),
+                });
+            }
+            progress.set_phase("waiting for clip-csi agent, which is being started");
+            sleep(RECONNECT).await;
+        }
+    }
+
+    /// Asks a living agent, on a thread of its own. The outer error is that there is none.
+    async fn ask_once(
+        &self,
+        request: &ImageRequest,
+        progress: &Arc<Progress>,
+    ) -> io::Result<(Result<ManifestDigest, PrepareError>, Channel)> {
+        let (sender, answer) = oneshot::channel();
+        let (agent, request) = (self.agent.clone(), request.clone());
+        let progress = Arc::clone(progress);
+        thread::Builder::new()
+            .name("clip-prepare".to_owned())
+            .stack_size(STACK_BYTES)
+            .spawn(move || {
+                // If nobody listens any more, the agent's work is for who asks next.
+                let _ = sender.send(converse(&agent, request, &progress));
+            })?;
+        answer.await.map_err(io::Error::other)?
+    }
+}
+
+/// Asks the agent for the image, and listens until it is ready, or is not.
+fn converse(
+    agent: &Path,
+    request: ImageRequest,
+    progress: &Progress,
+) -> io::Result<(Result<ManifestDigest, PrepareError>, Channel)> {
+    let channel = Channel::connect(agent)?;
+    channel.send(&AgentRequest::Prepare(request), None)?;
+    loop {
+        match channel.receive()? {
+            Some((AgentReply::Progress(phrase), _)) => progress.set_phase(phrase),
+            Some((AgentReply::Prepared(outcome), _)) => return Ok((outcome, channel)),
+            Some((AgentReply::Present { .. }, _)) => {}
+            None => return Err(io::ErrorKind::ConnectionReset.into()),
+        }
+    }
+}
+
+impl ImageMounter for NodeMounter {
+    fn prepare<'a>(
+        &'a self,
+        request: &'a ImageRequest,
+        progress: &'a Arc<Progress>,
+    ) -> BoxFuture<'a, Result<PreparedImage, PrepareError>> {
+        Box::pin(self.ask(request, progress))
+    }
+
+    fn mount(&self, image: &PreparedImage, dir: &Path) -> io::Result<Box<dyn SourceMount>> {
+        let token: Arc<dyn Any + Send + Sync> = Arc::clone(&image.token);
+        let prepared: Arc<Prepared> = token
+            .downcast()
+            .map_err(|_| io::Error::other("the image was prepared by somebody else"))?;
+        let (request, ahead) = (&prepared.request, self.read_ahead_kib);
+        let mount = self.escrow.mount(image.manifest, request, dir, ahead)?;
+        Ok(Box::new(mount))
+    }
+
+    fn survivors(&self) -> Vec<Survivor> {
+        self.escrow.survivors()
+    }
+}

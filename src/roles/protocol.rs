@@ -1,0 +1,143 @@
+//! What the roles of a node say to each other.
+//!
+//! | who asks | whom | what |
+//! |---|---|---|
+//! | node | agent | [`AgentRequest::Prepare`] |
+//! | server | agent | [`AgentRequest::Adopt`], [`AgentRequest::Release`], [`AgentRequest::Present`] |
+//! | node | server | [`ServeRequest::Serve`], [`ServeRequest::List`] |
+//! | server | its predecessor | [`ServeRequest::HandOver`], [`ServeRequest::Quit`] |
+//! | agent | both others | `Status` |
+
+use std::ops::Range;
+
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    digest::{DiffId, ManifestDigest},
+    fuse::takeover::KernelOffer,
+    mount::{ImageRequest, PrepareError},
+    tier::PresentError,
+};
+
+/// Names a source mount: the device number of its file system, which is no other's for as long as
+/// it is there.
+pub type MountKey = (u32, u32);
+
+/// A source mount as whoever goes on with it has to know it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ServedMount {
+    /// Its file system.
+    pub device: MountKey,
+    /// The image.
+    pub manifest: ManifestDigest,
+    /// How the image was asked for: what is not on disk is fetched with the same rights.
+    pub request: ImageRequest,
+    /// What the kernel offered, once the connection is initialised.
+    pub offer: Option<KernelOffer>,
+}
+
+/// Asked of the agent.
+#[derive(Debug, Serialize, Deserialize)]
+pub enum AgentRequest {
+    /// Make the image ready. Answered by any number of [`AgentReply::Progress`], then
+    /// [`AgentReply::Prepared`]. Nothing of it is evicted until the connection ends.
+    Prepare(ImageRequest),
+    /// The mount is being served: be ready to make chunks of it present. Not answered.
+    Adopt {
+        /// The mount.
+        device: MountKey,
+        /// The image.
+        manifest: ManifestDigest,
+        /// How it was asked for.
+        request: ImageRequest,
+    },
+    /// The mount is not served any more. Not answered.
+    Release {
+        /// The mount.
+        device: MountKey,
+    },
+    /// Make chunks of a layer present. Answered by [`AgentReply::Present`].
+    Present {
+        /// Chosen by who asks, and given back.
+        ticket: u64,
+        /// The layer.
+        layer: DiffId,
+        /// Its chunks.
+        chunks: Range<u32>,
+    },
+}
+
+/// Said by the agent.
+#[derive(Debug, Serialize, Deserialize)]
+pub enum AgentReply {
+    /// How far the preparation is, for a person.
+    Progress(String),
+    /// How the preparation ended.
+    Prepared(Result<ManifestDigest, PrepareError>),
+    /// Whether the chunks are present.
+    Present {
+        /// As in the request.
+        ticket: u64,
+        /// Why they are not.
+        outcome: Result<(), PresentError>,
+    },
+}
+
+/// Asked of the server.
+#[derive(Debug, Serialize, Deserialize)]
+pub enum ServeRequest {
+    /// Serve the connection that comes with this. Answered by [`ServeReply::Serving`]; one that is
+    /// being served is no error.
+    Serve(ServedMount),
+    /// Say what is served. Answered by a [`ServeReply::Mount`] for each, with its connection, then
+    /// [`ServeReply::End`].
+    List,
+    /// As `List`, and serve nothing new until `Quit` comes, or the connection ends.
+    HandOver,
+    /// The successor serves all: end. Not answered.
+    Quit,
+    /// Answered by [`ServeReply::Status`].
+    Status,
+}
+
+/// Said by the server.
+#[derive(Debug, Serialize, Deserialize)]
+pub enum ServeReply {
+    /// The connection is served.
+    Serving(KernelOffer),
+    /// It cannot be.
+    Refused(String),
+    /// One mount.
+    Mount(ServedMount),
+    /// There are no more.
+    End,
+    /// How it is.
+    Status(Status),
+}
+
+/// Asked of the node service.
+#[derive(Debug, Serialize, Deserialize)]
+pub enum NodeRequest {
+    /// Answered by a [`Status`].
+    Status,
+    /// Answered by a list of [`Notice`]s, which are the asker's to pass on from then on.
+    TakeNotices,
+}
+
+/// Something that an operator should see.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Notice {
+    /// What kind of thing it is, in CamelCase, as Kubernetes' events have it.
+    pub reason: String,
+    /// What happened, and what to do.
+    pub message: String,
+}
+
+/// How a role is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Status {
+    /// Its metrics, in Prometheus' text format.
+    pub metrics: String,
+    /// What it lacks to be ready, for a person.
+    pub missing: Option<String>,
+}

@@ -1,0 +1,176 @@
+//! Opens images for pods: parses what they ask for, resolves it, has the index made.
+
+use std::{borrow::Cow, sync::Arc};
+
+use super::{
+    counted::Counted,
+    engine::{Engine, Wanted},
+};
+use crate::{
+    digest::ManifestDigest,
+    index::image::ImageIndex,
+    indexer::{IndexerError, OpenImage},
+    mount::{ImageRequest, PrepareError, Progress, PullCredentials},
+    registry::{Credentials, DockerConfig, ImageRef, Platform},
+    roles::agent::{Held, Images},
+    sys::MappedFile,
+    tier::{BlobSource, BoxFuture, LayerDesc},
+};
+
+/// Opens images with an [`Engine`].
+#[derive(Debug)]
+pub(super) struct Opener {
+    engine: Engine,
+}
+
+impl Opener {
+    pub(super) fn new(engine: Engine) -> Self {
+        Self { engine }
+    }
+
+    /// What opens images.
+    pub(super) fn engine(&self) -> &Engine {
+        &self.engine
+    }
+
+    /// Resolves the image, and has what is needed of it made ready.
+    pub(super) async fn open(
+        &self,
+        request: &ImageRequest,
+        progress: &Arc<Progress>,
+    ) -> Result<(ManifestDigest, OpenImage), PrepareError> {
+        let Wanted {
+            image,
+            platform,
+            credentials,
+        } = self.wanted(request)?;
+        progress.set_phase("asking the registry");
+        let resolved = self
+            .engine
+            .registry
+            .resolve(&image, &platform, &credentials)
+            .await?;
+        let paths = self.engine.store.paths();
+        let missing = resolved.layers.iter();
+        let missing = missing.filter(|it| !paths.layer(it.diff_id).exists());
+        let missing: Vec<_> = missing.map(|it| it.blob_bytes).collect();
+        progress.set_total(missing.iter().sum());
+        progress.set_phase(format!(
+            "fetching {} of {} layers",
+            missing.len(),
+            resolved.layers.len()
+        ));
+        let blobs: Arc<dyn BlobSource> = Arc::new(Counted {
+            source: self.engine.registry.blobs(&image, &credentials),
+            progress: Arc::clone(progress),
+        });
+        let opened = self.engine.indexer.open(&resolved, &blobs).await?;
+        Ok((resolved.manifest, opened))
+    }
+
+    /// Opens the layers of an image that is mounted.
+    async fn reopen(
+        &self,
+        manifest: ManifestDigest,
+        request: &ImageRequest,
+    ) -> Result<Held, PrepareError> {
+        let wanted = self.wanted(request)?;
+        let unusable = |err: &dyn std::fmt::Display| PrepareError::Internal {
+            reason: format!("the index of image {manifest} in the cache: {err}"),
+        };
+        let pin = self.engine.store.paths().pin_image(manifest);
+        let pin = pin.map_err(|err| unusable(&err))?;
+        let mapped = MappedFile::new(&pin).map_err(|err| unusable(&err))?;
+        let index = ImageIndex::open(mapped).map_err(|err| unusable(&err))?;
+        let source = self
+            .engine
+            .registry
+            .blobs(&wanted.image, &wanted.credentials);
+        let mut held = Held::new();
+        for at in 0..index.n_layers() {
+            let layer = index.layer(at).ok_or_else(|| unusable(&"it is damaged"))?;
+            let desc = LayerDesc {
+                diff_id: layer.diff_id,
+                blob: layer.blob,
+                blob_bytes: layer.blob_bytes,
+            };
+            held.push(self.engine.store.layer(&desc, Arc::clone(&source)).await?);
+        }
+        Ok(held)
+    }
+
+    /// Parses what a pod asks for. A secret of its own counts alone, the node's otherwise.
+    fn wanted(&self, request: &ImageRequest) -> Result<Wanted, PrepareError> {
+        let invalid = |field, reason: String| PrepareError::Invalid {
+            field: Cow::Borrowed(field),
+            reason,
+        };
+        let image: ImageRef = request
+            .image
+            .parse()
+            .map_err(|err| invalid("image", format!("{err}")))?;
+        let platform = match &request.platform {
+            Some(text) => text
+                .parse()
+                .map_err(|err| invalid("platform", format!("{err}")))?,
+            None => Platform::host(),
+        };
+        let credentials = match &request.credentials {
+            PullCredentials::None => self.engine.registry.node_credentials(&image),
+            PullCredentials::Basic { username, password } => Credentials::Basic {
+                username: username.clone(),
+                password: password.clone(),
+            },
+            PullCredentials::DockerConfig(config) => DockerConfig::parse(config.expose())
+                .map_err(|err| invalid("nodePublishSecretRef", err.to_string()))?
+                .for_image(&image),
+        };
+        Ok(Wanted {
+            image,
+            platform,
+            credentials,
+        })
+    }
+}
+
+impl Images for Opener {
+    fn prepare<'a>(
+        &'a self,
+        request: &'a ImageRequest,
+        progress: &'a Arc<Progress>,
+    ) -> BoxFuture<'a, Result<(ManifestDigest, Held), PrepareError>> {
+        Box::pin(async move {
+            let (manifest, opened) = self.open(request, progress).await?;
+            Ok((manifest, opened.layers))
+        })
+    }
+
+    fn adopt<'a>(
+        &'a self,
+        manifest: ManifestDigest,
+        request: &'a ImageRequest,
+    ) -> BoxFuture<'a, Result<Held, PrepareError>> {
+        Box::pin(self.reopen(manifest, request))
+    }
+}
+
+impl From<IndexerError> for PrepareError {
+    fn from(err: IndexerError) -> Self {
+        match err {
+            IndexerError::Layer(err) => Self::Present(err),
+            IndexerError::Merge {
+                source: crate::index::IndexError::Limit { limit, max },
+                ..
+            } => Self::Limit {
+                limit: limit.into(),
+                max,
+            },
+            IndexerError::Merge { ref source, .. } => Self::Refused {
+                reason: format!("{err}: {source}"),
+            },
+            IndexerError::Disk { .. } => Self::Internal {
+                reason: err.to_string(),
+            },
+        }
+    }
+}
