@@ -7,18 +7,20 @@
 The second way starts two workers, a registry, a Redis and a Prometheus on loopback, and lets the
 workers do what nodes do for some minutes: a cold node, a node with a warm remote, readers that drop the page cache,
 more images than the cache may hold, a remote that dies and comes back, names that the registry does not
-have, a driver that is killed under its volumes. Nothing is simulated; all is taken down at the end.
+have, a server that is upgraded and one that is killed, a driver that is killed as a whole under its volumes. Nothing is simulated; all
+is taken down at the end.
 """
 
 import argparse
 import os
 import pathlib
 import random
+import shutil
 import sys
 import time
 
 import images
-from harness import chart_svg, dashboard, driver, process, prometheus, services
+from harness import chart_svg, dashboard, driver, paths, process, prometheus, services, trio
 from harness.process import Failed, say
 
 POINTS = 150
@@ -57,31 +59,44 @@ class Traffic:
     """Two workers and what pods do on them."""
 
     def __init__(self, work: pathlib.Path):
-        self.work, self.dice, self.running = work, random.Random(7), []
+        self.work, self.dice, self.ends = work, random.Random(7), []
 
     def __enter__(self):
         try:
-            self.registry = self.keep(services.Registry(self.work, self.work / "registry"))
-            self.redis = self.keep(services.Redis(self.work))
+            self.registry = services.Registry(self.work, self.work / "registry")
+            self.ends.append(self.registry.stop)
+            self.redis = services.Redis(self.work)
+            # The one that is there at the end.
+            self.ends.append(lambda: self.redis.stop())
             say("pushing the images")
             self.references = {name: images.get(name).push(self.registry.host) for name in ("demo5", "demo1", "debian-python", "nasty", "small", "zstd")}
             # Room for the layers of one large image and some small ones, not for all: the others are evicted.
             config = driver.write_config(self.work / "config.toml", plain_http=[self.registry.host], redis=self.redis, key_file=self.work / "key",
                                          cache={"max_bytes": MAX_CACHE_BYTES})
-            self.workers = {name: self.keep(driver.Worker(self.work / name, config)) for name in ("n1", "n2")}
-            self.prometheus = self.keep(prometheus.Prometheus(self.work, self.addresses(), scrape_interval=f"{SCRAPE_SECONDS}s"))
+            os.chown(self.work / "key", process.UNPRIVILEGED, process.UNPRIVILEGED)
+            self.workers = {}
+            for name in ("n1", "n2"):
+                self.workers[name] = trio.Trio(self.work / name, config, self.binary())
+                self.ends.append(self.workers[name].end)
+            self.prometheus = prometheus.Prometheus(self.work, self.addresses(), scrape_interval=f"{SCRAPE_SECONDS}s")
+            self.ends.append(self.prometheus.stop)
             return self
         except BaseException:
             self.__exit__()
             raise
 
     def __exit__(self, *_):
-        for it in reversed(self.running):
-            it.stop()
+        while self.ends:
+            self.ends.pop()()
 
-    def keep(self, it):
-        self.running.append(it)
-        return it
+    def binary(self) -> pathlib.Path:
+        """The program where every user may run it, with those that it becomes."""
+        place = self.work / "bin"
+        place.mkdir(exist_ok=True)
+        for program in paths.programs():
+            shutil.copy(program, place)
+            (place / program.name).chmod(0o755)
+        return place / "clip-csi"
 
     def addresses(self) -> dict[str, str]:
         return {name: f"127.0.0.1:{worker.metrics_port}" for name, worker in self.workers.items()}
@@ -136,10 +151,15 @@ class Traffic:
         for node in self.workers:
             self.publish(node, "again", "demo5")
         self.read_for(45, ("n1", "again"), ("n2", "again"))
-        self.running.remove(self.redis)
-        self.redis = self.keep(services.Redis(self.work, port=self.redis.port))
+        self.redis = services.Redis(self.work, port=self.redis.port)
         self.read_for(45, ("n1", "again"), ("n2", "again"))
-        say("n2: the driver is killed, and starts again")
+        say("n1: the server is upgraded; n2: it is killed")
+        former = self.workers["n1"].hand_over()
+        former.stop()
+        self.read_for(15, ("n1", "again"), ("n2", "again"))
+        self.workers["n2"].kill_child()
+        self.read_for(15, ("n1", "again"), ("n2", "again"))
+        say("n2: all of the driver is killed, and starts again")
         self.workers["n2"].kill()
         time.sleep(10)
         self.workers["n2"].start()
@@ -157,8 +177,6 @@ def own_prometheus() -> tuple[str, list[str]]:
         traffic.play()
         time.sleep(2 * SCRAPE_SECONDS)
         svg, empty = render(traffic.prometheus, start, time.time())
-        traffic.running.remove(traffic.prometheus)
-        traffic.prometheus.stop()
     return svg, empty
 
 

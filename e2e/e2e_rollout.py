@@ -152,6 +152,7 @@ class Lost(DriverCase):
 
     def assert_lost(self, reason: str) -> None:
         """The pod's reads fail, an event of the node says so; without the pod all is as before."""
+        process.wait_until(lambda: time.sleep(0.3) or self.metric(N1, "dead_volumes") == 1, "the dead volume to be counted", 60)
         self.assertRegex(self.exec("lost", "cat", f"/mnt/{self.second}", check=False), "Transport endpoint is not connected|Software caused connection abort")
         events = lambda: [it["message"] for it in self.cluster.get("events", "--namespace", "default", "--field-selector", f"involvedObject.name={N1},reason={reason}")["items"]]
         process.wait_until(lambda: time.sleep(0.3) or events(), f"an event {reason} of {N1}", 30)
@@ -168,7 +169,6 @@ class Lost(DriverCase):
         self.begin()
         for pid in [*self.release.processes(N1, "node"), *self.release.processes(N1, "serve")]:
             os.kill(pid, signal.SIGKILL)
-        process.wait_until(lambda: time.sleep(0.3) or self.metric(N1, "dead_volumes") == 1, "the dead volume to be counted", 60)
         self.assert_lost("DeadVolumes")
         self.assert_mended()
 
