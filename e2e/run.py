@@ -111,8 +111,14 @@ def main() -> None:
             # What has failed so far is why somebody has had enough.
             Result.last.printErrors()
             Result.last.print_table()
-            sys.exit(f"run.py: ended by {interrupt or 'SIGINT'}")
+            print(f"run.py: ended by {interrupt or 'SIGINT'}", file=sys.stderr)
+            result = None
         left = [*shared.take_down_cluster(), *process.mounts_below(work), *environment.children_left()]
+    if result is None:
+        sys.stdout.flush()
+        # Not `sys.exit`, which waits for all threads: one may be reading a mount that nobody serves. What was started and
+        # lives ends with this process, which frees it.
+        os._exit(1)
     result.print_table()
     if left:
         print(f"FAIL  left behind: {left}")

@@ -163,9 +163,10 @@ def open_files(pid: int) -> list[str]:
 
 
 def dead(pid: int) -> bool:
-    """Gone, or waiting to be waited for."""
+    """Gone, or only to be waited for: until its last thread has ended, that a process was killed shows on its first thread alone."""
     try:
-        return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+        state = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        return state in "ZX" and len(os.listdir(f"/proc/{pid}/task")) == 1
     except OSError:
         return True
 
