@@ -300,3 +300,71 @@ impl MakePresent for AgentLink {
         self.tell(Outgoing::Present(ticket));
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ipc::Listener;
+
+    /// Longer than anything here takes, on any machine.
+    const DEADLINE: Duration = Duration::from_secs(20);
+
+    fn received(agent: &Channel) -> AgentRequest {
+        agent.receive().unwrap().unwrap().0
+    }
+
+    #[test]
+    fn what_was_not_answered_is_asked_of_the_next_agent() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("agent.sock");
+        let link = AgentLink::start(path.clone()).unwrap();
+        let (layer, manifest) = (DiffId::of(b"layer"), ManifestDigest::of(b"image"));
+        let request = ImageRequest {
+            image: "r.x/app".to_owned(),
+            platform: None,
+            credentials: crate::mount::PullCredentials::None,
+        };
+        link.adopt((0, 7), manifest, request);
+        let (sender, outcome) = mpsc::channel();
+        let done = Box::new(move |it: Result<(), PresentError>| sender.send(it.is_ok()).unwrap());
+        // Nobody listens yet.
+        link.make_present(layer, 2..4, done);
+        let unknown = |ticket| AgentReply::Present {
+            ticket,
+            outcome: Err(PresentError::Unknown { layer }),
+        };
+        // The first one dies without a word, the second one does not know the layer at first.
+        for is_last in [false, true] {
+            let listener = Listener::bind(&path).unwrap();
+            let agent = listener.accept().unwrap();
+            agent.set_receive_timeout(Some(DEADLINE)).unwrap();
+            let adopted = received(&agent);
+            assert!(
+                matches!(&adopted, AgentRequest::Adopt { device: (0, 7), manifest: it, .. } if *it == manifest),
+                "{adopted:?}"
+            );
+            let AgentRequest::Present { ticket, chunks, .. } = received(&agent) else {
+                panic!("chunks are asked for");
+            };
+            assert_eq!(chunks, 2..4);
+            if !is_last {
+                continue;
+            }
+            agent.send(&unknown(ticket), None).unwrap();
+            assert!(
+                matches!(received(&agent), AgentRequest::Present { ticket: it, .. } if it == ticket)
+            );
+            let present = AgentReply::Present {
+                ticket,
+                outcome: Ok(()),
+            };
+            agent.send(&present, None).unwrap();
+            assert!(outcome.recv_timeout(DEADLINE).unwrap());
+            link.release((0, 7));
+            assert!(matches!(
+                received(&agent),
+                AgentRequest::Release { device: (0, 7) }
+            ));
+        }
+    }
+}
