@@ -1,12 +1,14 @@
 """Tests of the readers: on an unpacked image they find nothing, and each kind finds what it is for."""
 
 import os
+import pathlib
 import signal
+import tempfile
 import time
 import unittest
 
 import readers
-from harness import process, reading
+from harness import environment, process, reading
 
 IMAGE = "demo1"
 SECONDS = 1.0
@@ -15,9 +17,10 @@ SECONDS = 1.0
 class Readers(unittest.TestCase):
     @classmethod
     def setUpClass(cls):
-        workspace = process.workspace("readers")
-        cls.work = workspace.__enter__()
-        cls.addClassCleanup(workspace.__exit__, None, None, None)
+        # In the run's scratch directory, if it is part of a run.
+        directory = tempfile.TemporaryDirectory(prefix="readers.", dir=environment.shared and environment.shared.work)
+        cls.work = pathlib.Path(directory.name)
+        cls.addClassCleanup(directory.cleanup)
         cls.plan = reading.plan(cls.work, IMAGE)
 
     def setUp(self):
