@@ -13,7 +13,7 @@ use crate::{
     mount::{ImageRequest, PrepareError, Progress, PullCredentials},
     registry::{Credentials, DockerConfig, ImageRef, Platform},
     roles::agent::{Held, Images},
-    sys::MappedFile,
+    sys::{self, MappedFile},
     tier::{BlobSource, BoxFuture, LayerDesc},
 };
 
@@ -50,6 +50,8 @@ impl Opener {
             .registry
             .resolve(&image, &platform, &credentials)
             .await?;
+        // What asked the registry does not run while layers are decompressed, which takes most.
+        sys::drop_code();
         let paths = self.engine.store.paths();
         let missing = resolved.layers.iter();
         let missing = missing.filter(|it| !paths.layer(it.diff_id).exists());
