@@ -1,8 +1,8 @@
 //! Knows what is mounted where, and binds sources to targets.
 //!
 //! [`MountTable`] is what the rest uses. It holds one *source mount* per image, below its state
-//! directory, and binds it read-only to each *target path*; the last target that goes takes the
-//! source with it.
+//! directory, and binds it read-only to each *target path*; a source without targets is kept for a
+//! while, then unmounted.
 //!
 //! ```text
 //! <state-dir>/lock                       held while a process uses the directory
