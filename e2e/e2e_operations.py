@@ -133,7 +133,7 @@ class PodStart(DriverCase):
 
     IMAGE = "debian-python"
     # Medians of these many samples.
-    WARM_SAMPLES, COLD_SAMPLES = 7, 3
+    WARM_SAMPLES, COLD_SAMPLES = 3, 2
     # What the driver may add to a pod whose files are on the node already.
     MOST_ADDED_SECONDS = 0.150
 

@@ -14,7 +14,7 @@ from harness.memory_group import MemoryGroup, why_not
 from harness.slow import Slow
 
 # Of each role, in one test.
-KILLS = int(os.environ.get("CLIP_E2E_RESTARTS", "100"))
+KILLS = int(os.environ.get("CLIP_E2E_RESTARTS", "40"))
 HAND_OVERS = max(KILLS // 3, 3)
 ROLLOUTS = 4
 OOM_KILLS = 6

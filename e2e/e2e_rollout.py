@@ -23,7 +23,7 @@ from harness.process import say
 
 N1, N2 = NODES
 # How often each thing happens under readers; an upgrade takes as long as the four pods of two nodes take to start.
-ROLLOUTS = int(os.environ.get("CLIP_E2E_ROLLOUTS", "4"))
+ROLLOUTS = int(os.environ.get("CLIP_E2E_ROLLOUTS", "2"))
 IMAGE = "demo1"
 # Readers have begun to read after this long, and read for as long in between.
 CALM_SECONDS = 2

@@ -93,7 +93,9 @@ pub struct Metrics {
     pub fuse_requests: IntCounterVec,
     /// Layers decompressed from the registry's bytes, by outcome.
     pub layer_decompressions: IntCounterVec,
-    /// Bytes that decompression wrote.
+    /// Parts of layers read at random from the registry, by outcome.
+    pub layer_random_reads: IntCounterVec,
+    /// Bytes that decompression produced.
     pub layer_decompressed_bytes: IntCounter,
     /// Waiters that joined a layer's fill instead of starting their own.
     pub single_flight_followers: IntCounter,
@@ -201,7 +203,8 @@ impl Metrics {
             tier_read_duration: make.histograms("tier_read_duration_seconds", "Time until a tier had delivered the bytes of a read.", &["tier"], READ_BUCKETS_SECONDS),
             fuse_requests: make.counters("fuse_requests_total", "FUSE requests by operation and outcome.", &["op", "outcome"]),
             layer_decompressions: make.counters("layer_decompressions_total", "Layers decompressed from the registry's bytes, by outcome.", &["outcome"]),
-            layer_decompressed_bytes: make.counter("layer_decompressed_bytes_total", "Bytes that decompression wrote."),
+            layer_decompressed_bytes: make.counter("layer_decompressed_bytes_total", "Bytes that decompression produced."),
+            layer_random_reads: make.counters("layer_random_reads_total", "Parts of layers read at random from the registry, by outcome.", &["outcome"]),
             single_flight_followers: make.counter("single_flight_followers_total", "Waiters that joined a layer's fill instead of starting their own."),
             layer_cache_bytes: make.int_gauge("layer_cache_bytes", "Bytes that the local disk cache takes on disk."),
             layer_cache_capacity_bytes: make.int_gauge("layer_cache_capacity_bytes", "Bytes that the local disk cache may take (cache.max_bytes), 0 if the disk alone is the bound."),
@@ -252,6 +255,7 @@ impl Metrics {
         }
         for outcome in ["ok", "error"] {
             metrics.layer_decompressions.with_label_values(&[outcome]);
+            metrics.layer_random_reads.with_label_values(&[outcome]);
             metrics.remote_uploads.with_label_values(&[outcome]);
         }
         for op in ["get", "put", "delete"] {

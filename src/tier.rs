@@ -124,7 +124,7 @@ pub enum PresentError {
 ///
 /// An implementation retries and resumes by itself, bounded; what it reports is final.
 pub trait BlobSource: Send + Sync + fmt::Debug {
-    /// Opens the bytes of `blob` from `offset` on.
+    /// Opens the bytes `range` of `blob`, whose size is `blob_bytes`.
     ///
     /// # Errors
     /// Those of [`SourceError`]. The stream ends early only with an error; the caller verifies the
@@ -133,7 +133,7 @@ pub trait BlobSource: Send + Sync + fmt::Debug {
         &'a self,
         blob: &'a BlobDigest,
         blob_bytes: u64,
-        offset: u64,
+        range: Range<u64>,
     ) -> BoxFuture<'a, Result<BlobStream, SourceError>>;
 
     /// Says that what came for `blob` was not what its digest names, and returns whether it may

@@ -29,6 +29,7 @@ use crate::{
 pub(super) const INDEX: &str = "index";
 pub(super) const DATA: &str = "data";
 pub(super) const STATE: &str = "state";
+pub(super) const ACCESS: &str = "access";
 pub(super) const UPLOAD_PENDING: &str = "upload";
 
 /// Where things are below the cache directory.

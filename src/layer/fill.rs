@@ -5,13 +5,15 @@
 //! when the whole stream has matched its digests; nobody reads it before. A refill writes in place,
 //! chunk by chunk, each verified against the index, and readers are served behind it.
 
-use std::{fs::File, io, os::unix::fs::FileExt};
+use std::{fs::File, io, ops::ControlFlow, os::unix::fs::FileExt};
 
 use sha2::{Digest, Sha256};
+use tracing::warn;
 
 use super::{
     CacheConfig,
-    disk::{CachePaths, DATA, INDEX, LayerFile, STATE, Staging, usize_of},
+    access::MapMaker,
+    disk::{ACCESS, CachePaths, DATA, INDEX, LayerFile, STATE, Staging, usize_of},
     evict::Bound,
     feed::FeedReader,
     pipeline::{self, Encoding, PipelineError, Sink},
@@ -20,7 +22,7 @@ use super::{
 };
 use crate::{
     chunk::CHUNK_BYTES,
-    digest::{ChunkDigest, DiffId},
+    digest::{BlobDigest, ChunkDigest, DiffId},
     index::{IndexError, layer_index::LayerIndexBuilder},
     tar::{self, TarEntry},
     tier::{LayerDesc, PresentError},
@@ -37,6 +39,8 @@ enum SinkError {
     NoRoom(Bound),
     Refused(String),
     Limit(&'static str, u64),
+    /// Nobody has the layer open any more.
+    Unwanted,
 }
 
 impl From<io::Error> for SinkError {
@@ -100,6 +104,7 @@ impl Blame<'_> {
                 }
             }
             SinkError::Refused(reason) => PresentError::Refused { layer, reason },
+            SinkError::Unwanted => PresentError::Unknown { layer },
             SinkError::Limit(limit, max) => PresentError::Limit {
                 layer,
                 limit: limit.into(),
@@ -148,14 +153,14 @@ pub(super) fn first_fill(
     let staging = Staging::new(paths, layer).map_err(|err| blame.disk(err))?;
     let data = File::create_new(staging.dir().join(DATA)).map_err(|err| blame.disk(err))?;
     let mut sink = FirstFill::new(data, config, room);
-    let (blob_bytes, blob) =
-        pipeline::run(reader, encoding, &mut sink).map_err(|err| blame.pipeline(err))?;
-    if encoding == Encoding::Blob && (blob_bytes, blob) != (desc.blob_bytes, desc.blob) {
-        return Err(refused(format!(
-            "the registry delivered {blob_bytes} bytes with digest {blob} for blob {} of {} bytes; \
-             push the image again",
-            desc.blob, desc.blob_bytes
-        )));
+    let map = match encoding {
+        Encoding::Blob => Some(MapMaker::create(staging.dir()).map_err(|err| blame.disk(err))?),
+        Encoding::Decompressed => None,
+    };
+    let passed =
+        pipeline::run(reader, encoding, &mut sink, map).map_err(|err| blame.pipeline(err))?;
+    if encoding == Encoding::Blob {
+        check_blob(desc, passed.blob_bytes, passed.blob)?;
     }
     sink.claim_room().map_err(|err| blame.sink(err))?;
     let built = sink.finish().map_err(|err| blame.sink(err))?;
@@ -167,12 +172,36 @@ pub(super) fn first_fill(
         )));
     }
     let state = State::initial(built.layer_bytes, Initial::Present, state::boot());
+    if let Some((map, compression)) = passed.map {
+        let finished = map.finish(staging.dir(), desc, compression, built.layer_bytes);
+        finished.map_err(|err| blame.disk(err))?;
+    }
     let published = staging
         .write(INDEX, &built.index)
         .and_then(|()| staging.write(STATE, &state))
         .and_then(|()| staging.publish(paths, layer));
     published.map_err(|err| blame.disk(err))?;
     Ok(built.layer_bytes)
+}
+
+/// Checks that what passed was the blob.
+pub(super) fn check_blob(
+    desc: &LayerDesc,
+    blob_bytes: u64,
+    blob: BlobDigest,
+) -> Result<(), PresentError> {
+    if (blob_bytes, blob) == (desc.blob_bytes, desc.blob) {
+        return Ok(());
+    }
+    let reason = format!(
+        "the registry delivered {blob_bytes} bytes with digest {blob} for blob {} of {} bytes; \
+         push the image again",
+        desc.blob, desc.blob_bytes
+    );
+    Err(PresentError::Refused {
+        layer: desc.diff_id,
+        reason,
+    })
 }
 
 /// Hashes, parses and writes a layer that is seen for the first time.
@@ -309,7 +338,10 @@ impl Sink for FirstFill<'_> {
     }
 }
 
-/// Fills the missing chunks of `layer` from its blob; `progress` hears of each chunk passed.
+/// Fills the missing chunks of `layer` from its blob, and makes its access map if it has none.
+///
+/// `passed` hears of each chunk that passed, and of how many bytes became present by it; it says
+/// whether to go on.
 ///
 /// # Errors
 /// [`PresentError`]; the chunks that were verified before stay.
@@ -320,8 +352,9 @@ pub(super) fn refill(
     paths: &CachePaths,
     room: &Room,
     layer: &LayerFile,
+    desc: &LayerDesc,
     reader: FeedReader,
-    progress: &mut (dyn FnMut(u64) + Send),
+    passed: &mut (dyn FnMut(u32, u64) -> ControlFlow<()> + Send),
 ) -> Result<(), PresentError> {
     let blame = Blame {
         layer: layer.diff_id(),
@@ -332,16 +365,28 @@ pub(super) fn refill(
         layer,
         room,
         chunk: 0,
-        buffer: Vec::with_capacity(usize_of(CHUNK_BYTES.min(layer.layer_bytes()))),
-        progress,
+        gathered: 0,
+        is_there: layer.has(0..1),
+        buffer: Vec::new(),
+        passed,
     };
-    pipeline::run(reader, Encoding::Blob, &mut sink).map_err(|err| blame.pipeline(err))?;
-    if !sink.buffer.is_empty() || sink.chunk < layer.n_chunks() {
+    let has_map = layer.dir().join(ACCESS).exists();
+    let map = (!has_map).then(|| MapMaker::create(&paths.temporary()));
+    let map = map.transpose().map_err(|err| blame.disk(err))?;
+    let passed = pipeline::run(reader, Encoding::Blob, &mut sink, map)
+        .map_err(|err| blame.pipeline(err))?;
+    check_blob(desc, passed.blob_bytes, passed.blob)?;
+    if 0 < sink.gathered || sink.chunk < layer.n_chunks() {
         let reason = "its blob is shorter than its index says; push the image again".to_owned();
         return Err(PresentError::Refused {
             layer: layer.diff_id(),
             reason,
         });
+    }
+    if let Some((map, compression)) = passed.map
+        && let Err(err) = map.finish(layer.dir(), desc, compression, layer.layer_bytes())
+    {
+        warn!(layer.diff_id = %layer.diff_id(), error = %err, "keeping the access map of a layer");
     }
     Ok(())
 }
@@ -354,8 +399,12 @@ struct Refill<'a> {
     layer: &'a LayerFile,
     room: &'a Room,
     chunk: u32,
+    /// Bytes of the chunk that have come.
+    gathered: usize,
+    /// Whether the chunk was present when its first byte came: then it is only counted.
+    is_there: bool,
     buffer: Vec<u8>,
-    progress: &'a mut (dyn FnMut(u64) + Send),
+    passed: &'a mut (dyn FnMut(u32, u64) -> ControlFlow<()> + Send),
 }
 
 impl Sink for Refill<'_> {
@@ -369,25 +418,44 @@ impl Sink for Refill<'_> {
                 return Err(SinkError::Refused(reason.to_owned()));
             }
             let chunk_bytes = usize_of(self.layer.chunk_bytes(self.chunk));
-            let room = (chunk_bytes - self.buffer.len()).min(rest.len());
+            let room = (chunk_bytes - self.gathered).min(rest.len());
             let (head, tail) = rest.split_at(room);
-            self.buffer.extend_from_slice(head);
+            if !self.is_there {
+                self.buffer.reserve_exact(chunk_bytes - self.gathered);
+                self.buffer.extend_from_slice(head);
+            }
+            self.gathered += room;
             rest = tail;
-            if self.buffer.len() == chunk_bytes {
-                if self.chunk.is_multiple_of(16) {
-                    self.room.make(Claim::Read)?;
-                }
-                let chunk = self.chunk;
-                let write = || self.layer.write_chunk(chunk, &self.buffer);
-                let Some(new_bytes) = self.room.with_room(write)? else {
-                    let reason = format!("chunk {chunk} does not match its digest in the index");
-                    return Err(SinkError::Refused(reason));
-                };
-                self.buffer.clear();
-                self.chunk += 1;
-                (self.progress)(new_bytes);
+            if self.gathered == chunk_bytes {
+                self.end_chunk()?;
             }
         }
         Ok(())
+    }
+}
+
+impl Refill<'_> {
+    fn end_chunk(&mut self) -> Result<(), SinkError> {
+        let chunk = self.chunk;
+        let mut new_bytes = 0;
+        if !self.is_there {
+            if chunk.is_multiple_of(16) {
+                self.room.make(Claim::Read)?;
+            }
+            let write = || self.layer.write_chunk(chunk, &self.buffer);
+            let Some(written) = self.room.with_room(write)? else {
+                let reason = format!("chunk {chunk} does not match its digest in the index");
+                return Err(SinkError::Refused(reason));
+            };
+            new_bytes = written;
+        }
+        self.buffer.clear();
+        self.gathered = 0;
+        self.chunk += 1;
+        self.is_there = self.layer.has(self.chunk..self.chunk + 1);
+        match (self.passed)(chunk, new_bytes) {
+            ControlFlow::Continue(()) => Ok(()),
+            ControlFlow::Break(()) => Err(SinkError::Unwanted),
+        }
     }
 }

@@ -163,11 +163,7 @@ impl Inner {
 
     async fn fill_from_registry(&self, origin: &Origin) -> Result<u64, PresentError> {
         let desc = &origin.desc;
-        let opened = origin.source.open(&desc.blob, desc.blob_bytes, 0).await;
-        let stream = opened.map_err(|source| PresentError::Origin {
-            layer: desc.diff_id,
-            source,
-        })?;
+        let stream = origin.open_all().await?;
         self.first_fill(desc, stream, Encoding::Blob).await
     }
 

@@ -7,6 +7,7 @@
 //! layers/<diffid-hex>/data     the decompressed tar, sparse: chunks that are absent are holes;
 //!                              flock: shared by whoever has the layer open; mtime: its last use
 //! layers/<diffid-hex>/state    which chunks are present: a bitmap, mapped by every process
+//! layers/<diffid-hex>/access   where the layer's blob can be entered in its middle (codec::access_map)
 //! layers/<diffid-hex>/upload   there while the remote content cache lacks the layer
 //! images/<manifest-hex>.clip   an image's index (indexer); mtime: its last use
 //! locks/<diffid-hex>           flock: held by the process that fills or removes the layer
@@ -35,15 +36,19 @@ pub mod disk;
 pub mod reader;
 pub mod store;
 
+mod access;
 mod evict;
 mod feed;
 mod fill;
 mod flight;
 mod lock;
 mod make;
+mod parallel;
 mod pipeline;
 mod present;
+mod random;
 mod room;
+mod span;
 mod state;
 mod upload;
 
@@ -75,6 +80,8 @@ pub struct CacheConfig {
     pub min_free_bytes: u64,
     /// How many layers are decompressed at once.
     pub max_decompressions: usize,
+    /// Whether a layer that was read at random is fetched whole, beside its readers.
+    pub complete_layers: bool,
     /// How long a reader waits for a layer that makes no progress, in seconds.
     pub stall_timeout_seconds: u64,
 }
@@ -94,6 +101,7 @@ impl Default for CacheConfig {
             low_watermark_percent: 80,
             min_free_bytes: 256 << 20,
             max_decompressions: default_decompressions(),
+            complete_layers: true,
             stall_timeout_seconds: 60,
         }
     }

@@ -10,8 +10,17 @@ use std::{
     thread,
 };
 
-use super::feed::FeedReader;
-use crate::{codec::Decoder, digest::BlobDigest, tier::SourceError};
+use tracing::warn;
+
+use super::{
+    access::{MapMaker, STRIDE_BYTES},
+    feed::FeedReader,
+};
+use crate::{
+    codec::{Compression, Decoder},
+    digest::BlobDigest,
+    tier::SourceError,
+};
 
 /// Bytes of a buffer that goes from one thread to the other.
 ///
@@ -40,6 +49,17 @@ pub(super) trait Sink: Send {
     fn take(&mut self, bytes: &[u8]) -> Result<(), Self::Error>;
 }
 
+/// What passed through a pipeline.
+#[derive(Debug)]
+pub(super) struct Passed {
+    /// Size of what came in.
+    pub(super) blob_bytes: u64,
+    /// Digest of what came in.
+    pub(super) blob: BlobDigest,
+    /// Where the blob can be entered, if that was to be noted and could be.
+    pub(super) map: Option<(MapMaker, Compression)>,
+}
+
 /// Says why a pipeline ended early.
 #[derive(Debug)]
 pub(super) enum PipelineError<E> {
@@ -51,8 +71,8 @@ pub(super) enum PipelineError<E> {
     Sink(E),
 }
 
-/// Drives all bytes of `reader` through decompression into `sink`; returns the size and digest of
-/// the compressed bytes.
+/// Drives all bytes of `reader` through decompression into `sink`, and notes in `map` where the
+/// blob can be entered.
 ///
 /// # Errors
 /// The cause that came first.
@@ -63,7 +83,8 @@ pub(super) fn run<S: Sink>(
     mut reader: FeedReader,
     encoding: Encoding,
     sink: &mut S,
-) -> Result<(u64, BlobDigest), PipelineError<S::Error>> {
+    map: Option<MapMaker>,
+) -> Result<Passed, PipelineError<S::Error>> {
     let (filled, to_write) = mpsc::sync_channel::<Vec<u8>>(N_BUFFERS);
     let (written, to_fill) = mpsc::channel::<Vec<u8>>();
     for _ in 0..N_BUFFERS {
@@ -79,7 +100,7 @@ pub(super) fn run<S: Sink>(
             }
             Ok(())
         });
-        let read = decompress(&mut reader, encoding, &to_fill, filled);
+        let read = decompress(&mut reader, encoding, map, &to_fill, filled);
         let wrote = writer
             .join()
             .unwrap_or_else(|panic| std::panic::resume_unwind(panic));
@@ -87,9 +108,14 @@ pub(super) fn run<S: Sink>(
             (Some(err), _, _) => Err(PipelineError::Source(err)),
             (None, Err(err), _) => Err(PipelineError::Sink(err)),
             (None, Ok(()), Err(err)) => Err(PipelineError::Corrupt(err.to_string())),
-            (None, Ok(()), Ok(())) => reader
-                .finish()
-                .map_err(|err| PipelineError::Corrupt(err.to_string())),
+            (None, Ok(()), Ok(map)) => match reader.finish() {
+                Ok((blob_bytes, blob)) => Ok(Passed {
+                    blob_bytes,
+                    blob,
+                    map,
+                }),
+                Err(err) => Err(PipelineError::Corrupt(err.to_string())),
+            },
         }
     })
 }
@@ -98,22 +124,60 @@ pub(super) fn run<S: Sink>(
 fn decompress(
     reader: &mut FeedReader,
     encoding: Encoding,
+    map: Option<MapMaker>,
     to_fill: &mpsc::Receiver<Vec<u8>>,
     filled: mpsc::SyncSender<Vec<u8>>,
-) -> io::Result<()> {
+) -> io::Result<Option<(MapMaker, Compression)>> {
     // A plain tar without entries and without end blocks, as umoci writes it.
     if reader.fill_buf()?.is_empty() {
-        return Ok(());
+        return Ok(None);
     }
-    let mut decoder: Box<dyn Read + '_> = match encoding {
-        Encoding::Blob => Box::new(Decoder::new(reader)?),
-        Encoding::Decompressed => Box::new(reader),
-    };
+    match (encoding, map) {
+        (Encoding::Decompressed, _) => pump(reader, to_fill, &filled).map(|()| None),
+        (Encoding::Blob, None) => pump(&mut Decoder::new(reader)?, to_fill, &filled).map(|()| None),
+        (Encoding::Blob, Some(map)) => {
+            let mut noting = Noting {
+                decoder: Decoder::with_checkpoints(reader, STRIDE_BYTES)?,
+                map: Some(map),
+            };
+            pump(&mut noting, to_fill, &filled)?;
+            let compression = noting.decoder.compression();
+            Ok(noting.map.map(|it| (it, compression)))
+        }
+    }
+}
+
+/// A decoder whose checkpoints are written down.
+struct Noting<R> {
+    decoder: Decoder<R>,
+    map: Option<MapMaker>,
+}
+
+impl<R: BufRead> Read for Noting<R> {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        let len = self.decoder.read(buf)?;
+        for checkpoint in self.decoder.take_checkpoints() {
+            let noted = self.map.as_mut().map(|it| it.note(&checkpoint));
+            if let Some(Err(err)) = noted {
+                // A layer without a map is read as a stream.
+                warn!(error = %err, "writing the access map of a layer");
+                self.map = None;
+            }
+        }
+        Ok(len)
+    }
+}
+
+fn pump(
+    from: &mut dyn Read,
+    to_fill: &mpsc::Receiver<Vec<u8>>,
+    filled: &mpsc::SyncSender<Vec<u8>>,
+) -> io::Result<()> {
     while let Ok(mut buffer) = to_fill.recv() {
         buffer.resize(BUFFER_BYTES, 0);
         let mut len = 0;
         while len < BUFFER_BYTES {
-            match decoder.read(&mut buffer[len..]) {
+            match from.read(&mut buffer[len..]) {
                 Ok(0) => break,
                 Ok(read) => len += read,
                 Err(err) if err.kind() == io::ErrorKind::Interrupted => {}

@@ -2,8 +2,8 @@
 //! of the whole layer out of the registry.
 
 use std::{
-    ops::Range,
-    sync::{Arc, PoisonError},
+    ops::{ControlFlow, Range},
+    sync::{Arc, PoisonError, atomic::Ordering},
     time::{Duration, Instant},
 };
 
@@ -11,7 +11,10 @@ use tokio::sync::watch;
 use tracing::{debug, info, warn};
 
 use super::{
+    access::{Access, Span},
     feed, fill,
+    parallel::{self, Ran, SpanSink},
+    span::{self, SpanError},
     store::{Inner, Layer, OTHER_PROCESS_POLL, RefillState, crashed},
 };
 use crate::{
@@ -20,6 +23,12 @@ use crate::{
     telemetry::error_chain,
     tier::PresentError,
 };
+
+/// Parts of a layer that the remote content cache lacked, from which on the layer is streamed whole.
+const LOST_CHUNKS: u32 = 8;
+
+/// Who holds a layer for its refill's sake: its task and its blocking thread.
+const REFILL_HOLDS: usize = 2;
 
 /// How often a refill of one layer is tried for one reader before its error is the reader's.
 const REFILLS_PER_READER: u32 = 2;
@@ -77,18 +86,24 @@ impl Inner {
         if is_present() {
             return Ok(Tier::Disk);
         }
-        // A stream that is under way passes every chunk; else the remote is asked, by one for all.
-        if !layer.is_refilling() {
+        // A stream that is about to pass the chunk is waited for; else one looks for it, for all.
+        if !self.waits_for_stream(layer, chunk).await {
             let flight = self.chunk_flights.join((file.diff_id(), chunk)).await;
             if is_present() {
                 return Ok(Tier::ContentCache);
             }
-            if !layer.is_refilling() {
+            if !self.waits_for_stream(layer, chunk).await {
                 if self.adopt(layer, chunk).await? {
                     return Ok(Tier::Disk);
                 }
                 if self.fetch_chunk(layer, chunk).await? {
                     return Ok(Tier::ContentCache);
+                }
+                if let Some(access) = self.access(layer).await
+                    && self.read_random(layer, &access, chunk).await
+                {
+                    self.complete_beside(layer);
+                    return Ok(Tier::Registry);
                 }
             }
             drop(flight);
@@ -115,6 +130,23 @@ impl Inner {
                     "no tier could give a chunk");
                 return Err(err);
             }
+        }
+    }
+
+    /// Whether the stream under way is the way to `chunk`: it is about to pass it, or passes all and
+    /// there is no other way than it.
+    async fn waits_for_stream(&self, layer: &Arc<Layer>, chunk: u32) -> bool {
+        layer.is_passing(chunk) || (layer.is_refilling() && self.access(layer).await.is_none())
+    }
+
+    /// Has the rest of a layer streamed that was read at random.
+    ///
+    /// Where the remote content cache has the layer, a single chunk that it lost is no reason.
+    fn complete_beside(self: &Arc<Self>, layer: &Arc<Layer>) {
+        let from = if self.remote.is_some() { LOST_CHUNKS } else { 1 };
+        let n_spans = layer.random.lock().unwrap_or_else(PoisonError::into_inner).n_spans();
+        if self.config.complete_layers && from <= n_spans && !layer.is_refilling() {
+            self.start_refill(layer);
         }
     }
 
@@ -271,6 +303,11 @@ impl Inner {
             filled = self.stream_past(layer, progress).await;
         }
         drop((permit, lock));
+        if let Err(PresentError::Unknown { .. }) = filled {
+            debug!(layer.diff_id = %diff_id, "nobody has the layer open any more, no need for the rest");
+            return Ok(());
+        }
+        layer.renew_access();
         let outcome = filled.as_ref().map(|()| layer.file.layer_bytes());
         self.decompressed(desc, started, outcome);
         filled?;
@@ -288,35 +325,127 @@ impl Inner {
         Ok(())
     }
 
+    /// Counts bytes of a layer that came from the registry.
+    pub(super) fn delivered(self: &Arc<Self>, new_bytes: u64) {
+        self.room.grew(new_bytes);
+        let tier = Tier::Registry.label();
+        let delivered = self.metrics.tier_read_bytes.with_label_values(&[tier]);
+        delivered.inc_by(new_bytes);
+    }
+
+    /// Streams all of the blob past the layer's missing chunks.
     async fn stream_past(
         self: &Arc<Self>,
         layer: &Arc<Layer>,
         progress: &watch::Sender<RefillState>,
     ) -> Result<(), PresentError> {
+        if let Some(access) = self.access(layer).await
+            && self.stream_spans(layer, access, progress).await?
+        {
+            return Ok(());
+        }
         let origin = layer.origin();
-        let (desc, diff_id) = (&origin.desc, origin.desc.diff_id);
-        let opened = origin.source.open(&desc.blob, desc.blob_bytes, 0).await;
-        let stream = opened.map_err(|source| PresentError::Origin {
-            layer: diff_id,
-            source,
-        })?;
+        let stream = origin.open_all().await?;
         let (feed, reader) = feed::feed();
-        let (inner, file, progress) = (Arc::clone(self), Arc::clone(&layer.file), progress.clone());
+        let (inner, layer, progress) = (Arc::clone(self), Arc::clone(layer), progress.clone());
+        let (desc, diff_id) = (origin.desc.clone(), origin.desc.diff_id);
+        layer.refill_at.store(0, Ordering::Relaxed);
         let work = self.runtime.spawn_blocking(move || {
-            let mut passed = |new_bytes| {
-                inner.room.grew(new_bytes);
-                let tier = Tier::Registry.label();
-                inner
-                    .metrics
-                    .tier_read_bytes
-                    .with_label_values(&[tier])
-                    .inc_by(new_bytes);
-                progress.send_replace(RefillState::Running);
+            let mut passed = |chunk, new_bytes| {
+                layer.refill_at.store(chunk + 1, Ordering::Relaxed);
+                inner.passed(&layer, &progress, new_bytes)
             };
-            fill::refill(&inner.paths, &inner.room, &file, reader, &mut passed)
+            fill::refill(&inner.paths, &inner.room, &layer.file, &desc, reader, &mut passed)
         });
         let ((), outcome) = tokio::join!(feed.run(stream), work);
         outcome.unwrap_or_else(|err| Err(crashed(diff_id, &err)))
+    }
+
+    /// Streams all of the blob past the layer's missing chunks, decompressing at several places at
+    /// once; `false` if some are left.
+    async fn stream_spans(
+        self: &Arc<Self>,
+        layer: &Arc<Layer>,
+        access: Arc<Access>,
+        progress: &watch::Sender<RefillState>,
+    ) -> Result<bool, PresentError> {
+        let origin = layer.origin();
+        let stream = origin.open_all().await?;
+        let (feed, reader) = feed::feed();
+        let (inner, layer, progress) = (Arc::clone(self), Arc::clone(layer), progress.clone());
+        let desc = origin.desc.clone();
+        let work = self.runtime.spawn_blocking(move || {
+            let n_chunks = layer.file.n_chunks();
+            let sink = Passing {
+                inner: &inner,
+                layer: &layer,
+                access: &access,
+                progress: &progress,
+            };
+            match parallel::run(reader, &access, n_chunks, &sink) {
+                Ok(Ran::Unwanted) => Err(PresentError::Unknown {
+                    layer: desc.diff_id,
+                }),
+                Ok(Ran::Whole(blob_bytes, blob, is_whole)) => {
+                    fill::check_blob(&desc, blob_bytes, blob).map(|()| is_whole)
+                }
+                Err(err) => match inner.span_failed(&layer, err) {
+                    // The map may be at fault, which the stream alone does not need.
+                    err @ PresentError::Refused { .. } => {
+                        warn!(layer.diff_id = %desc.diff_id, error = %err,
+                            "access map of a layer leads astray, streaming it without");
+                        Ok(false)
+                    }
+                    err => Err(err),
+                },
+            }
+        });
+        let ((), outcome) = tokio::join!(feed.run(stream), work);
+        outcome.unwrap_or_else(|err| Err(crashed(origin.desc.diff_id, &err)))
+    }
+
+    /// Notes that a stream made bytes present, lets readers go first, and says whether anybody has
+    /// the layer open.
+    fn passed(
+        self: &Arc<Self>,
+        layer: &Arc<Layer>,
+        progress: &watch::Sender<RefillState>,
+        new_bytes: u64,
+    ) -> ControlFlow<()> {
+        self.delivered(new_bytes);
+        progress.send_replace(RefillState::Running);
+        self.demand.make_way();
+        if Arc::strong_count(layer) <= REFILL_HOLDS {
+            return ControlFlow::Break(());
+        }
+        ControlFlow::Continue(())
+    }
+}
+
+/// Writes the spans of a stream.
+struct Passing<'a> {
+    inner: &'a Arc<Inner>,
+    layer: &'a Arc<Layer>,
+    access: &'a Access,
+    progress: &'a watch::Sender<RefillState>,
+}
+
+impl SpanSink for Passing<'_> {
+    fn take(&self, span: &Span, mut bytes: &[u8]) -> Result<ControlFlow<()>, SpanError> {
+        let mut passed =
+            |_chunk, new_bytes| self.inner.passed(self.layer, self.progress, new_bytes);
+        let to = (&*self.layer.file, &*self.inner.room);
+        span::decompress(to, self.access, span, &mut bytes, &mut passed)
+    }
+
+    fn is_there(&self, span: &Span) -> bool {
+        self.layer.file.has(span.chunks.clone())
+    }
+
+    fn comes_to(&self, span: &Span) {
+        self.layer
+            .refill_at
+            .store(span.chunks.start, Ordering::Relaxed);
     }
 }
 

@@ -7,7 +7,10 @@ use std::{
     io,
     ops::Range,
     os::unix::fs::DirBuilderExt,
-    sync::{Arc, Mutex, PoisonError, Weak},
+    sync::{
+        Arc, Mutex, PoisonError, Weak,
+        atomic::{AtomicU32, Ordering},
+    },
     time::Duration,
 };
 
@@ -19,11 +22,14 @@ use tokio::{
 use tracing::{info, warn};
 
 use super::{
-    CacheConfig, catalog,
+    CacheConfig,
+    access::Access,
+    catalog,
     disk::{CachePaths, LayerFile},
     fill::Blame,
     flight::Flights,
     lock::{self, FillLock},
+    random::{Demand, RandomReads},
     room::{Claim, Room},
     upload,
 };
@@ -31,13 +37,21 @@ use crate::{
     digest::DiffId,
     metrics::{Metrics, Tier},
     remote::{ContentCache, Uploader},
-    tier::{BlobSource, LayerDesc, MakePresent, PresentCallback, PresentError},
+    tier::{BlobSource, BlobStream, LayerDesc, MakePresent, PresentCallback, PresentError},
 };
 
 /// How often a process looks whether another one has come further with a layer.
 ///
 /// A stream passes a chunk in about 2 ms, and flock has no way to be told.
 pub(super) const OTHER_PROCESS_POLL: Duration = Duration::from_millis(5);
+
+/// How many chunks a stream that is under way is waited for, instead of reading there at random.
+///
+/// A chunk takes a stream two milliseconds and a random access ten, most of them to decompress.
+const RIDE_CHUNKS: u32 = 8;
+
+/// How many parts of layers are fetched at once: each holds a chunk and a window in memory.
+const RANDOM_READS: usize = 2;
 
 /// Gives layers and fills them. Clones share one store.
 #[derive(Debug, Clone)]
@@ -56,7 +70,10 @@ pub(super) struct Inner {
     pub(super) layers: Mutex<HashMap<DiffId, Weak<Layer>>>,
     pub(super) layer_flights: Flights<DiffId>,
     pub(super) chunk_flights: Flights<(DiffId, u32)>,
+    pub(super) access_flights: Flights<DiffId>,
     pub(super) decompressions: Semaphore,
+    pub(super) random_reads: Semaphore,
+    pub(super) demand: Demand,
     /// std Mutex: held to add or reap a task, never across an await.
     pub(super) tasks: Mutex<JoinSet<()>>,
 }
@@ -82,6 +99,23 @@ pub struct Layer {
     ///
     /// std Mutex: held to push or take, never across an await.
     pub(super) missed: Mutex<Vec<u32>>,
+    /// The chunk that the refill comes to next.
+    pub(super) refill_at: AtomicU32,
+    /// std Mutex: held to look and to start, never across an await.
+    pub(super) random: Mutex<RandomReads>,
+    /// std Mutex: held to copy or replace it, never across an await.
+    access: Mutex<AccessState>,
+}
+
+/// What is known of where a layer's blob can be entered.
+#[derive(Debug, Clone, Default)]
+enum AccessState {
+    /// Nobody has asked.
+    #[default]
+    Unknown,
+    /// Nobody knows, or it led astray.
+    Nowhere,
+    Known(Arc<Access>),
 }
 
 /// Where a layer comes from: its blob, and a source with the credentials of whoever asked last.
@@ -92,6 +126,25 @@ pub(super) struct Origin {
 }
 
 impl Origin {
+    /// Opens a part of the blob.
+    pub(super) async fn open(&self, range: Range<u64>) -> Result<BlobStream, PresentError> {
+        let LayerDesc {
+            diff_id,
+            blob,
+            blob_bytes,
+        } = &self.desc;
+        let opened = self.source.open(blob, *blob_bytes, range).await;
+        opened.map_err(|source| PresentError::Origin {
+            layer: *diff_id,
+            source,
+        })
+    }
+
+    /// Opens all of the blob.
+    pub(super) async fn open_all(&self) -> Result<BlobStream, PresentError> {
+        self.open(0..self.desc.blob_bytes).await
+    }
+
     /// Whether a fill that failed with `err` is worth another attempt at once: the bytes were
     /// wrong, and may have been a mirror's.
     pub(super) fn distrusts(&self, err: &PresentError) -> bool {
@@ -129,6 +182,26 @@ impl Layer {
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .is_some()
+    }
+
+    /// Whether a stream is about to pass `chunk`, so that there is no faster way to it.
+    pub(super) fn is_passing(&self, chunk: u32) -> bool {
+        let at = self.refill_at.load(Ordering::Relaxed);
+        self.is_refilling() && at <= chunk && chunk - at < RIDE_CHUNKS
+    }
+
+    /// Reads no part of the blob any more: what is known of it is wrong.
+    pub(super) fn forget_access(&self) {
+        self.set_access(AccessState::Nowhere);
+    }
+
+    /// Looks anew where the blob can be entered: a stream has found out.
+    pub(super) fn renew_access(&self) {
+        self.set_access(AccessState::Unknown);
+    }
+
+    fn set_access(&self, state: AccessState) {
+        *self.access.lock().unwrap_or_else(PoisonError::into_inner) = state;
     }
 
     pub(super) fn origin(&self) -> Origin {
@@ -182,6 +255,8 @@ impl LayerStore {
             paths,
             room,
             decompressions: Semaphore::new(config.max_decompressions.max(1)),
+            random_reads: Semaphore::new(RANDOM_READS),
+            demand: Demand::default(),
             config,
             remote,
             metrics,
@@ -189,6 +264,7 @@ impl LayerStore {
             layers: Mutex::default(),
             layer_flights: Flights::default(),
             chunk_flights: Flights::default(),
+            access_flights: Flights::default(),
             tasks: Mutex::default(),
         }));
         // What is to be uploaded is in use before anything is evicted.
@@ -352,10 +428,57 @@ impl Inner {
             origin: Mutex::new(origin.clone()),
             refill: Mutex::default(),
             missed: Mutex::default(),
+            refill_at: AtomicU32::new(0),
+            random: Mutex::default(),
+            access: Mutex::default(),
         });
         layers.retain(|_, it| 0 < it.strong_count());
         layers.insert(diff_id, Arc::downgrade(&layer));
         Ok(Some(layer))
+    }
+
+    /// Where the blob of `layer` can be entered, if anybody knows.
+    pub(super) async fn access(&self, layer: &Arc<Layer>) -> Option<Arc<Access>> {
+        let desc = layer.origin().desc;
+        let state = || {
+            let state = layer.access.lock();
+            state.unwrap_or_else(PoisonError::into_inner).clone()
+        };
+        let known = |state| match state {
+            AccessState::Known(access) => Some(Some(access)),
+            AccessState::Nowhere => Some(None),
+            AccessState::Unknown => None,
+        };
+        if let Some(access) = known(state()) {
+            return access.filter(|it: &Arc<Access>| it.is_of(&desc));
+        }
+        let _flight = self.access_flights.join(desc.diff_id).await;
+        if let Some(access) = known(state()) {
+            return access.filter(|it: &Arc<Access>| it.is_of(&desc));
+        }
+        let access = self.find_access(layer, &desc).await.map(Arc::new);
+        layer.set_access(match &access {
+            Some(access) => AccessState::Known(Arc::clone(access)),
+            None => AccessState::Nowhere,
+        });
+        access
+    }
+
+    /// Opens the access map on disk, or takes that of the remote content cache.
+    async fn find_access(&self, layer: &Arc<Layer>, desc: &LayerDesc) -> Option<Access> {
+        let open = || {
+            let (file, desc) = (Arc::clone(&layer.file), desc.clone());
+            self.runtime.spawn_blocking(move || Access::open(&file, &desc))
+        };
+        match open().await {
+            Ok(Ok(access)) => return Some(access),
+            Ok(Err(err)) if err.kind() == io::ErrorKind::NotFound => {}
+            Ok(Err(err)) => {
+                warn!(layer.diff_id = %desc.diff_id, error = %err, "access map of a layer is unusable");
+            }
+            Err(_) => return None,
+        }
+        None
     }
 
     /// Makes room for a layer that is to be made, or refuses it.

@@ -4,10 +4,11 @@
 //! `Content-Range`, and answer a 401 in the middle with an error.
 //!
 //! Invariant: [`BlobReader::position`] is the offset of the next byte to hand out, whatever the
-//! connection does; every request asks for the bytes from there to the blob's end.
+//! connection does; every request asks for the bytes from there to the end of what is wanted.
 
 use std::{
     collections::BTreeSet,
+    ops::Range,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
@@ -32,6 +33,11 @@ use crate::{
 ///
 /// One packet or two: a server that drips single bytes is as good as one that stalls.
 const PROGRESS_BYTES: u64 = 4 << 10;
+
+/// Bytes before a part of a blob that are read and thrown away, if the server ignores Range.
+///
+/// Who wants a part has another way, a stream of all, and would wait for all of these bytes.
+const MAX_SKIP_BYTES: u64 = 1 << 20;
 
 /// The blobs of one repository.
 #[derive(Debug)]
@@ -68,11 +74,11 @@ impl BlobSource for RepositoryBlobs {
         &'a self,
         blob: &'a BlobDigest,
         blob_bytes: u64,
-        offset: u64,
+        range: Range<u64>,
     ) -> BoxFuture<'a, Result<BlobStream, SourceError>> {
         Box::pin(async move {
             let session = Arc::clone(&self.session);
-            let mut reader = BlobReader::new(session, blob, blob_bytes, offset)?;
+            let mut reader = BlobReader::new(session, blob, blob_bytes, range)?;
             reader.nth = self.first_endpoint(blob);
             reader.connect().await?;
             let stream = stream::try_unfold(reader, |mut reader| async move {
@@ -98,6 +104,8 @@ struct BlobReader {
     object: Object,
     blob_bytes: u64,
     position: u64,
+    /// Where what is wanted ends.
+    end: u64,
     /// Which host is asked: the mirrors in order, then the registry.
     nth: usize,
     body: Option<Body>,
@@ -139,10 +147,10 @@ impl BlobReader {
         session: Arc<Session>,
         blob: &BlobDigest,
         blob_bytes: u64,
-        offset: u64,
+        range: Range<u64>,
     ) -> Result<Self, SourceError> {
-        if blob_bytes < offset {
-            let reason = format!("{blob} has {blob_bytes} bytes, none at {offset}");
+        if blob_bytes < range.end || range.end < range.start {
+            let reason = format!("{blob} has {blob_bytes} bytes, not those at {range:?}");
             return Err(protocol(&session.registry, reason));
         }
         Ok(Self {
@@ -154,7 +162,8 @@ impl BlobReader {
             retry: Retry::new(&session.transport.config),
             session,
             blob_bytes,
-            position: offset,
+            position: range.start,
+            end: range.end,
             nth: 0,
             body: None,
         })
@@ -163,7 +172,7 @@ impl BlobReader {
     /// Connects to the first host that has the blob, to the registry with retries, unless there is
     /// nothing left to read.
     async fn connect(&mut self) -> Result<(), SourceError> {
-        while self.body.is_none() && self.position < self.blob_bytes {
+        while self.body.is_none() && self.position < self.end {
             let endpoint = self.session.endpoint(self.nth);
             let connected = match endpoint.role {
                 Role::Mirror => {
@@ -206,7 +215,7 @@ impl BlobReader {
             let Some(body) = &mut self.body else {
                 return Ok(None);
             };
-            let is_done = self.position == self.blob_bytes;
+            let is_done = self.position == self.end;
             if is_done && body.left_bytes == Some(0) {
                 return Ok(None);
             }
@@ -224,7 +233,7 @@ impl BlobReader {
                 Ok(None) => {
                     let reason = format!(
                         "{} ended after {} of {} bytes",
-                        self.object.what, self.position, self.blob_bytes
+                        self.object.what, self.position, self.end
                     );
                     let failure = unavailable(&body.host, reason).into();
                     self.failed(failure).await?;
@@ -246,7 +255,14 @@ impl BlobReader {
         if bytes.is_empty() {
             return Ok(None);
         }
-        if self.blob_bytes - self.position < len_of(&bytes) {
+        if self.end - self.position < len_of(&bytes) {
+            // A server that ignores Range goes on beyond what was asked for.
+            if self.end < self.blob_bytes {
+                bytes.truncate(usize::try_from(self.end - self.position).unwrap_or(bytes.len()));
+                body.left_bytes = Some(0);
+                self.position = self.end;
+                return Ok(Some(bytes));
+            }
             let reason = format!(
                 "{} is longer than the {} bytes of its manifest: push the image again",
                 self.object.what, self.blob_bytes
@@ -260,28 +276,38 @@ impl BlobReader {
 
     /// Makes one attempt to get the bytes from the position on.
     async fn connect_once(&self, endpoint: &Endpoint) -> Result<Body, Failure> {
-        let range = (0 < self.position).then_some((self.position, self.blob_bytes - 1));
+        let is_part = 0 < self.position || self.end < self.blob_bytes;
+        let range = is_part.then_some((self.position, self.end - 1));
         let answer = self
             .session
             .get_once(endpoint, &self.object, None, range)
             .await?;
         let host = answer.host;
         let left_bytes = answer.response.content_length();
-        let wanted_bytes = self.blob_bytes - self.position;
+        let wanted_bytes = self.end - self.position;
         let (skip_bytes, max_bytes) = match (answer.response.status(), range) {
+            (StatusCode::OK, _) if MAX_SKIP_BYTES < self.position && self.end < self.blob_bytes => {
+                let reason = format!(
+                    "it ignores the range {}-{} of {}",
+                    self.position,
+                    self.end - 1,
+                    self.object.what
+                );
+                return Err(protocol(&host, reason).into());
+            }
             // A server may ignore Range (RFC 9110, 14.2); pull-through caches do at first.
             (StatusCode::OK, _) => (self.position, self.blob_bytes),
             (StatusCode::PARTIAL_CONTENT, Some(_)) => {
                 let value = answer.response.headers().get(CONTENT_RANGE);
                 let text = value.and_then(|it| it.to_str().ok()).unwrap_or("none");
                 let is_wanted = parse_content_range(text)
-                    .is_some_and(|it| it.serves(self.position, self.blob_bytes));
+                    .is_some_and(|it| it.serves(self.position..self.end, self.blob_bytes));
                 if !is_wanted {
                     let reason = format!(
                         "Content-Range {:?} for bytes {}-{} of {}",
                         shorten(text),
                         self.position,
-                        self.blob_bytes - 1,
+                        self.end - 1,
                         self.object.what
                     );
                     return Err(protocol(&host, reason).into());
@@ -364,11 +390,11 @@ struct ContentRange {
 }
 
 impl ContentRange {
-    /// Whether it starts at `position` and stays within a blob of `blob_bytes`.
-    fn serves(self, position: u64, blob_bytes: u64) -> bool {
-        self.first == position
+    /// Whether it starts where `wanted` of a blob of `blob_bytes` does, and stays within.
+    fn serves(self, wanted: Range<u64>, blob_bytes: u64) -> bool {
+        self.first == wanted.start
             && self.first <= self.last
-            && self.last < blob_bytes
+            && self.last < wanted.end
             && self.total.is_none_or(|it| it == blob_bytes)
     }
 }
@@ -410,7 +436,7 @@ mod tests {
             ("none", false),
             ("", false),
         ] {
-            let answer = parse_content_range(text).is_some_and(|it| it.serves(5, 10));
+            let answer = parse_content_range(text).is_some_and(|it| it.serves(5..10, 10));
             assert_eq!(answer, serves, "{text:?}");
         }
     }

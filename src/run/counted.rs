@@ -22,10 +22,10 @@ impl BlobSource for Counted {
         &'a self,
         blob: &'a BlobDigest,
         blob_bytes: u64,
-        offset: u64,
+        range: Range<u64>,
     ) -> BoxFuture<'a, Result<BlobStream, SourceError>> {
         Box::pin(async move {
-            let stream = self.source.open(blob, blob_bytes, offset).await?;
+            let stream = self.source.open(blob, blob_bytes, range).await?;
             let progress = Arc::clone(&self.progress);
             let counted = stream.inspect(move |item| {
                 if let Ok(bytes) = item {
@@ -57,7 +57,7 @@ mod tests {
             &'a self,
             _: &'a BlobDigest,
             _: u64,
-            _: u64,
+            _: Range<u64>,
         ) -> BoxFuture<'a, Result<BlobStream, SourceError>> {
             let failure = SourceError::Unavailable {
                 registry: "r.x".to_owned(),
@@ -83,7 +83,7 @@ mod tests {
             progress: Arc::clone(&progress),
         };
         let blob = BlobDigest::of(b"");
-        let mut stream = counted.open(&blob, 4_000_000, 0).await.unwrap();
+        let mut stream = counted.open(&blob, 4_000_000, 0..4_000_000).await.unwrap();
         for shown in ["1 of 4 MB", "3 of 4 MB"] {
             assert_eq!(stream.next().await.unwrap().unwrap().len(), 1_500_000);
             let expected = format!("fetching 1 of 2 layers, {shown}");

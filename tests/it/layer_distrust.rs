@@ -27,14 +27,14 @@ impl BlobSource for Mirrored {
         &'a self,
         blob: &'a BlobDigest,
         blob_bytes: u64,
-        offset: u64,
+        range: Range<u64>,
     ) -> BoxFuture<'a, Result<BlobStream, SourceError>> {
         let source = if self.is_distrusted.load(Ordering::SeqCst) {
             &self.registry
         } else {
             &self.mirror
         };
-        source.open(blob, blob_bytes, offset)
+        source.open(blob, blob_bytes, range)
     }
 
     fn distrust(&self, _: &BlobDigest) -> bool {

@@ -2,11 +2,13 @@
 
 use std::{
     io::Write as _,
+    ops::Range,
     path::Path,
     sync::{
-        Arc,
-        atomic::{AtomicU32, Ordering},
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
     },
+    time::Duration,
 };
 
 use bytes::Bytes;
@@ -38,8 +40,13 @@ pub(crate) struct Fixture {
 
 impl Fixture {
     pub(crate) fn new(seed: u64) -> Self {
+        Self::sized(seed, CONTENT_BYTES)
+    }
+
+    /// With a file of so many bytes.
+    pub(crate) fn sized(seed: u64, content_bytes: usize) -> Self {
         let mut state = seed;
-        let content: Vec<u8> = (0..CONTENT_BYTES)
+        let content: Vec<u8> = (0..content_bytes)
             .map(|_| {
                 // xorshift64; the low bits of each byte are left out, so that it compresses.
                 state ^= state << 13;
@@ -62,6 +69,17 @@ impl Fixture {
 
     pub(crate) fn source(&self) -> Arc<FakeSource> {
         FakeSource::new(self.blob.clone())
+    }
+
+    /// Reads a chunk that is present and compares it.
+    pub(crate) fn expect_chunk(&self, layer: &Layer, chunk: u32) {
+        let range = clip_csi::chunk::byte_range(chunk, self.tar.len() as u64);
+        let range = usize::try_from(range.start).unwrap()..usize::try_from(range.end).unwrap();
+        let mut read = vec![0; range.len()];
+        assert!(layer.file().has(chunk..chunk + 1));
+        let offset = range.start as u64;
+        assert!(layer.file().read_at(&mut read, offset, DiskWait::Allowed).unwrap());
+        assert!(read == self.tar[range], "chunk {chunk} has wrong bytes");
     }
 
     /// Reads the whole layer through the store and compares it.
@@ -110,24 +128,31 @@ fn tarball(files: &[(&str, &[u8])]) -> Vec<u8> {
 #[derive(Debug)]
 pub(crate) struct FakeSource {
     pub(crate) blob: Vec<u8>,
-    pub(crate) n_opened: AtomicU32,
+    /// The ranges that were asked for, in order.
+    pub(crate) opened: Mutex<Vec<Range<u64>>>,
     /// Pieces of 64 KiB that may still be delivered.
     pub(crate) pieces: Semaphore,
     pub(crate) failure: Option<SourceError>,
+    /// Whether one bit of each part is another one, as opposed to those of the whole.
+    pub(crate) parts_are_wrong: AtomicBool,
+    /// Whether each piece of the whole takes its time.
+    pub(crate) is_slow: AtomicBool,
 }
 
 impl FakeSource {
     pub(crate) fn new(blob: Vec<u8>) -> Arc<Self> {
         Arc::new(Self {
             blob,
-            n_opened: AtomicU32::new(0),
+            opened: Mutex::default(),
             pieces: Semaphore::new(Semaphore::MAX_PERMITS),
             failure: None,
+            parts_are_wrong: AtomicBool::new(false),
+            is_slow: AtomicBool::new(false),
         })
     }
 
-    pub(crate) fn n_opened(&self) -> u32 {
-        self.n_opened.load(Ordering::SeqCst)
+    pub(crate) fn n_opened(&self) -> usize {
+        self.opened.lock().unwrap().len()
     }
 }
 
@@ -136,17 +161,34 @@ impl BlobSource for FakeSource {
         &'a self,
         _blob: &'a BlobDigest,
         _blob_bytes: u64,
-        offset: u64,
+        range: Range<u64>,
     ) -> BoxFuture<'a, Result<BlobStream, SourceError>> {
-        self.n_opened.fetch_add(1, Ordering::SeqCst);
-        let rest = &self.blob[usize::try_from(offset).unwrap()..];
-        let pieces: Vec<Bytes> = rest.chunks(64 << 10).map(Bytes::copy_from_slice).collect();
+        self.opened.lock().unwrap().push(range.clone());
+        let index = |it| usize::try_from(it).unwrap();
+        // A fake may hold less than its blob should have.
+        let end = index(range.end).min(self.blob.len());
+        let rest = &self.blob[index(range.start).min(end)..end];
+        let mut pieces: Vec<Bytes> = rest.chunks(64 << 10).map(Bytes::copy_from_slice).collect();
+        let is_whole = rest.len() == self.blob.len();
+        if !is_whole && self.parts_are_wrong.load(Ordering::SeqCst) {
+            let middle = pieces.len() / 2;
+            let mut piece = pieces[middle].to_vec();
+            piece[1000] ^= 1;
+            pieces[middle] = piece.into();
+        }
+        let is_slow = is_whole && self.is_slow.load(Ordering::SeqCst);
         let failure = self.failure.clone();
         // The stream takes its permits from a semaphore of its own, filled as ours allows.
         let allowed = self.pieces.available_permits();
         Box::pin(async move {
             let items = pieces.into_iter().map(Ok).chain(failure.map(Err));
             let stream = stream::iter(items).take(allowed.min(1 << 30));
+            let stream = stream.then(move |item| async move {
+                if is_slow {
+                    tokio::time::sleep(Duration::from_millis(5)).await;
+                }
+                item
+            });
             Ok(if allowed < 1 << 30 {
                 Box::pin(stream.chain(stream::pending())) as BlobStream
             } else {

@@ -2,7 +2,7 @@
 
 use std::{
     path::Path,
-    sync::{Arc, atomic::AtomicU32},
+    sync::Arc,
     time::Duration,
 };
 
@@ -14,7 +14,7 @@ use clip_csi::{
     tier::{LayerDesc, PresentError, SourceError},
 };
 use futures_util::future;
-use tokio::{runtime::Handle, sync::Semaphore};
+use tokio::runtime::Handle;
 
 use crate::layer_fixture::{
     FakeSource, Fixture, config, decompressions, key_file, names, open, present, remote_in,
@@ -187,14 +187,10 @@ async fn a_failing_source_is_told_and_tried_anew() {
         Fixture::new(6),
     );
     let store = open(dir.path(), None, &metrics);
-    let failing = Arc::new(FakeSource {
-        blob: fixture.blob[..100_000].to_vec(),
-        n_opened: AtomicU32::new(0),
-        pieces: Semaphore::new(Semaphore::MAX_PERMITS),
-        failure: Some(SourceError::Unavailable {
-            registry: "r".into(),
-            reason: "down".into(),
-        }),
+    let mut failing = FakeSource::new(fixture.blob[..100_000].to_vec());
+    Arc::get_mut(&mut failing).unwrap().failure = Some(SourceError::Unavailable {
+        registry: "r".into(),
+        reason: "down".into(),
     });
     let error = store.layer(&fixture.desc, failing).await.unwrap_err();
     assert!(matches!(error, PresentError::Origin { .. }), "{error}");

@@ -28,6 +28,7 @@ mod mount;
 mod mount_fixture;
 mod node_taint;
 mod pb;
+mod random_access;
 mod registration;
 mod registry;
 mod remote;

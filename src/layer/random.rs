@@ -1,0 +1,299 @@
+//! Random access: a part of the layer's blob is fetched and decompressed, beside the stream that
+//! fills the layer from its start.
+
+use std::{
+    ops::{ControlFlow, Range},
+    sync::{
+        Arc, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use tokio::sync::watch;
+use tracing::{debug, warn};
+
+use super::{
+    access::{Access, STRIDE_CHUNKS, Span},
+    disk::LayerFile,
+    feed::{self, FeedReader},
+    span::{self, SpanError},
+    store::{Inner, Layer, RefillState, crashed},
+};
+use crate::{
+    metrics::{Outcome, Tier},
+    telemetry::error_chain,
+    tier::PresentError,
+};
+
+/// Strides that are fetched at once for a reader who goes through the layer in order.
+///
+/// Four have 8 MB, as much as a kernel reads ahead of a stream from a disk.
+const MAX_STRIDES: u32 = 4;
+
+/// How long a stream pauses for readers, at most, before each chunk.
+const MAX_PAUSE: Duration = Duration::from_millis(20);
+
+/// Readers that wait for random access: streams make way for them.
+#[derive(Debug, Default)]
+pub(super) struct Demand(AtomicUsize);
+
+/// One of them.
+#[derive(Debug)]
+struct Demanded<'a>(&'a Demand);
+
+impl Demand {
+    fn enter(&self) -> Demanded<'_> {
+        self.0.fetch_add(1, Ordering::Relaxed);
+        Demanded(self)
+    }
+
+    /// Waits until nobody is left, or it has taken too long.
+    ///
+    /// # Blocking
+    /// For at most [`MAX_PAUSE`].
+    pub(super) fn make_way(&self) {
+        let since = Instant::now();
+        while 0 < self.0.load(Ordering::Relaxed) && since.elapsed() < MAX_PAUSE {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+}
+
+impl Drop for Demanded<'_> {
+    fn drop(&mut self) {
+        self.0.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// What a layer's readers have under way, and where they went last.
+#[derive(Debug, Default)]
+pub(super) struct RandomReads {
+    /// Spans that are being fetched.
+    active: Vec<(Range<u32>, watch::Receiver<RefillState>)>,
+    /// Where the last span ended, and how many strides it had.
+    last: Option<(u32, u32)>,
+    /// How many there were.
+    n_spans: u32,
+}
+
+impl RandomReads {
+    /// How many parts of the layer were read at random.
+    pub(super) fn n_spans(&self) -> u32 {
+        self.n_spans
+    }
+
+    /// The fetch that will bring `chunk`.
+    fn joining(&self, chunk: u32) -> Option<watch::Receiver<RefillState>> {
+        let active = self.active.iter().find(|it| it.0.contains(&chunk));
+        active.map(|it| it.1.clone())
+    }
+
+    /// Which chunks are fetched for a reader of `chunk`: its stride, and more each time for one
+    /// who reads in order.
+    fn window(&mut self, chunk: u32, n_chunks: u32) -> Range<u32> {
+        let start = chunk - chunk % STRIDE_CHUNKS;
+        let n_strides = match self.last {
+            Some((end, n_strides)) if end == start => (2 * n_strides).min(MAX_STRIDES),
+            _ => 1,
+        };
+        let end = (start + n_strides * STRIDE_CHUNKS).min(n_chunks);
+        self.last = Some((end, n_strides));
+        self.n_spans += 1;
+        start..end
+    }
+}
+
+impl Inner {
+    /// Makes `chunk` present by random access; `false` if that is not to be had, and the stream is
+    /// to be waited for.
+    pub(super) async fn read_random(
+        self: &Arc<Self>,
+        layer: &Arc<Layer>,
+        access: &Arc<Access>,
+        chunk: u32,
+    ) -> bool {
+        let _demanded = self.demand.enter();
+        let Some(mut progress) = self.start_span(layer, access, chunk) else {
+            return false;
+        };
+        let stall = Duration::from_secs(self.config.stall_timeout_seconds);
+        while !layer.file.has(chunk..chunk + 1) {
+            match progress.borrow_and_update().clone() {
+                RefillState::Running => {}
+                RefillState::Done | RefillState::Failed(_) => break,
+            }
+            match tokio::time::timeout(stall, progress.changed()).await {
+                Ok(Ok(())) => {}
+                Ok(Err(_)) | Err(_) => break,
+            }
+        }
+        layer.file.has(chunk..chunk + 1)
+    }
+
+    /// Joins the fetch that will bring `chunk`, or starts one.
+    fn start_span(
+        self: &Arc<Self>,
+        layer: &Arc<Layer>,
+        access: &Arc<Access>,
+        chunk: u32,
+    ) -> Option<watch::Receiver<RefillState>> {
+        let file = &layer.file;
+        let mut random = layer.random.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(progress) = random.joining(chunk) {
+            return Some(progress);
+        }
+        let mut chunks = random.window(chunk, file.n_chunks());
+        // What is there at either end is not decompressed again.
+        while chunks.start < chunk && file.has(chunks.start..chunks.start + 1) {
+            chunks.start += 1;
+        }
+        while chunk + 1 < chunks.end && file.has(chunks.end - 1..chunks.end) {
+            chunks.end -= 1;
+        }
+        let span = access.span(chunks.clone())?;
+        let (sender, receiver) = watch::channel(RefillState::Running);
+        random.active.push((chunks, receiver.clone()));
+        drop(random);
+        let (inner, layer, access) = (Arc::clone(self), Arc::clone(layer), Arc::clone(access));
+        self.spawn(async move {
+            let chunks = span.chunks.clone();
+            let outcome = inner.fetch_span(&layer, &access, span, &sender).await;
+            let mut random = layer.random.lock().unwrap_or_else(PoisonError::into_inner);
+            random.active.retain(|it| it.0 != chunks);
+            drop(random);
+            let _ = sender.send(match outcome {
+                Ok(()) => RefillState::Done,
+                Err(err) => {
+                    inner.metrics.tier_read(Tier::Registry, Outcome::Error);
+                    warn!(layer.diff_id = %layer.file.diff_id(), ?chunks, error = %error_chain(&err),
+                        "random access failed, waiting for the stream");
+                    RefillState::Failed(err)
+                }
+            });
+        });
+        Some(receiver)
+    }
+
+    /// Fetches `span`, verifies its chunks and marks them present.
+    async fn fetch_span(
+        self: &Arc<Self>,
+        layer: &Arc<Layer>,
+        access: &Arc<Access>,
+        mut span: Span,
+        progress: &watch::Sender<RefillState>,
+    ) -> Result<(), PresentError> {
+        let _permit = self.random_reads.acquire().await;
+        loop {
+            debug!(layer.diff_id = %layer.file.diff_id(), chunks = ?span.chunks, blob = ?span.blob,
+                "reading a part of the layer");
+            let outcome = self.fetch_once(layer, access, &span, progress).await;
+            let label = if outcome.is_ok() { "ok" } else { "error" };
+            let counter = self.metrics.layer_random_reads.with_label_values(&[label]);
+            counter.inc();
+            match outcome {
+                // The guess was too short; what came of it stays.
+                Err(SpanError::Short) if span.is_guess => span = access.without_guess(span),
+                Ok(()) => return Ok(()),
+                Err(err) => return Err(self.span_failed(layer, err)),
+            }
+        }
+    }
+
+    async fn fetch_once(
+        self: &Arc<Self>,
+        layer: &Arc<Layer>,
+        access: &Arc<Access>,
+        span: &Span,
+        progress: &watch::Sender<RefillState>,
+    ) -> Result<(), SpanError> {
+        let origin = layer.origin();
+        let stream = origin.open(span.blob.clone()).await;
+        let stream = stream.map_err(SpanError::Failed)?;
+        let (feed, reader) = feed::feed();
+        let (inner, file, access) = (Arc::clone(self), Arc::clone(&layer.file), Arc::clone(access));
+        let (span, progress, diff_id) = (span.clone(), progress.clone(), layer.file.diff_id());
+        let work = self.runtime.spawn_blocking(move || {
+            let mut passed = |_chunk, new_bytes| {
+                inner.delivered(new_bytes);
+                progress.send_replace(RefillState::Running);
+                ControlFlow::Continue(())
+            };
+            inner.fill_span(&file, &access, &span, reader, &mut passed)
+        });
+        let ((), outcome) = tokio::join!(feed.run(stream), work);
+        outcome.unwrap_or_else(|err| Err(SpanError::Failed(crashed(diff_id, &err))))
+    }
+
+    /// Decompresses `span` out of `reader`.
+    ///
+    /// # Blocking
+    /// For as long as the source delivers.
+    fn fill_span(
+        self: &Arc<Self>,
+        file: &LayerFile,
+        access: &Access,
+        span: &Span,
+        mut reader: FeedReader,
+        passed: &mut dyn FnMut(u32, u64) -> ControlFlow<()>,
+    ) -> Result<(), SpanError> {
+        let outcome = span::decompress((file, &self.room), access, span, &mut reader, passed);
+        let inflated = access.inflated_bytes(span);
+        self.metrics.layer_decompressed_bytes.inc_by(inflated);
+        if let Some(source) = reader.failure() {
+            return Err(SpanError::Source(source));
+        }
+        // The little that was asked for in vain is read, so that the connection can be used again;
+        // it matters to nobody how that ends.
+        let _ = outcome.is_ok() && reader.finish().is_ok();
+        outcome.map(|_flow| ())
+    }
+
+    /// What went wrong, for readers; a map that leads astray is not used again.
+    pub(super) fn span_failed(&self, layer: &Layer, err: SpanError) -> PresentError {
+        let diff_id = layer.file.diff_id();
+        let refused = |reason: String| {
+            layer.forget_access();
+            self.metrics
+                .verify_failures
+                .with_label_values(&[Tier::Registry.label()])
+                .inc();
+            PresentError::Refused {
+                layer: diff_id,
+                reason,
+            }
+        };
+        match err {
+            SpanError::Source(source) => PresentError::Origin {
+                layer: diff_id,
+                source,
+            },
+            SpanError::Failed(err) => err,
+            SpanError::Disk(err) => self.blame(diff_id).disk(err),
+            SpanError::Corrupt(err) => refused(err.to_string()),
+            SpanError::Short => refused("its access map names too few bytes".to_owned()),
+            SpanError::Wrong(chunk) => {
+                refused(format!("chunk {chunk} does not match its digest in the index"))
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_reader_in_order_is_given_more_each_time() {
+        let mut random = RandomReads::default();
+        let mut windows = Vec::new();
+        let mut next = 7;
+        for _ in 0..5 {
+            let window = random.window(next, 1000);
+            next = window.end;
+            windows.push(window);
+        }
+        assert_eq!(windows, [6..8, 8..12, 12..20, 20..28, 28..36]);
+        assert_eq!(random.window(500, 501), 500..501);
+    }
+}

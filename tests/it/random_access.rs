@@ -1,0 +1,209 @@
+//! Parts of layers whose index is known are read at random out of their blobs, and the rest is
+//! streamed beside it, on more than one core.
+
+use std::{
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
+
+use clip_csi::{
+    chunk::CHUNK_BYTES,
+    layer::{
+        CacheConfig,
+        store::{Layer, LayerStore},
+    },
+    metrics::Metrics,
+};
+use tokio::runtime::Handle;
+
+use crate::layer_fixture::{FakeSource, Fixture, config, decompressions, names, present};
+
+const N_CHUNKS: u32 = 21;
+
+/// A store whose one layer was filled, and then lost all its chunks.
+struct Emptied {
+    dir: tempfile::TempDir,
+    metrics: Metrics,
+    fixture: Fixture,
+    store: LayerStore,
+    source: Arc<FakeSource>,
+    layer: Arc<Layer>,
+}
+
+impl Emptied {
+    async fn new(seed: u64, complete_layers: bool) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let metrics = Metrics::new();
+        let fixture = Fixture::sized(seed, N_CHUNKS as usize * CHUNK_BYTES as usize - 5000);
+        let config = CacheConfig {
+            complete_layers,
+            ..config(dir.path())
+        };
+        let store = LayerStore::open(config, None, metrics.clone(), Handle::current()).unwrap();
+        let source = fixture.source();
+        let layer = store.layer(&fixture.desc, source.clone()).await.unwrap();
+        source.opened.lock().unwrap().clear();
+        let emptied = Self {
+            dir,
+            metrics,
+            fixture,
+            store,
+            source,
+            layer,
+        };
+        emptied.empty();
+        emptied
+    }
+
+    fn empty(&self) {
+        assert_eq!(self.layer.file().n_chunks(), N_CHUNKS);
+        for chunk in 0..N_CHUNKS {
+            self.layer.file().drop_chunk(chunk);
+        }
+        // What is dropped is not to be found on the disk either.
+        let data = std::fs::File::options()
+            .write(true)
+            .open(self.layer.file().dir().join("data"))
+            .unwrap();
+        data.set_len(0).unwrap();
+        data.set_len(self.layer.file().layer_bytes()).unwrap();
+    }
+
+    async fn present(&self, chunk: u32) {
+        present(&self.store, self.fixture.desc.diff_id, chunk..chunk + 1)
+            .await
+            .unwrap();
+        self.fixture.expect_chunk(&self.layer, chunk);
+    }
+
+    fn random_reads(&self, outcome: &str) -> u64 {
+        let counter = self.metrics.layer_random_reads.with_label_values(&[outcome]);
+        counter.get()
+    }
+
+    /// Waits until the stream beside has brought all.
+    async fn complete(&self) {
+        let all = async {
+            while !self.layer.file().is_complete() {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(20), all)
+            .await
+            .expect("the layer should be completed beside");
+        self.fixture.expect_all(&self.store, &self.layer).await;
+    }
+}
+
+#[tokio::test]
+async fn a_chunk_costs_one_request_for_a_part() {
+    let it = Emptied::new(31, false).await;
+    for chunk in [20, 11, 2, 0, 7] {
+        it.source.opened.lock().unwrap().clear();
+        it.present(chunk).await;
+        let opened = it.source.opened.lock().unwrap().clone();
+        assert_eq!(opened.len(), 1, "chunk {chunk}: {opened:?}");
+        let blob_bytes = it.fixture.desc.blob_bytes;
+        let part = opened[0].end - opened[0].start;
+        // A stride of two chunks, and what is read around it.
+        assert!(part < blob_bytes / 5, "{part} of {blob_bytes} bytes");
+    }
+    let inflated = it.metrics.layer_decompressed_bytes.get() - it.fixture.tar.len() as u64;
+    assert!(inflated <= 5 * (4 << 20), "{inflated} bytes for five reads");
+    assert_eq!(it.random_reads("ok"), 5);
+    assert_eq!(decompressions(&it.metrics), 1, "nothing was streamed beside");
+}
+
+#[tokio::test]
+async fn every_chunk_alone_is_right() {
+    let it = Emptied::new(32, false).await;
+    for chunk in (0..N_CHUNKS).rev() {
+        it.empty();
+        it.present(chunk).await;
+    }
+    assert_eq!(it.random_reads("error"), 0);
+}
+
+#[tokio::test]
+async fn who_reads_in_order_needs_few_requests() {
+    let it = Emptied::new(33, false).await;
+    for chunk in 0..N_CHUNKS {
+        it.present(chunk).await;
+    }
+    // Strides of 1, 2, 4 and 4.
+    assert_eq!(it.source.n_opened(), 4);
+    assert!(it.layer.file().is_complete());
+}
+
+#[tokio::test]
+async fn readers_of_one_part_share_its_request() {
+    let it = Emptied::new(34, false).await;
+    let layer = it.fixture.desc.diff_id;
+    let reads = (0..16).map(|n| present(&it.store, layer, 10 + n % 2..11 + n % 2));
+    futures_util::future::try_join_all(reads).await.unwrap();
+    assert_eq!(it.source.n_opened(), 1);
+}
+
+#[tokio::test]
+async fn the_rest_is_streamed_beside() {
+    let it = Emptied::new(35, true).await;
+    it.present(15).await;
+    it.complete().await;
+    let opened = it.source.opened.lock().unwrap().clone();
+    assert_eq!(opened.len(), 2, "a part, then all: {opened:?}");
+    assert_eq!(opened[1], 0..it.fixture.desc.blob_bytes);
+    assert_eq!(decompressions(&it.metrics), 2);
+}
+
+#[tokio::test]
+async fn a_stream_ends_when_nobody_has_the_layer_open() {
+    let it = Emptied::new(36, true).await;
+    it.source.is_slow.store(true, Ordering::SeqCst);
+    it.present(15).await;
+    let Emptied {
+        dir: _dir,
+        store,
+        layer,
+        source,
+        metrics,
+        ..
+    } = it;
+    drop(layer);
+    // Whoever streams holds the source.
+    let ended = async {
+        while 1 < Arc::strong_count(&source) {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(20), ended)
+        .await
+        .expect("the stream should end");
+    assert_eq!(source.n_opened(), 2, "no stream was begun");
+    assert_eq!(decompressions(&metrics), 1, "it was read to its end");
+    assert_eq!(names(&store.paths().root().join("tmp")), [""; 0]);
+}
+
+#[tokio::test]
+async fn wrong_parts_are_streamed_instead() {
+    let it = Emptied::new(37, false).await;
+    it.source.parts_are_wrong.store(true, Ordering::SeqCst);
+    it.present(12).await;
+    assert_eq!(it.random_reads("error"), 1);
+    let failures = it.metrics.verify_failures.with_label_values(&["registry"]);
+    assert_eq!(failures.get(), 1);
+    it.complete().await;
+}
+
+#[tokio::test]
+async fn a_damaged_map_is_made_anew_by_the_stream() {
+    for (seed, damage) in [(38, 0), (39, 7), (40, usize::MAX)] {
+        let it = Emptied::new(seed, false).await;
+        let path = it.layer.file().dir().join("access");
+        let map = std::fs::read(&path).unwrap();
+        std::fs::write(&path, &map[..damage.min(map.len() - 1)]).unwrap();
+        it.present(12).await;
+        assert_eq!(it.random_reads("ok"), 0, "a damaged map was used");
+        it.complete().await;
+        assert_eq!(std::fs::read(&path).unwrap(), map);
+    }
+}
