@@ -446,3 +446,6 @@ fn compression_of(code: u32) -> Result<Compression, IndexError> {
         _ => Err(DAMAGED),
     }
 }
+
+#[cfg(test)]
+mod tests;

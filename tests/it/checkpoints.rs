@@ -31,12 +31,16 @@ fn mixed(len: usize) -> Vec<u8> {
     let (words, mut state) = (text(len), 7_u64);
     let mut bytes = Vec::with_capacity(len);
     while bytes.len() < len {
-        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        state = state
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1);
         let piece = 1 + usize::try_from(state >> 48).unwrap();
         match state >> 40 & 3 {
             0 => bytes.resize(bytes.len() + piece, b'='),
             1 => bytes.extend((0..piece).map(|_| {
-                state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+                state = state
+                    .wrapping_mul(6_364_136_223_846_793_005)
+                    .wrapping_add(1);
                 state.to_be_bytes()[0]
             })),
             _ => {
@@ -126,7 +130,10 @@ fn check(what: &str, blob: &[u8], layer: &[u8], stride_bytes: u64) -> Vec<Checkp
         let mut decoder = Decoder::resume(piece, map.compression(), checkpoint).unwrap();
         let mut bytes = vec![0; at(end - checkpoint.layer_offset)];
         decoder.read_exact(&mut bytes).unwrap();
-        assert!(bytes == layer[at(checkpoint.layer_offset)..at(end)], "{what}");
+        assert!(
+            bytes == layer[at(checkpoint.layer_offset)..at(end)],
+            "{what}"
+        );
     }
     checkpoints
 }
@@ -198,7 +205,11 @@ fn every_checkpoint_of_many_members_gives_the_rest() {
         let checkpoints = check(what, &blob, &layer, STRIDE_BYTES);
         assert!(5 < checkpoints.len(), "{what}: {}", checkpoints.len());
         if without_window {
-            assert!(checkpoints.iter().any(|it| it.layer_offset != 0 && it.window.is_empty()));
+            assert!(
+                checkpoints
+                    .iter()
+                    .any(|it| it.layer_offset != 0 && it.window.is_empty())
+            );
         }
     }
 }
@@ -242,7 +253,12 @@ fn any_range_is_read_by_way_of_the_map() {
     let blob = gzip(&layer);
     let map = map_of(&blob, &layer, &decode(&blob, STRIDE_BYTES, 4096).1);
     assert!(5 < map.n_checkpoints());
-    for (start, end) in [(0, 1), (0, 1_000_000), (99_999, 300_001), (999_999, 1_000_000)] {
+    for (start, end) in [
+        (0, 1),
+        (0, 1_000_000),
+        (99_999, 300_001),
+        (999_999, 1_000_000),
+    ] {
         let checkpoint = map.checkpoint_for(start).unwrap();
         let piece = &blob[at(checkpoint.blob_offset)..at(map.blob_end_for(end))];
         let mut decoder = Decoder::resume(piece, map.compression(), &checkpoint).unwrap();
@@ -276,10 +292,16 @@ fn checksums_are_verified_where_all_was_seen() {
     let rest = |blob: &[u8]| resume(&blob[at(inside.blob_offset)..], Compression::Gzip, inside);
     let mut damaged = blob.clone();
     damaged[members[0].len() - 8] ^= 1;
-    assert_eq!(rest(&damaged).unwrap().len(), 800_000 - at(inside.layer_offset));
+    assert_eq!(
+        rest(&damaged).unwrap().len(),
+        800_000 - at(inside.layer_offset)
+    );
     damaged[blob.len() - 8] ^= 1;
     let error = rest(&damaged).unwrap_err();
-    assert!(error.to_string().ends_with(": incorrect data check"), "{error}");
+    assert!(
+        error.to_string().ends_with(": incorrect data check"),
+        "{error}"
+    );
     // Errors name the place in the blob, not in the input.
     let truncated = rest(&blob[..blob.len() - 3]).unwrap_err();
     let end = format!("it ends at byte {} of the blob", blob.len() - 3);
@@ -318,16 +340,36 @@ fn wrong_checkpoints_end_in_errors_or_in_wrong_bytes() {
     let right = checkpoints.iter().find(|it| it.bit_offset != 0).unwrap();
     let truth = &layer[at(right.layer_offset)..];
     let wrong = [
-        Checkpoint { bit_offset: (right.bit_offset + 1) % 8, ..right.clone() },
-        Checkpoint { window: Vec::new(), ..right.clone() },
-        Checkpoint { window: right.window[1000..].to_vec(), ..right.clone() },
-        Checkpoint { window: vec![b'?'; 32 << 10], ..right.clone() },
+        Checkpoint {
+            bit_offset: (right.bit_offset + 1) % 8,
+            ..right.clone()
+        },
+        Checkpoint {
+            window: Vec::new(),
+            ..right.clone()
+        },
+        Checkpoint {
+            window: right.window[1000..].to_vec(),
+            ..right.clone()
+        },
+        Checkpoint {
+            window: vec![b'?'; 32 << 10],
+            ..right.clone()
+        },
     ];
     for checkpoint in wrong {
-        let resumed = resume(&blob[at(right.blob_offset)..], Compression::Gzip, &checkpoint);
+        let resumed = resume(
+            &blob[at(right.blob_offset)..],
+            Compression::Gzip,
+            &checkpoint,
+        );
         assert!(!resumed.is_ok_and(|it| it == truth), "{checkpoint:?}");
     }
-    let far = Checkpoint { blob_offset: u64::MAX, layer_offset: u64::MAX, ..right.clone() };
+    let far = Checkpoint {
+        blob_offset: u64::MAX,
+        layer_offset: u64::MAX,
+        ..right.clone()
+    };
     assert!(resume(&blob[at(right.blob_offset)..], Compression::Gzip, &far).unwrap() == truth);
 }
 
