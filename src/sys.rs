@@ -1,9 +1,11 @@
-//! The only module with `unsafe`: memory maps, a descriptor's number, the allocator.
+//! The only module with `unsafe`: memory maps, a descriptor's number, the allocator, the inflater.
 
 #![expect(
     unsafe_code,
-    reason = "mmap, madvise, dup3, mallopt and a peer without a pid have no safe interface; nothing else is here"
+    reason = "mmap, madvise, dup3, mallopt, a peer without a pid and inflate between blocks have no safe interface; nothing else is here"
 )]
+
+pub mod inflate;
 
 use std::{
     fs::File,

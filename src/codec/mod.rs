@@ -7,6 +7,12 @@
 //! A failure of the input passes through unchanged; what is wrong with the data comes as an
 //! [`io::Error`] around a [`CodecError`], see [`CodecError::of`]. Both codecs are pure state machines
 //! (`Step`) that never see the input.
+//!
+//! For random access, [`Decoder::with_checkpoints`] notes places at which [`Decoder::resume`] can
+//! begin later, and [`access_map`] keeps them.
+
+pub mod access_map;
+pub mod checkpoint;
 
 mod gzip;
 mod zstd;
@@ -16,8 +22,11 @@ use std::{
     io::{self, BufRead, Chain, Cursor, Read},
 };
 
+use checkpoint::{Boundary, Checkpoint, Picker};
 use gzip::GzipSteps;
 use zstd::ZstdSteps;
+
+use crate::sys::inflate::WINDOW_BYTES;
 
 /// The longest of the magic numbers.
 const MAGIC_BYTES: usize = 4;
@@ -94,6 +103,16 @@ pub enum CodecError {
         /// The largest window allowed.
         max_bytes: u64,
     },
+    /// The checkpoint is none, whatever the layer is.
+    #[error("no {compression} layer can be read from a checkpoint at byte {at} with {reason}")]
+    Checkpoint {
+        /// What the layer is said to be.
+        compression: Compression,
+        /// The checkpoint's offset in the blob.
+        at: u64,
+        /// What is wrong with it.
+        reason: &'static str,
+    },
     /// The input failed before the compression was known, which says nothing about the layer; or
     /// there was no memory for a decompressor.
     #[error("starting to decompress the layer")]
@@ -114,7 +133,9 @@ impl From<CodecError> for io::Error {
         let kind = match &error {
             CodecError::Source(source) => source.kind(),
             CodecError::Truncated { .. } | CodecError::Empty => io::ErrorKind::UnexpectedEof,
-            CodecError::Corrupt { .. } => io::ErrorKind::InvalidData,
+            CodecError::Corrupt { .. } | CodecError::Checkpoint { .. } => {
+                io::ErrorKind::InvalidData
+            }
             CodecError::WindowTooLarge { .. } => io::ErrorKind::Unsupported,
         };
         Self::new(kind, error)
@@ -145,6 +166,14 @@ trait Step {
 
     /// Returns whether the input may end here.
     fn may_end(&self) -> bool;
+
+    /// Returns what kind of boundary the last step stopped at, if at any.
+    fn boundary(&self) -> Option<Boundary>;
+
+    /// Returns the output before a [`Boundary::Block`] that what follows can refer to.
+    fn window(&self) -> Vec<u8> {
+        Vec::new()
+    }
 }
 
 /// A layer's uncompressed bytes.
@@ -152,8 +181,12 @@ pub struct Decoder<R> {
     input: Chain<Cursor<Vec<u8>>, R>,
     compression: Compression,
     steps: Box<dyn Step + Send>,
-    /// Bytes of the blob consumed.
+    /// Bytes of the blob consumed; those before a checkpoint count.
     at: u64,
+    /// Bytes of the layer produced, likewise.
+    layer_at: u64,
+    /// Notes checkpoints, if it is to.
+    picker: Option<Picker>,
     /// What was wrong with the data, once something was; `at` stays where it was found.
     failed: Option<Fault>,
 }
@@ -166,24 +199,101 @@ impl<R: BufRead> Decoder<R> {
     ///
     /// # Blocking
     /// As the input does.
-    pub fn new(mut input: R) -> Result<Self, CodecError> {
+    pub fn new(input: R) -> Result<Self, CodecError> {
+        Self::start(input, None)
+    }
+
+    /// Likewise, and notes checkpoints on the way: the start, and for every multiple of
+    /// `stride_bytes` of the layer the last place at or before it at which one can begin.
+    ///
+    /// There are fewer where the compressor wrote larger pieces: a zstd layer of one frame has only
+    /// the start. Plain tar can be entered anywhere, which needs no list. [`Self::take_checkpoints`]
+    /// after each read keeps no more than two windows in memory.
+    ///
+    /// # Errors
+    /// As of [`Self::new`].
+    ///
+    /// # Panics
+    /// If `stride_bytes` is 0.
+    pub fn with_checkpoints(input: R, stride_bytes: u64) -> Result<Self, CodecError> {
+        Self::start(input, Some(Picker::new(stride_bytes)))
+    }
+
+    fn start(mut input: R, picker: Option<Picker>) -> Result<Self, CodecError> {
         let first_bytes = read_magic(&mut input).map_err(CodecError::Source)?;
         if first_bytes.is_empty() {
             return Err(CodecError::Empty);
         }
         let compression = Compression::sniff(&first_bytes);
-        let steps: Box<dyn Step + Send> = match compression {
-            Compression::Gzip => Box::new(GzipSteps::new()),
-            Compression::Zstd => Box::new(ZstdSteps::new().map_err(CodecError::Source)?),
-            Compression::None => Box::new(PlainSteps),
+        let steps: Box<dyn Step + Send> = match (compression, &picker) {
+            (Compression::Gzip, None) => Box::new(GzipSteps::new()),
+            (Compression::Gzip, Some(_)) => {
+                Box::new(GzipSteps::with_boundaries().map_err(CodecError::Source)?)
+            }
+            (Compression::Zstd, _) => Box::new(ZstdSteps::new().map_err(CodecError::Source)?),
+            (Compression::None, _) => Box::new(PlainSteps),
         };
         Ok(Self {
             input: Cursor::new(first_bytes).chain(input),
             compression,
             steps,
             at: 0,
+            layer_at: 0,
+            picker,
             failed: None,
         })
+    }
+
+    /// Decompresses a layer from `checkpoint` on, where `input` begins.
+    ///
+    /// Reads to the end of the blob, so cut the input where no more is wanted. The checksum of a gzip
+    /// member that is entered in the middle cannot be verified, and neither can the checkpoint: wrong
+    /// ones give errors or wrong bytes, and the caller checks the bytes.
+    ///
+    /// # Errors
+    /// [`CodecError::Checkpoint`]; [`CodecError::Source`] if there is no memory for a decompressor.
+    pub fn resume(
+        input: R,
+        compression: Compression,
+        checkpoint: &Checkpoint,
+    ) -> Result<Self, CodecError> {
+        let refused = |reason| CodecError::Checkpoint {
+            compression,
+            at: checkpoint.blob_offset,
+            reason,
+        };
+        if 8 <= checkpoint.bit_offset {
+            return Err(refused("a bit offset beyond 7"));
+        }
+        if WINDOW_BYTES < checkpoint.window.len() {
+            return Err(refused("a window of more than 32 KiB"));
+        }
+        let steps: Box<dyn Step + Send> = match (compression, checkpoint.is_fresh()) {
+            (Compression::Gzip, true) => Box::new(GzipSteps::new()),
+            (Compression::Gzip, false) => {
+                let steps = GzipSteps::enter(checkpoint.bit_offset, &checkpoint.window);
+                Box::new(steps.map_err(CodecError::Source)?)
+            }
+            (Compression::Zstd, true) => Box::new(ZstdSteps::new().map_err(CodecError::Source)?),
+            (Compression::None, true) => Box::new(PlainSteps),
+            (Compression::Zstd | Compression::None, false) => {
+                return Err(refused("a window or a bit offset"));
+            }
+        };
+        Ok(Self {
+            input: Cursor::new(Vec::new()).chain(input),
+            compression,
+            steps,
+            at: checkpoint.blob_offset,
+            layer_at: checkpoint.layer_offset,
+            picker: None,
+            failed: None,
+        })
+    }
+
+    /// Takes the checkpoints noted since the last call, in order, each once; the start comes first.
+    pub fn take_checkpoints(&mut self) -> Vec<Checkpoint> {
+        self.picker.as_mut().map(Picker::take).unwrap_or_default()
     }
 
     /// Returns how the layer is compressed.
@@ -191,7 +301,7 @@ impl<R: BufRead> Decoder<R> {
         self.compression
     }
 
-    /// Returns how many bytes of the blob have been consumed.
+    /// Returns how many bytes of the blob have been consumed, those before a checkpoint included.
     pub fn compressed_offset(&self) -> u64 {
         self.at
     }
@@ -199,6 +309,17 @@ impl<R: BufRead> Decoder<R> {
     /// Returns the input, of which four bytes have been read even if none is consumed.
     pub fn into_inner(self) -> R {
         self.input.into_inner().1
+    }
+
+    /// Accounts for a step.
+    fn pass(&mut self, consumed: usize, produced: usize) {
+        // A checkpoint's offsets may be any, and wrap; a blob does not.
+        self.at = self.at.wrapping_add(consumed as u64);
+        self.layer_at = self.layer_at.wrapping_add(produced as u64);
+        if let Some(picker) = &mut self.picker {
+            let (boundary, window) = (self.steps.boundary(), || self.steps.window());
+            picker.pass(self.at, self.layer_at, boundary, window);
+        }
     }
 
     fn error(&self, fault: &Fault) -> io::Error {
@@ -235,9 +356,10 @@ impl<R: BufRead> Read for Decoder<R> {
                 return Ok(0);
             }
             let outcome = self.steps.step(input, output);
-            let consumed = outcome.as_ref().map_or(0, |progress| progress.consumed);
-            self.input.consume(consumed);
-            self.at += u64::try_from(consumed).expect("a slice is not longer than 2^64 bytes");
+            if let Ok(Progress { consumed, produced }) = outcome {
+                self.input.consume(consumed);
+                self.pass(consumed, produced);
+            }
             let fault = match outcome {
                 Ok(Progress { produced, .. }) if produced > 0 => return Ok(produced),
                 Ok(_) if at_end => Fault::Truncated,
@@ -277,6 +399,10 @@ impl Step for PlainSteps {
 
     fn may_end(&self) -> bool {
         true
+    }
+
+    fn boundary(&self) -> Option<Boundary> {
+        None
     }
 }
 

@@ -12,7 +12,7 @@ use zstd::{
     zstd_safe::zstd_sys::ZSTD_ErrorCode,
 };
 
-use super::{Fault, Progress, Step};
+use super::{Fault, Progress, Step, checkpoint::Boundary};
 
 /// log2 of the largest window a frame may ask for, which is memory allocated for it: 8 MiB.
 ///
@@ -53,6 +53,10 @@ impl Step for ZstdSteps {
 
     fn may_end(&self) -> bool {
         self.between_frames
+    }
+
+    fn boundary(&self) -> Option<Boundary> {
+        self.between_frames.then_some(Boundary::Fresh)
     }
 }
 

@@ -15,8 +15,9 @@ pub mod layer_index;
 pub mod merge;
 pub mod path;
 
+pub(crate) mod wire;
+
 mod tree;
-mod wire;
 mod writer;
 
 /// Says why an index cannot be read or made.

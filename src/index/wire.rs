@@ -4,22 +4,22 @@ use super::IndexError;
 
 /// Reads fields one after the other.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Reader<'a> {
+pub(crate) struct Reader<'a> {
     rest: &'a [u8],
     what: &'static str,
 }
 
 impl<'a> Reader<'a> {
     /// Reads from `bytes`; errors speak of `what`.
-    pub(super) fn new(bytes: &'a [u8], what: &'static str) -> Self {
+    pub(crate) fn new(bytes: &'a [u8], what: &'static str) -> Self {
         Self { rest: bytes, what }
     }
 
-    pub(super) fn is_at_end(&self) -> bool {
+    pub(crate) fn is_at_end(&self) -> bool {
         self.rest.is_empty()
     }
 
-    pub(super) fn bytes(&mut self, len: usize) -> Result<&'a [u8], IndexError> {
+    pub(crate) fn bytes(&mut self, len: usize) -> Result<&'a [u8], IndexError> {
         let (head, rest) = self
             .rest
             .split_at_checked(len)
@@ -28,7 +28,7 @@ impl<'a> Reader<'a> {
         Ok(head)
     }
 
-    pub(super) fn array<const N: usize>(&mut self) -> Result<[u8; N], IndexError> {
+    pub(crate) fn array<const N: usize>(&mut self) -> Result<[u8; N], IndexError> {
         let (head, rest) = self
             .rest
             .split_first_chunk()
@@ -37,35 +37,35 @@ impl<'a> Reader<'a> {
         Ok(*head)
     }
 
-    pub(super) fn u8(&mut self) -> Result<u8, IndexError> {
+    pub(crate) fn u8(&mut self) -> Result<u8, IndexError> {
         Ok(u8::from_le_bytes(self.array()?))
     }
 
-    pub(super) fn u16(&mut self) -> Result<u16, IndexError> {
+    pub(crate) fn u16(&mut self) -> Result<u16, IndexError> {
         Ok(u16::from_le_bytes(self.array()?))
     }
 
-    pub(super) fn u32(&mut self) -> Result<u32, IndexError> {
+    pub(crate) fn u32(&mut self) -> Result<u32, IndexError> {
         Ok(u32::from_le_bytes(self.array()?))
     }
 
-    pub(super) fn u64(&mut self) -> Result<u64, IndexError> {
+    pub(crate) fn u64(&mut self) -> Result<u64, IndexError> {
         Ok(u64::from_le_bytes(self.array()?))
     }
 
-    pub(super) fn i64(&mut self) -> Result<i64, IndexError> {
+    pub(crate) fn i64(&mut self) -> Result<i64, IndexError> {
         Ok(i64::from_le_bytes(self.array()?))
     }
 
     /// Reads a `u32` length and as many bytes.
-    pub(super) fn counted(&mut self) -> Result<&'a [u8], IndexError> {
+    pub(crate) fn counted(&mut self) -> Result<&'a [u8], IndexError> {
         let len = self.u32()?;
         self.bytes(usize::try_from(len).map_err(|_| IndexError::Truncated { what: self.what })?)
     }
 }
 
 /// Appends fields to a buffer.
-pub(super) trait Write {
+pub(crate) trait Write {
     fn put(&mut self, bytes: &[u8]);
 
     fn put_u8(&mut self, value: u8) {
@@ -106,7 +106,7 @@ impl Write for Vec<u8> {
 }
 
 /// Narrows a count or an offset to the 32 bits that the formats give it.
-pub(super) fn count(limit: &'static str, value: usize) -> Result<u32, IndexError> {
+pub(crate) fn count(limit: &'static str, value: usize) -> Result<u32, IndexError> {
     u32::try_from(value).map_err(|_| IndexError::Limit {
         limit,
         max: u64::from(u32::MAX),

@@ -15,7 +15,7 @@ use clip_csi::codec::{CodecError, Compression, Decoder};
 use flate2::{GzBuilder, write::GzEncoder};
 
 /// Text that compresses, but not to nothing.
-fn text(len: usize) -> Vec<u8> {
+pub(super) fn text(len: usize) -> Vec<u8> {
     let mut state: u32 = 1;
     let mut bytes = Vec::with_capacity(len + 16);
     while bytes.len() < len {
@@ -26,14 +26,14 @@ fn text(len: usize) -> Vec<u8> {
     bytes
 }
 
-fn gzip(bytes: &[u8]) -> Vec<u8> {
+pub(super) fn gzip(bytes: &[u8]) -> Vec<u8> {
     let mut encoder = GzEncoder::new(Vec::new(), flate2::Compression::default());
     encoder.write_all(bytes).unwrap();
     encoder.finish().unwrap()
 }
 
 /// One frame with a checksum of its content.
-fn zstd(bytes: &[u8]) -> Vec<u8> {
+pub(super) fn zstd(bytes: &[u8]) -> Vec<u8> {
     let mut encoder = zstd::Encoder::new(Vec::new(), 3).unwrap();
     encoder.include_checksum(true).unwrap();
     encoder.write_all(bytes).unwrap();
@@ -41,18 +41,31 @@ fn zstd(bytes: &[u8]) -> Vec<u8> {
 }
 
 /// A skippable zstd frame.
-fn skippable(payload: &[u8]) -> Vec<u8> {
+pub(super) fn skippable(payload: &[u8]) -> Vec<u8> {
     let len = u32::try_from(payload.len()).unwrap();
     [&[0x5a, 0x2a, 0x4d, 0x18], &len.to_le_bytes()[..], payload].concat()
 }
 
+/// Decompresses, and insists that looking for checkpoints changes nothing.
 fn decode(blob: &[u8]) -> Result<Vec<u8>, CodecFault> {
-    decode_from(blob, 128 << 10)
+    let decoded = decode_from(blob, 128 << 10);
+    let with_checkpoints = Decoder::with_checkpoints(blob, 1000)
+        .map_err(|error| fault(&error))
+        .and_then(|decoder| drain(decoder, 1 << 10));
+    match (&decoded, &with_checkpoints) {
+        // Stopping at each block tells better how far it was.
+        (Err(CodecFault::Corrupt(_)), Err(CodecFault::Corrupt(_))) => {}
+        _ => assert_eq!(decoded, with_checkpoints),
+    }
+    decoded
 }
 
 /// Decompresses with an output buffer of `len` bytes, and insists that errors are repeated.
 fn decode_from(input: impl BufRead, len: usize) -> Result<Vec<u8>, CodecFault> {
-    let mut decoder = Decoder::new(input).map_err(|error| fault(&error))?;
+    drain(Decoder::new(input).map_err(|error| fault(&error))?, len)
+}
+
+fn drain(mut decoder: Decoder<impl BufRead>, len: usize) -> Result<Vec<u8>, CodecFault> {
     let (mut output, mut buffer) = (Vec::new(), vec![0; len]);
     loop {
         match decoder.read(&mut buffer) {
@@ -85,12 +98,13 @@ fn fault(error: &CodecError) -> CodecFault {
         CodecError::Truncated { at, .. } => CodecFault::Truncated(*at),
         CodecError::Corrupt { at, .. } => CodecFault::Corrupt(*at),
         CodecError::WindowTooLarge { .. } => CodecFault::WindowTooLarge,
+        CodecError::Checkpoint { .. } => panic!("{error}"),
         CodecError::Source(_) => CodecFault::Source,
     }
 }
 
 /// Sends bytes through a command; `None` where it is not installed.
-fn through(command: &[&str], bytes: &[u8]) -> Option<Vec<u8>> {
+pub(super) fn through(command: &[&str], bytes: &[u8]) -> Option<Vec<u8>> {
     let mut process = Command::new(command[0]);
     process
         .args(&command[1..])

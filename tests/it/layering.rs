@@ -20,7 +20,7 @@ const MODULES: &[(&str, &[&str])] = &[
     ("exposition", &["metrics"]),
     ("tar", &[]),
     ("index", &["chunk", "digest", "tar"]),
-    ("codec", &[]),
+    ("codec", &["digest", "index", "sys"]),
     ("tier", &["chunk", "digest"]),
     ("registry", &["digest", "metrics", "secret", "tier"]),
     (

@@ -10,6 +10,7 @@
 )]
 
 mod admin;
+mod checkpoints;
 mod codec;
 mod csi;
 mod eviction;
