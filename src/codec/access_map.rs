@@ -298,6 +298,11 @@ impl<B: Deref<Target = [u8]>> AccessMap<B> {
         self.n_checkpoints
     }
 
+    /// Where the map is kept.
+    pub fn source(&self) -> &B {
+        &self.bytes
+    }
+
     /// The whole map, as it is stored.
     pub fn as_bytes(&self) -> &[u8] {
         &self.bytes

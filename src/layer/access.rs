@@ -11,7 +11,11 @@ use std::{
 use super::disk::{ACCESS, LayerFile};
 use crate::{
     chunk::{self, CHUNK_BYTES},
-    codec::{AccessMap, AccessMapWriter, Checkpoint, Compression, MappedBlob},
+    codec::{
+        Compression,
+        access_map::{AccessMap, AccessMapWriter, Subject},
+        checkpoint::Checkpoint,
+    },
     disk,
     sys::MappedFile,
     tier::LayerDesc,
@@ -44,11 +48,23 @@ pub(super) struct Access {
     map: AccessMap<MappedFile>,
 }
 
-/// Writes the access map of a blob that streams by, to a file that is not in its place yet.
+/// Writes the access map of a blob that streams by, to a file that is not in its place yet; it is
+/// removed when it does not come there.
 #[derive(Debug)]
 pub(super) struct MapMaker {
-    path: PathBuf,
     writer: AccessMapWriter<BufWriter<File>>,
+    place: Unfinished,
+}
+
+/// The path of a file, which is removed when this is dropped.
+#[derive(Debug)]
+struct Unfinished(PathBuf);
+
+impl Drop for Unfinished {
+    fn drop(&mut self) {
+        // It is not there any more if it came into its place; what fails is removed at start.
+        let _ = fs::remove_file(&self.0);
+    }
 }
 
 impl MapMaker {
@@ -58,11 +74,10 @@ impl MapMaker {
     /// Those of the file system.
     pub(super) fn create(dir: &Path) -> io::Result<Self> {
         let path = disk::temporary_beside(&dir.join(ACCESS));
-        let file = BufWriter::new(File::create_new(&path)?);
-        Ok(Self {
-            path,
-            writer: AccessMapWriter::new(file)?,
-        })
+        let place = Unfinished(path);
+        let file = BufWriter::new(File::create_new(&place.0)?);
+        let writer = AccessMapWriter::new(file)?;
+        Ok(Self { writer, place })
     }
 
     /// Adds the next checkpoint.
@@ -84,15 +99,15 @@ impl MapMaker {
         compression: Compression,
         layer_bytes: u64,
     ) -> io::Result<()> {
-        let of = MappedBlob {
+        let subject = Subject {
             compression,
             blob: desc.blob,
             blob_bytes: desc.blob_bytes,
             diff_id: desc.diff_id,
             layer_bytes,
         };
-        self.writer.finish(&of)?.into_inner()?;
-        fs::rename(&self.path, dir.join(ACCESS))
+        self.writer.finish(&subject)?.into_inner()?;
+        fs::rename(&self.place.0, dir.join(ACCESS))
     }
 }
 
@@ -105,6 +120,14 @@ pub(super) struct Span {
     pub(super) blob: Range<u64>,
     /// Whether more of the blob may be needed, if a compressor made long blocks.
     pub(super) is_guess: bool,
+}
+
+/// The strides of a layer of `layer_bytes`.
+pub(super) fn strides(layer_bytes: u64) -> impl Iterator<Item = Range<u32>> {
+    // A layer with an index has as many chunks as fit.
+    let n_chunks = u32::try_from(chunk::n_chunks(layer_bytes)).unwrap_or(u32::MAX);
+    let starts = (0..n_chunks).step_by(STRIDE_CHUNKS as usize);
+    starts.map(move |it| it..it.saturating_add(STRIDE_CHUNKS).min(n_chunks))
 }
 
 impl Access {
@@ -130,6 +153,7 @@ impl Access {
                 "the map is of another blob of this layer",
             ));
         }
+        // The checksum touched every page of the map; few of them are needed again soon.
         access.map.source().drop_resident();
         Ok(access)
     }
@@ -159,51 +183,78 @@ impl Access {
     pub(super) fn checkpoint(&self, span: &Span) -> io::Result<Checkpoint> {
         let start = chunk::byte_range(span.chunks.start, self.map.layer_bytes()).start;
         self.map
-            .checkpoint_before(start)
+            .checkpoint_for(start)
             .map_err(|err| io::Error::new(io::ErrorKind::InvalidData, err))
     }
 
     /// The part of the blob that `chunks` need, `None` if they are better waited for in a stream.
     pub(super) fn span(&self, chunks: Range<u32>) -> Option<Span> {
-        let layer_bytes = self.map.layer_bytes();
-        let start = chunk::byte_range(chunks.start, layer_bytes).start;
-        let end = chunk::byte_range(chunks.end.checked_sub(1)?, layer_bytes).end;
-        if self.compression() == Compression::None {
-            return Some(Span {
-                chunks,
-                blob: start..end,
-                is_guess: false,
-            });
-        }
-        let first = self.map.place_before(start);
-        if MAX_SKIPPED_BYTES < start - first.layer_offset {
+        let (start, end) = self.layer_range(&chunks);
+        if MAX_SKIPPED_BYTES < start - self.entry(start) {
             return None;
         }
-        let after = self.map.blob_end(end);
-        let last = self.map.place_before(end);
-        let guess = last.blob_offset + BLOCK_SLACK_BYTES;
-        let is_guess = last.layer_offset + STRIDE_BYTES / 4 > end && guess < after;
-        let blob = first.blob_offset..if is_guess { guess } else { after };
-        (blob.end - blob.start <= MAX_BLOB_BYTES).then_some(Span {
+        let first = match self.compression() {
+            Compression::None => start,
+            Compression::Gzip | Compression::Zstd => {
+                self.map.blob_offset(self.map.at_or_before(start))
+            }
+        };
+        let blob = first..self.map.blob_end_for(end);
+        // Of the stride that `end` lies in, its first block is enough if that is where it lies.
+        let guess = match self.compression() {
+            Compression::None => blob.end,
+            Compression::Gzip | Compression::Zstd => {
+                let last = self.map.at_or_before(end);
+                let is_near = end - self.map.layer_offset(last) <= STRIDE_BYTES / 4;
+                let slack = if is_near { BLOCK_SLACK_BYTES } else { u64::MAX };
+                self.map
+                    .blob_offset(last)
+                    .saturating_add(slack)
+                    .min(blob.end)
+            }
+        };
+        let span = Span {
             chunks,
-            blob,
-            is_guess,
-        })
+            is_guess: guess < blob.end,
+            blob: blob.start..guess,
+        };
+        (span.blob.end - span.blob.start <= MAX_BLOB_BYTES).then_some(span)
+    }
+
+    /// Whether all of the layer can be had in spans of a stride.
+    pub(super) fn covers_all(&self) -> bool {
+        strides(self.map.layer_bytes()).all(|it| self.span(it).is_some())
+    }
+
+    /// Where decompression starts for the byte at `layer_offset`.
+    fn entry(&self, layer_offset: u64) -> u64 {
+        match self.compression() {
+            Compression::None => layer_offset,
+            Compression::Gzip | Compression::Zstd => {
+                self.map.layer_offset(self.map.at_or_before(layer_offset))
+            }
+        }
+    }
+
+    /// The bytes of the layer that `chunks` have.
+    fn layer_range(&self, chunks: &Range<u32>) -> (u64, u64) {
+        let layer_bytes = self.map.layer_bytes();
+        let start = chunk::byte_range(chunks.start, layer_bytes).start;
+        let end = chunk::byte_range(chunks.end.saturating_sub(1), layer_bytes).end;
+        (start, end)
     }
 
     /// How many bytes are decompressed for `span`.
     pub(super) fn inflated_bytes(&self, span: &Span) -> u64 {
-        let layer_bytes = self.map.layer_bytes();
-        let start = chunk::byte_range(span.chunks.start, layer_bytes).start;
-        let end = chunk::byte_range(span.chunks.end - 1, layer_bytes).end;
-        end - self.map.place_before(start).layer_offset
+        let (start, end) = self.layer_range(&span.chunks);
+        end - self.entry(start)
     }
 
     /// `span` with all of the blob that it can need.
     pub(super) fn without_guess(&self, span: Span) -> Span {
-        let end = chunk::byte_range(span.chunks.end - 1, self.map.layer_bytes()).end;
+        let (_, end) = self.layer_range(&span.chunks);
         Span {
-            blob: span.blob.start..self.map.blob_end(end),
+            blob: span.blob.start..self.map.blob_end_for(end),
             is_guess: false,
             ..span
         }

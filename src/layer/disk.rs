@@ -331,6 +331,11 @@ impl LayerFile {
         }))
     }
 
+    /// Whether chunks may be on disk that are not marked: after an unclean stop.
+    pub(super) fn is_suspect(&self) -> bool {
+        self.state.is_suspect()
+    }
+
     /// After an unclean stop: marks `chunk` present if what the disk has matches its digest; says
     /// whether it did.
     ///

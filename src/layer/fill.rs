@@ -373,8 +373,8 @@ pub(super) fn refill(
     let has_map = layer.dir().join(ACCESS).exists();
     let map = (!has_map).then(|| MapMaker::create(&paths.temporary()));
     let map = map.transpose().map_err(|err| blame.disk(err))?;
-    let passed = pipeline::run(reader, Encoding::Blob, &mut sink, map)
-        .map_err(|err| blame.pipeline(err))?;
+    let passed =
+        pipeline::run(reader, Encoding::Blob, &mut sink, map).map_err(|err| blame.pipeline(err))?;
     check_blob(desc, passed.blob_bytes, passed.blob)?;
     if 0 < sink.gathered || sink.chunk < layer.n_chunks() {
         let reason = "its blob is shorter than its index says; push the image again".to_owned();

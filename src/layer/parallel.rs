@@ -7,12 +7,12 @@
 use std::{
     io::{self, BufRead},
     ops::ControlFlow,
-    sync::{Mutex, PoisonError, mpsc},
+    sync::{Arc, Mutex, PoisonError, mpsc},
     thread,
 };
 
 use super::{
-    access::{Access, STRIDE_CHUNKS, Span},
+    access::{Access, Span, strides},
     disk::usize_of,
     feed::FeedReader,
     span::SpanError,
@@ -46,7 +46,7 @@ pub(super) enum Ran {
     Unwanted,
 }
 
-/// Drives all of the blob through two decompressing threads.
+/// Drives all of the blob through two decompressing threads; `access` must cover all of the layer.
 ///
 /// # Errors
 /// The first of the sink's, or the source's.
@@ -56,17 +56,22 @@ pub(super) enum Ran {
 pub(super) fn run(
     mut reader: FeedReader,
     access: &Access,
-    n_chunks: u32,
+    layer_bytes: u64,
     sink: &dyn SpanSink,
 ) -> Result<Ran, SpanError> {
     let (filled, to_take) = mpsc::sync_channel::<(Span, Vec<u8>)>(0);
-    let to_take = Mutex::new(to_take);
+    // Shared by the workers alone: when all have ended, whoever cuts is told.
+    let to_take = Arc::new(Mutex::new(to_take));
     let (emptied, empty) = mpsc::channel::<Vec<u8>>();
     thread::scope(|scope| {
         let workers: Vec<_> = (0..N_THREADS)
-            .map(|_| scope.spawn(|| work(&to_take, &emptied, sink)))
+            .map(|_| {
+                let (to_take, emptied) = (Arc::clone(&to_take), emptied.clone());
+                scope.spawn(move || work(&to_take, &emptied, sink))
+            })
             .collect();
-        let cut = cut(&mut reader, access, n_chunks, sink, &empty, filled);
+        drop(to_take);
+        let cut = cut(&mut reader, access, layer_bytes, sink, &empty, filled);
         let mut is_whole = true;
         let mut outcome = Ok(ControlFlow::Continue(()));
         for worker in workers {
@@ -103,7 +108,10 @@ fn work(
 ) -> Result<(ControlFlow<()>, bool), SpanError> {
     let mut is_whole = true;
     loop {
-        let next = to_take.lock().unwrap_or_else(PoisonError::into_inner).recv();
+        let next = to_take
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .recv();
         let Ok((span, bytes)) = next else {
             return Ok((ControlFlow::Continue(()), is_whole));
         };
@@ -123,17 +131,14 @@ fn work(
 fn cut(
     reader: &mut FeedReader,
     access: &Access,
-    n_chunks: u32,
+    layer_bytes: u64,
     sink: &dyn SpanSink,
     empty: &mpsc::Receiver<Vec<u8>>,
     filled: mpsc::SyncSender<(Span, Vec<u8>)>,
 ) -> io::Result<()> {
     // The bytes of the blob that are held, and the offset of the first one.
     let (mut held, mut held_at) = (Vec::new(), 0);
-    for start in (0..n_chunks).step_by(STRIDE_CHUNKS as usize) {
-        let Some(span) = access.span(start..(start + STRIDE_CHUNKS).min(n_chunks)) else {
-            continue;
-        };
+    for span in strides(layer_bytes).map_while(|it| access.span(it)) {
         sink.comes_to(&span);
         if sink.is_there(&span) {
             continue;

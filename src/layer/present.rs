@@ -143,9 +143,21 @@ impl Inner {
     ///
     /// Where the remote content cache has the layer, a single chunk that it lost is no reason.
     fn complete_beside(self: &Arc<Self>, layer: &Arc<Layer>) {
-        let from = if self.remote.is_some() { LOST_CHUNKS } else { 1 };
-        let n_spans = layer.random.lock().unwrap_or_else(PoisonError::into_inner).n_spans();
-        if self.config.complete_layers && from <= n_spans && !layer.is_refilling() {
+        let from = if self.remote.is_some() {
+            LOST_CHUNKS
+        } else {
+            1
+        };
+        let n_spans = layer
+            .random
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .n_spans();
+        if self.config.complete_layers
+            && from <= n_spans
+            && !layer.file.is_complete()
+            && !layer.is_refilling()
+        {
             self.start_refill(layer);
         }
     }
@@ -289,7 +301,16 @@ impl Inner {
             }
             progress.send_replace(RefillState::Running);
         };
+        if layer.file.is_suspect() {
+            // After an unclean stop most of it is right, and reading it is cheaper than fetching it.
+            let file = Arc::clone(&layer.file);
+            let adopted = self.runtime.spawn_blocking(move || {
+                let _ = (0..file.n_chunks()).try_for_each(|it| file.adopt_chunk(it).map(|_| ()));
+            });
+            adopted.await.map_err(|err| crashed(diff_id, &err))?;
+        }
         if layer.file.is_complete() {
+            self.flush_later(layer);
             return Ok(());
         }
         let permit = self.decompressions.acquire().await;
@@ -340,9 +361,20 @@ impl Inner {
         progress: &watch::Sender<RefillState>,
     ) -> Result<(), PresentError> {
         if let Some(access) = self.access(layer).await
-            && self.stream_spans(layer, access, progress).await?
+            && access.covers_all()
         {
-            return Ok(());
+            match self.stream_spans(layer, access, progress).await {
+                Ok(true) => return Ok(()),
+                Ok(false) => {}
+                // The map may be at fault, which the stream alone does not need; or a mirror, which is
+                // asked no more then.
+                Err(err @ PresentError::Refused { .. }) => {
+                    layer.origin().distrusts(&err);
+                    warn!(layer.diff_id = %layer.file.diff_id(), error = %err,
+                        "access map of a layer leads astray, streaming it without");
+                }
+                Err(err) => return Err(err),
+            }
         }
         let origin = layer.origin();
         let stream = origin.open_all().await?;
@@ -355,7 +387,14 @@ impl Inner {
                 layer.refill_at.store(chunk + 1, Ordering::Relaxed);
                 inner.passed(&layer, &progress, new_bytes)
             };
-            fill::refill(&inner.paths, &inner.room, &layer.file, &desc, reader, &mut passed)
+            fill::refill(
+                &inner.paths,
+                &inner.room,
+                &layer.file,
+                &desc,
+                reader,
+                &mut passed,
+            )
         });
         let ((), outcome) = tokio::join!(feed.run(stream), work);
         outcome.unwrap_or_else(|err| Err(crashed(diff_id, &err)))
@@ -375,29 +414,20 @@ impl Inner {
         let (inner, layer, progress) = (Arc::clone(self), Arc::clone(layer), progress.clone());
         let desc = origin.desc.clone();
         let work = self.runtime.spawn_blocking(move || {
-            let n_chunks = layer.file.n_chunks();
             let sink = Passing {
                 inner: &inner,
                 layer: &layer,
                 access: &access,
                 progress: &progress,
             };
-            match parallel::run(reader, &access, n_chunks, &sink) {
+            match parallel::run(reader, &access, layer.file.layer_bytes(), &sink) {
                 Ok(Ran::Unwanted) => Err(PresentError::Unknown {
                     layer: desc.diff_id,
                 }),
                 Ok(Ran::Whole(blob_bytes, blob, is_whole)) => {
                     fill::check_blob(&desc, blob_bytes, blob).map(|()| is_whole)
                 }
-                Err(err) => match inner.span_failed(&layer, err) {
-                    // The map may be at fault, which the stream alone does not need.
-                    err @ PresentError::Refused { .. } => {
-                        warn!(layer.diff_id = %desc.diff_id, error = %err,
-                            "access map of a layer leads astray, streaming it without");
-                        Ok(false)
-                    }
-                    err => Err(err),
-                },
+                Err(err) => Err(inner.span_failed(&layer, err)),
             }
         });
         let ((), outcome) = tokio::join!(feed.run(stream), work);

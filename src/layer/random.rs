@@ -195,7 +195,16 @@ impl Inner {
                 // The guess was too short; what came of it stays.
                 Err(SpanError::Short) if span.is_guess => span = access.without_guess(span),
                 Ok(()) => return Ok(()),
-                Err(err) => return Err(self.span_failed(layer, err)),
+                Err(err) => {
+                    let err = self.span_failed(layer, err);
+                    // If a mirror is at fault, its registry is asked.
+                    if !layer.origin().distrusts(&err) {
+                        if matches!(err, PresentError::Refused { .. }) {
+                            layer.forget_access();
+                        }
+                        return Err(err);
+                    }
+                }
             }
         }
     }
@@ -211,7 +220,11 @@ impl Inner {
         let stream = origin.open(span.blob.clone()).await;
         let stream = stream.map_err(SpanError::Failed)?;
         let (feed, reader) = feed::feed();
-        let (inner, file, access) = (Arc::clone(self), Arc::clone(&layer.file), Arc::clone(access));
+        let (inner, file, access) = (
+            Arc::clone(self),
+            Arc::clone(&layer.file),
+            Arc::clone(access),
+        );
         let (span, progress, diff_id) = (span.clone(), progress.clone(), layer.file.diff_id());
         let work = self.runtime.spawn_blocking(move || {
             let mut passed = |_chunk, new_bytes| {
@@ -249,11 +262,10 @@ impl Inner {
         outcome.map(|_flow| ())
     }
 
-    /// What went wrong, for readers; a map that leads astray is not used again.
+    /// What went wrong, for readers; what came wrong is counted.
     pub(super) fn span_failed(&self, layer: &Layer, err: SpanError) -> PresentError {
         let diff_id = layer.file.diff_id();
         let refused = |reason: String| {
-            layer.forget_access();
             self.metrics
                 .verify_failures
                 .with_label_values(&[Tier::Registry.label()])
@@ -272,9 +284,9 @@ impl Inner {
             SpanError::Disk(err) => self.blame(diff_id).disk(err),
             SpanError::Corrupt(err) => refused(err.to_string()),
             SpanError::Short => refused("its access map names too few bytes".to_owned()),
-            SpanError::Wrong(chunk) => {
-                refused(format!("chunk {chunk} does not match its digest in the index"))
-            }
+            SpanError::Wrong(chunk) => refused(format!(
+                "chunk {chunk} does not match its digest in the index"
+            )),
         }
     }
 }

@@ -3,7 +3,7 @@
 
 use std::{
     collections::HashMap,
-    fs::DirBuilder,
+    fs::{self, DirBuilder},
     io,
     ops::Range,
     os::unix::fs::DirBuilderExt,
@@ -25,7 +25,7 @@ use super::{
     CacheConfig,
     access::Access,
     catalog,
-    disk::{CachePaths, LayerFile},
+    disk::{ACCESS, CachePaths, LayerFile},
     fill::Blame,
     flight::Flights,
     lock::{self, FillLock},
@@ -468,13 +468,16 @@ impl Inner {
     async fn find_access(&self, layer: &Arc<Layer>, desc: &LayerDesc) -> Option<Access> {
         let open = || {
             let (file, desc) = (Arc::clone(&layer.file), desc.clone());
-            self.runtime.spawn_blocking(move || Access::open(&file, &desc))
+            self.runtime
+                .spawn_blocking(move || Access::open(&file, &desc))
         };
         match open().await {
             Ok(Ok(access)) => return Some(access),
             Ok(Err(err)) if err.kind() == io::ErrorKind::NotFound => {}
             Ok(Err(err)) => {
                 warn!(layer.diff_id = %desc.diff_id, error = %err, "access map of a layer is unusable");
+                // The next stream makes it anew.
+                let _ = fs::remove_file(layer.file.dir().join(ACCESS));
             }
             Err(_) => return None,
         }

@@ -1,6 +1,6 @@
 //! Counts what is read of blobs, for whoever waits for their image.
 
-use std::sync::Arc;
+use std::{ops::Range, sync::Arc};
 
 use futures_util::StreamExt as _;
 

@@ -1,9 +1,12 @@
 //! A layer whose bytes come wrong is read once more, from its registry, if a mirror may have been
 //! at fault.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicBool, Ordering},
+use std::{
+    ops::Range,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 use clip_csi::{
@@ -91,10 +94,8 @@ async fn a_refill_is_repeated_from_the_registry() {
     let store = open(dir.path(), None, &metrics);
     let layer = store.layer(&fixture.desc, source.clone()).await.unwrap();
     fixture.expect_all(&store, &layer).await;
-    assert_eq!(
-        (source.mirror.n_opened(), source.registry.n_opened()),
-        (1, 1)
-    );
+    assert!(source.is_distrusted.load(Ordering::SeqCst));
+    assert!(0 < source.mirror.n_opened() && 0 < source.registry.n_opened());
 }
 
 #[tokio::test]

@@ -40,11 +40,16 @@ pub(crate) struct Fixture {
 
 impl Fixture {
     pub(crate) fn new(seed: u64) -> Self {
-        Self::sized(seed, CONTENT_BYTES)
+        // Which makes one block of all, that cannot be entered in its middle.
+        Self::made(seed, CONTENT_BYTES, 1)
     }
 
-    /// With a file of so many bytes.
+    /// With a file of so many bytes, in as many blocks as most compressors make.
     pub(crate) fn sized(seed: u64, content_bytes: usize) -> Self {
+        Self::made(seed, content_bytes, 6)
+    }
+
+    fn made(seed: u64, content_bytes: usize, level: u32) -> Self {
         let mut state = seed;
         let content: Vec<u8> = (0..content_bytes)
             .map(|_| {
@@ -56,7 +61,7 @@ impl Fixture {
             })
             .collect();
         let tar = tarball(&[("file", &content)]);
-        let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+        let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::new(level));
         gzip.write_all(&tar).unwrap();
         let blob = gzip.finish().unwrap();
         let desc = LayerDesc {
@@ -78,7 +83,12 @@ impl Fixture {
         let mut read = vec![0; range.len()];
         assert!(layer.file().has(chunk..chunk + 1));
         let offset = range.start as u64;
-        assert!(layer.file().read_at(&mut read, offset, DiskWait::Allowed).unwrap());
+        assert!(
+            layer
+                .file()
+                .read_at(&mut read, offset, DiskWait::Allowed)
+                .unwrap()
+        );
         assert!(read == self.tar[range], "chunk {chunk} has wrong bytes");
     }
 
@@ -171,10 +181,9 @@ impl BlobSource for FakeSource {
         let mut pieces: Vec<Bytes> = rest.chunks(64 << 10).map(Bytes::copy_from_slice).collect();
         let is_whole = rest.len() == self.blob.len();
         if !is_whole && self.parts_are_wrong.load(Ordering::SeqCst) {
-            let middle = pieces.len() / 2;
-            let mut piece = pieces[middle].to_vec();
+            let mut piece = pieces[1].to_vec();
             piece[1000] ^= 1;
-            pieces[middle] = piece.into();
+            pieces[1] = piece.into();
         }
         let is_slow = is_whole && self.is_slow.load(Ordering::SeqCst);
         let failure = self.failure.clone();

@@ -1,10 +1,6 @@
 //! The layer store over real files: tiers, single flight, verification, restarts.
 
-use std::{
-    path::Path,
-    sync::Arc,
-    time::Duration,
-};
+use std::{path::Path, sync::Arc, time::Duration};
 
 use clip_csi::{
     chunk::CHUNK_BYTES,
@@ -14,7 +10,7 @@ use clip_csi::{
     tier::{LayerDesc, PresentError, SourceError},
 };
 use futures_util::future;
-use tokio::runtime::Handle;
+use tokio::{runtime::Handle, sync::Semaphore};
 
 use crate::layer_fixture::{
     FakeSource, Fixture, config, decompressions, key_file, names, open, present, remote_in,

@@ -182,7 +182,11 @@ async fn read_from(
     offset: usize,
 ) -> Result<Vec<u8>, SourceError> {
     let mut stream = source
-        .open(&image.blob(), LAYER_BYTES as u64, offset as u64..LAYER_BYTES as u64)
+        .open(
+            &image.blob(),
+            LAYER_BYTES as u64,
+            offset as u64..LAYER_BYTES as u64,
+        )
         .await?;
     let mut read = Vec::new();
     while let Some(bytes) = stream.next().await {
