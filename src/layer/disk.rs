@@ -30,6 +30,7 @@ pub(super) const INDEX: &str = "index";
 pub(super) const DATA: &str = "data";
 pub(super) const STATE: &str = "state";
 pub(super) const UPLOAD_PENDING: &str = "upload";
+pub(super) const ACCESS_MAP: &str = "access";
 
 /// Where things are below the cache directory.
 #[derive(Debug, Clone)]
@@ -58,6 +59,11 @@ impl CachePaths {
     /// The directory of one layer.
     pub fn layer(&self, layer: DiffId) -> PathBuf {
         self.layers().join(layer.hex())
+    }
+
+    /// Where reading may begin in the middle of the layer's blob, if that is known.
+    pub fn access_map(&self, layer: DiffId) -> PathBuf {
+        self.layer(layer).join(ACCESS_MAP)
     }
 
     /// Holds one index file per image.

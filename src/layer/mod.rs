@@ -7,6 +7,7 @@
 //! layers/<diffid-hex>/data     the decompressed tar, sparse: chunks that are absent are holes;
 //!                              flock: shared by whoever has the layer open; mtime: its last use
 //! layers/<diffid-hex>/state    which chunks are present: a bitmap, mapped by every process
+//! layers/<diffid-hex>/access   where reading may begin in the middle of the blob, if that is known
 //! layers/<diffid-hex>/upload   there while the remote content cache lacks the layer
 //! images/<manifest-hex>.clip   an image's index (indexer); mtime: its last use
 //! locks/<diffid-hex>           flock: held by the process that fills or removes the layer
@@ -43,6 +44,7 @@ mod lock;
 mod make;
 mod pipeline;
 mod present;
+mod pushed;
 mod room;
 mod state;
 mod upload;

@@ -66,7 +66,8 @@ const MODULES: &[(&str, &[&str])] = &[
     (
         "indexer",
         &[
-            "chunk", "digest", "disk", "index", "layer", "metrics", "registry", "sys", "tier",
+            "chunk", "digest", "disk", "index", "layer", "metrics", "registry", "sys", "tar",
+            "tier",
         ],
     ),
     (
