@@ -29,8 +29,8 @@ use crate::{
 pub(super) const INDEX: &str = "index";
 pub(super) const DATA: &str = "data";
 pub(super) const STATE: &str = "state";
+pub(super) const ACCESS: &str = "access";
 pub(super) const UPLOAD_PENDING: &str = "upload";
-pub(super) const ACCESS_MAP: &str = "access";
 
 /// Where things are below the cache directory.
 #[derive(Debug, Clone)]
@@ -63,7 +63,7 @@ impl CachePaths {
 
     /// Where reading may begin in the middle of the layer's blob, if that is known.
     pub fn access_map(&self, layer: DiffId) -> PathBuf {
-        self.layer(layer).join(ACCESS_MAP)
+        self.layer(layer).join(ACCESS)
     }
 
     /// Holds one index file per image.
