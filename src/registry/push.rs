@@ -263,7 +263,7 @@ impl Push<'_> {
             // Its credentials are in the URL: those for the registry are nobody else's.
             self.session.transport.send(unauthorized(put, url)).await?
         };
-        if answer.response.status() != StatusCode::CREATED {
+        if !answer.response.status().is_success() {
             return Err(status_failure(&answer.host, what, &answer.response));
         }
         self.session.transport.drain(answer.response).await;
@@ -287,9 +287,7 @@ impl Push<'_> {
             };
             let url = self.session.url(self.origin(), &object)?;
             let failure = match self.ask(&object, put, url).await {
-                Ok(answer) if answer.response.status() == StatusCode::CREATED => {
-                    return Ok(answer);
-                }
+                Ok(answer) if answer.response.status().is_success() => return Ok(answer),
                 Ok(answer) => status_failure(&answer.host, what, &answer.response),
                 Err(failure) => failure,
             };

@@ -458,3 +458,36 @@ async fn a_token_to_push_is_asked_for_and_goes_to_the_registry_alone() {
     let empty = BlobDigest::of(b"{}").to_string();
     assert!(store.content.lock().unwrap().blobs.contains_key(&empty));
 }
+
+#[tokio::test]
+async fn what_fails_for_a_while_is_pushed_again_and_what_is_there_is_not() {
+    let image = Image::new();
+    let failures = [
+        ("POST", "uploads"),
+        ("PUT", "uploads"),
+        ("PUT", "manifests"),
+    ];
+    let left = std::sync::Mutex::new(failures.to_vec());
+    let registry = MemoryRegistry::scripted(&image, Api::Present, move |request, _| {
+        let mut left = left.lock().unwrap();
+        let is_next = |(method, part): &(&str, &str)| {
+            request.method == *method && request.path.contains(part)
+        };
+        let nth = left.iter().position(is_next)?;
+        left.remove(nth);
+        Some(Reply::new(503, ""))
+    })
+    .await;
+    let artifact = push(&registry, &image, Some(&key(1))).await;
+    let n_puts = |registry: &MemoryRegistry| {
+        let uploads = registry.server.requests("uploads");
+        uploads.iter().filter(|it| it.method == "PUT").count()
+    };
+    // Index, access map, configuration, and the one that failed.
+    assert_eq!(n_puts(&registry), 4);
+    assert_eq!(push(&registry, &image, Some(&key(1))).await, artifact);
+    assert_eq!(n_puts(&registry), 4);
+    let (client, _) = node(plain(&registry), Some(key(1)));
+    let found = find(&client, &registry, &image, Some(artifact)).await;
+    assert_eq!(found.unwrap(), Some(pushed()));
+}
