@@ -60,7 +60,7 @@ EVERYTHING = {
         "hosts": {"docker.io": {"mirrors": ["mirror.example:5000", "second.example"], "alwaysAskOrigin": True}, "mirror.example:5000": {"plainHttp": True},
                   "private.example": {"caBundle": {"configMap": "private-ca", "key": "root.pem"}}, "other.example": {"caBundle": {"configMap": "private-ca"}}},
         "existingSecret": "pull", "connectTimeoutSeconds": 5, "readTimeoutSeconds": 6, "retries": 2, "maxBackoffSeconds": 3, "maxWaitSeconds": 60,
-        "maxManifestBytes": 1 << 20, "maxLayers": 10,
+        "maxManifestBytes": 1 << 20, "maxLayers": 10, "usePushedIndexes": False, "trustPinnedIndexes": True,
     },
     "fuse": {"annotations": {"a": "b"}, "podAnnotations": {"a": "b"}, "podLabels": {"a": "b"}, "threadsPerMount": 2, "readThreads": 4, "readAheadKib": 512},
     "metrics": {"podMonitor": {"forceEnable": True, "labels": {"release": "p"}, "interval": "15s", "scrapeTimeout": "5s", "relabelings": [{"targetLabel": "x", "replacement": "y"}],
@@ -347,6 +347,13 @@ class Configuration(NeedsHelm):
         self.assertTrue(config["registry"]["hosts"]["docker.io"]["always_ask_origin"])
         self.assertEqual(config["registry"]["hosts"]["private.example"]["ca_file"], "/etc/clip-csi/ca/private-ca/root.pem")
         self.assertEqual(config["registry"]["docker_config_file"], "/etc/clip-csi/secrets/registry/.dockerconfigjson")
+        self.assertIs(config["registry"]["use_pushed_indexes"], False)
+        self.assertIs(config["registry"]["trust_pinned_indexes"], True)
+
+    def test_the_key_is_there_without_a_remote_too(self):
+        values = {"remote": {"existingSecret": {"name": "keys"}}}
+        self.assertEqual(tomllib.loads(self.config(values))["remote"], {"kind": "none", "hmac_key_file": "/etc/clip-csi/secrets/remote/hmac-key"})
+        self.assertIn("remote-secret", mounted(container_of(self.objects(values), "agent")[1]))
 
     def test_defaults_are_the_drivers_own(self):
         self.assertEqual(tomllib.loads(self.config({})),

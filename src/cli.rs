@@ -69,7 +69,7 @@ pub enum Command {
         /// The directory.
         dir: PathBuf,
     },
-    /// Build or look at image indexes.
+    /// Build, push or look at image indexes.
     #[command(subcommand)]
     Index(IndexCommand),
     /// Look after the local disk cache.
@@ -230,12 +230,16 @@ pub struct MountArgs {
     pub image: ImageArgs,
     /// The directory to mount at; it must exist.
     pub dir: PathBuf,
+    /// Use this index of those that were pushed beside the image, whoever has pushed it, and fail
+    /// if it cannot be had.
+    #[arg(long, value_name = "DIGEST")]
+    pub index_digest: Option<String>,
     /// Serve in the foreground until the mount ends, instead of in the background.
     #[arg(long)]
     pub foreground: bool,
 }
 
-/// Build or look at image indexes.
+/// Build, push or look at image indexes.
 #[derive(Debug, Subcommand)]
 pub enum IndexCommand {
     /// Build the index of an image, which leaves its layers in the cache.
@@ -246,6 +250,13 @@ pub enum IndexCommand {
         /// Also write the index to this file.
         #[arg(long, short, value_name = "FILE")]
         output: Option<PathBuf>,
+    },
+    /// Push the index of an image beside it, so that nodes mount the image before they have read its
+    /// layers; needs credentials with the right to push.
+    Push {
+        /// The image.
+        #[command(flatten)]
+        image: ImageArgs,
     },
     /// Print what an index file contains.
     Inspect {

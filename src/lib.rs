@@ -11,6 +11,7 @@ pub mod digest;
 pub mod disk;
 pub mod exposition;
 mod failpoint;
+pub mod integrity;
 pub mod metrics;
 pub mod secret;
 pub mod sys;

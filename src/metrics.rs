@@ -129,6 +129,8 @@ pub struct Metrics {
     pub registry_requests: IntCounterVec,
     /// Compressed bytes received from registries.
     pub registry_read_bytes: IntCounter,
+    /// Layers whose index was looked for in the registry, by outcome.
+    pub pushed_index_lookups: IntCounterVec,
     /// Time to build an image's index, layers included.
     pub index_build_duration: Histogram,
     /// Whether kubelet knows the driver (1) or not yet (0).
@@ -221,6 +223,7 @@ impl Metrics {
             remote_upload_bytes: make.counter("remote_upload_bytes_total", "Bytes uploaded to the remote content cache."),
             registry_requests: make.counters("registry_requests_total", "Requests to registries by operation and class of status code.", &["op", "code"]),
             registry_read_bytes: make.counter("registry_read_bytes_total", "Compressed bytes received from registries."),
+            pushed_index_lookups: make.counters("pushed_index_lookups_total", "Layers whose index was looked for beside the image in the registry, by outcome.", &["outcome"]),
             index_build_duration: make.histogram("index_build_duration_seconds", "Time to build an image's index, its layers included.", CALL_BUCKETS_SECONDS),
             registered: make.int_gauge("registered", "Whether kubelet has registered the driver (1) or not (0)."),
             mounts: make.int_gauge("mounts", "Source mounts: one per image and options."),
@@ -257,6 +260,9 @@ impl Metrics {
             metrics.layer_decompressions.with_label_values(&[outcome]);
             metrics.layer_random_reads.with_label_values(&[outcome]);
             metrics.remote_uploads.with_label_values(&[outcome]);
+        }
+        for outcome in ["hit", "miss", "untrusted", "error"] {
+            metrics.pushed_index_lookups.with_label_values(&[outcome]);
         }
         for op in ["get", "put", "delete"] {
             for outcome in Outcome::ALL {

@@ -142,6 +142,30 @@ pub trait BlobSource: Send + Sync + fmt::Debug {
     fn distrust(&self, _blob: &BlobDigest) -> bool {
         false
     }
+
+    /// Returns the index of `layer` that somebody who is trusted has pushed beside the image, or
+    /// `None` if there is none that may be believed.
+    ///
+    /// Costs requests: to be asked when the layer would else be read as a whole. That the index is
+    /// one, and of this layer, is the caller's check.
+    ///
+    /// # Errors
+    /// Only if whoever wants the image demands a certain index, and that cannot be had.
+    fn layer_index<'a>(
+        &'a self,
+        _layer: &'a DiffId,
+    ) -> BoxFuture<'a, Result<Option<PushedIndex>, SourceError>> {
+        Box::pin(std::future::ready(Ok(None)))
+    }
+}
+
+/// What was pushed beside an image about one of its layers.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PushedIndex {
+    /// The layer's index.
+    pub index: Bytes,
+    /// Where reading may begin in the middle of the layer's blob.
+    pub access_map: Option<Bytes>,
 }
 
 /// Says why the origin did not give what was asked.

@@ -6,6 +6,7 @@
 //!   volumeAttributes:
 //!     image: registry.example/team/app:1.2   # required
 //!     platform: linux/arm64                  # the node's own if absent
+//!     indexDigest: sha256:…                  # the pushed index to use; any that is trusted if absent
 //!   nodePublishSecretRef:
 //!     name: pull-secret   # of type kubernetes.io/basic-auth or kubernetes.io/dockerconfigjson
 //! ```
@@ -16,6 +17,7 @@
 use std::collections::BTreeMap;
 
 use crate::{
+    digest::ManifestDigest,
     mount::{MountError, PullCredentials},
     pb::v1::{VolumeCapability, volume_capability::AccessType},
     secret::Secret,
@@ -27,8 +29,11 @@ const IMAGE: &str = "image";
 /// The attribute that picks one image of a multi-platform one.
 const PLATFORM: &str = "platform";
 
+/// The attribute that pins the index that was pushed beside the image.
+const INDEX_DIGEST: &str = "indexDigest";
+
 /// The attributes, as messages list them.
-const KNOWN_ATTRIBUTES: &str = "image, platform";
+const KNOWN_ATTRIBUTES: &str = "image, platform, indexDigest";
 
 /// What kubelet adds on its own: `podInfoOnMount`, service account tokens.
 const KUBERNETES_PREFIX: &str = "csi.storage.k8s.io/";
@@ -46,6 +51,9 @@ const MAX_IMAGE_BYTES: usize = 1024;
 /// Longest platform; `linux/ppc64le` is usual, variants and versions are a few bytes more.
 const MAX_PLATFORM_BYTES: usize = 128;
 
+/// Longest digest: `sha256:` and 64 digits; a longer one of another algorithm is not supported anyway.
+const MAX_DIGEST_BYTES: usize = 256;
+
 /// Longest secret value: Kubernetes takes secrets up to 1 MiB.
 const MAX_SECRET_BYTES: usize = 1 << 20;
 
@@ -62,6 +70,8 @@ pub struct Attributes {
     pub image: String,
     /// The platform, likewise.
     pub platform: Option<String>,
+    /// The pushed index that is to be used.
+    pub index_digest: Option<ManifestDigest>,
 }
 
 impl Attributes {
@@ -72,10 +82,18 @@ impl Attributes {
     pub fn parse(volume_context: &BTreeMap<String, String>) -> Result<Self, MountError> {
         let mut image = None;
         let mut platform = None;
+        let mut index_digest = None;
         for (key, value) in volume_context {
             match key.as_str() {
                 IMAGE => image = Some(bounded(IMAGE, value, MAX_IMAGE_BYTES)?),
                 PLATFORM => platform = Some(bounded(PLATFORM, value, MAX_PLATFORM_BYTES)?),
+                INDEX_DIGEST => {
+                    // A digest's error quotes it, so it is bounded first.
+                    let text = bounded(INDEX_DIGEST, value, MAX_DIGEST_BYTES)?;
+                    let digest = text.parse();
+                    index_digest =
+                        Some(digest.map_err(|err| invalid(INDEX_DIGEST, format!("{err}")))?);
+                }
                 key if key.starts_with(KUBERNETES_PREFIX) => {}
                 key => {
                     return Err(invalid(
@@ -94,7 +112,11 @@ impl Attributes {
                 "the attribute is required, such as image: registry.example/team/app:1.2",
             )
         })?;
-        Ok(Self { image, platform })
+        Ok(Self {
+            image,
+            platform,
+            index_digest,
+        })
     }
 }
 
@@ -233,6 +255,8 @@ mod tests {
     use super::*;
     use crate::pb::v1::volume_capability::{BlockVolume, MountVolume};
 
+    const DIGEST: &str = "sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
+
     fn map(pairs: &[(&str, &str)]) -> BTreeMap<String, String> {
         pairs
             .iter()
@@ -245,6 +269,7 @@ mod tests {
         let parsed = Attributes::parse(&map(&[
             ("image", "registry.example/app:1"),
             ("platform", "linux/arm64"),
+            ("indexDigest", DIGEST),
             ("csi.storage.k8s.io/ephemeral", "true"),
             ("csi.storage.k8s.io/pod.name", "web-0"),
             ("csi.storage.k8s.io/serviceAccount.tokens", "{}"),
@@ -252,10 +277,11 @@ mod tests {
         let want = Attributes {
             image: "registry.example/app:1".to_owned(),
             platform: Some("linux/arm64".to_owned()),
+            index_digest: Some(ManifestDigest::of(b"")),
         };
         assert_eq!(parsed.unwrap(), want);
         let parsed = Attributes::parse(&map(&[("image", "app")])).unwrap();
-        assert_eq!(parsed.platform, None);
+        assert_eq!((parsed.platform, parsed.index_digest), (None, None));
     }
 
     #[test]
@@ -276,12 +302,24 @@ mod tests {
                 "platform: has 1025 bytes, 128 are allowed",
             ),
             (
+                &[("image", "a"), ("indexDigest", "latest")],
+                "indexDigest: digest \"latest\" is not supported: only sha256 digests are",
+            ),
+            (
+                &[("image", "a"), ("indexDigest", &DIGEST[..70])],
+                "indexDigest: digest \"sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b85\" is malformed: 64 lower-case hexadecimal digits must follow \"sha256:\"",
+            ),
+            (
+                &[("image", "a"), ("indexDigest", &long)],
+                "indexDigest: has 1025 bytes, 256 are allowed",
+            ),
+            (
                 &[("image", "a"), ("Image", "b")],
-                "volumeAttributes: unknown attribute \"Image\": the known ones are image, platform",
+                "volumeAttributes: unknown attribute \"Image\": the known ones are image, platform, indexDigest",
             ),
             (
                 &[("image", "a"), ("x\n", "b")],
-                "volumeAttributes: unknown attribute \"x\\n\": the known ones are image, platform",
+                "volumeAttributes: unknown attribute \"x\\n\": the known ones are image, platform, indexDigest",
             ),
         ] {
             let err = Attributes::parse(&map(pairs)).unwrap_err();

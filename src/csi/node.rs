@@ -47,7 +47,11 @@ fn parse_publish(request: &NodePublishVolumeRequest) -> Result<PublishRequest, M
     let volume = VolumeId::parse(&request.volume_id)?;
     let target = TargetPath::parse(&request.target_path)?;
     check_capability(request.volume_capability.as_ref())?;
-    let Attributes { image, platform } = Attributes::parse(&request.volume_context)?;
+    let Attributes {
+        image,
+        platform,
+        index_digest,
+    } = Attributes::parse(&request.volume_context)?;
     let credentials = credentials(&request.secrets)?;
     Ok(PublishRequest {
         volume,
@@ -55,6 +59,7 @@ fn parse_publish(request: &NodePublishVolumeRequest) -> Result<PublishRequest, M
         image: ImageRequest {
             image,
             platform,
+            index_digest,
             credentials,
         },
     })

@@ -4,6 +4,8 @@
 //! deterministic, so an image's index is never fetched, only kept: `images/<manifest-hex>.clip` in
 //! the cache directory.
 
+pub mod rebuild;
+
 use std::{
     fs::{self, File},
     io,

@@ -61,6 +61,11 @@ impl CachePaths {
         self.layers().join(layer.hex())
     }
 
+    /// Where reading may begin in the middle of the layer's blob, if that is known.
+    pub fn access_map(&self, layer: DiffId) -> PathBuf {
+        self.layer(layer).join(ACCESS)
+    }
+
     /// Holds one index file per image.
     pub fn images(&self) -> PathBuf {
         self.root.join("images")

@@ -1,4 +1,5 @@
-//! Makes layers that the disk does not have: from the remote content cache, or from the registry.
+//! Makes layers that the disk does not have: from the remote content cache, from an index that was
+//! pushed beside the image (`pushed`), or from the registry.
 
 use std::{sync::Arc, time::Instant};
 
@@ -24,9 +25,10 @@ use crate::{
 
 /// Which tier a layer was made from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Made {
-    FromRemote,
-    FromRegistry,
+enum MadeFrom {
+    Remote,
+    PushedIndex,
+    Registry,
 }
 
 impl Inner {
@@ -38,17 +40,19 @@ impl Inner {
     ) -> Result<Arc<Layer>, PresentError> {
         let diff_id = origin.desc.diff_id;
         let made = if self.make_from_remote(&origin.desc).await? {
-            Made::FromRemote
+            MadeFrom::Remote
+        } else if self.make_from_pushed_index(origin).await? {
+            MadeFrom::PushedIndex
         } else {
             self.make_from_registry(origin).await?;
-            Made::FromRegistry
+            MadeFrom::Registry
         };
         let layer = self.open_layer(origin)?.ok_or_else(|| PresentError::Disk {
             reason: format!("layer {diff_id} vanished while it was made"),
         })?;
         // Until here the lock kept it from being evicted; from here on it is in use.
         drop(lock);
-        if made == Made::FromRegistry {
+        if made == MadeFrom::Registry {
             self.upload_later(&origin.desc, layer.file(), Repair::default());
         }
         self.metrics.layer_cache_layers.inc();

@@ -46,6 +46,7 @@ mod make;
 mod parallel;
 mod pipeline;
 mod present;
+mod pushed;
 mod random;
 mod room;
 mod span;

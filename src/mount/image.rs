@@ -88,6 +88,11 @@ pub struct ImageRequest {
     pub image: String,
     /// `os/arch[/variant]`; the node's own if absent.
     pub platform: Option<String>,
+    /// The index to use of those that were pushed beside the image; any that is trusted if absent.
+    ///
+    /// Left out if absent: a process of another release may read it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub index_digest: Option<ManifestDigest>,
     /// How to authenticate to the registry.
     pub credentials: PullCredentials,
 }
@@ -118,6 +123,10 @@ impl ImageRequest {
         field(&mut hash, self.image.as_bytes());
         // No platform is the empty one: what cannot be written is no third case.
         field(&mut hash, self.platform.as_deref().unwrap_or("").as_bytes());
+        // Records of releases that knew no such attribute stay right.
+        if let Some(index_digest) = &self.index_digest {
+            field(&mut hash, index_digest.as_bytes());
+        }
         hash.finalize().into()
     }
 
@@ -216,7 +225,15 @@ mod tests {
         ImageRequest {
             image: image.to_owned(),
             platform: platform.map(str::to_owned),
+            index_digest: None,
             credentials,
+        }
+    }
+
+    fn pinned(image: &str) -> ImageRequest {
+        ImageRequest {
+            index_digest: Some(ManifestDigest::of(b"index")),
+            ..request(image, None, PullCredentials::None)
         }
     }
 
@@ -233,6 +250,7 @@ mod tests {
             request("a", None, PullCredentials::None),
             request("a", Some("linux/arm64"), PullCredentials::None),
             request("b", None, PullCredentials::None),
+            pinned("a"),
             request("a", None, basic("u", "p")),
             request("a", None, basic("up", "")),
             request("a", None, basic("u", "q")),
@@ -251,8 +269,20 @@ mod tests {
                 );
             }
         }
-        assert_eq!(requests[0].attributes(), requests[3].attributes());
+        assert_eq!(requests[0].attributes(), requests[4].attributes());
         assert_ne!(requests[0].attributes(), requests[1].attributes());
+        assert_ne!(requests[0].attributes(), requests[3].attributes());
+    }
+
+    #[test]
+    fn a_release_without_pins_reads_requests_and_writes_them() {
+        let plain = request("a", None, PullCredentials::None);
+        let json = r#"{"image":"a","platform":null,"credentials":"None"}"#;
+        assert_eq!(serde_json::to_string(&plain).unwrap(), json);
+        assert_eq!(serde_json::from_str::<ImageRequest>(json).unwrap(), plain);
+        let pinned = pinned("a");
+        let json = serde_json::to_string(&pinned).unwrap();
+        assert_eq!(serde_json::from_str::<ImageRequest>(&json).unwrap(), pinned);
     }
 
     #[test]

@@ -22,7 +22,7 @@ use tokio::sync::Semaphore;
 use super::{
     credentials::Credentials,
     retry::Failure,
-    transport::{Ask, Op, Transport, protocol, retry_after, unavailable},
+    transport::{Ask, Op, Transport, Verb, protocol, retry_after, unavailable},
 };
 use crate::tier::SourceError;
 
@@ -40,6 +40,13 @@ pub(crate) enum Challenge {
     },
 }
 
+/// What is to be done in a repository.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Access {
+    Pull,
+    Push,
+}
+
 /// Tells one answer to a challenge from the next.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Generation(u64);
@@ -50,6 +57,7 @@ pub(crate) struct Authorizer {
     registry: String,
     repository: String,
     credentials: Credentials,
+    access: Access,
     /// std Mutex: held for a copy, never across an await.
     state: Mutex<State>,
     /// One renewal at a time: layers that open together share a token.
@@ -72,8 +80,14 @@ struct TokenFormat {
 }
 
 impl Authorizer {
-    pub(crate) fn new(registry: &str, repository: &str, credentials: Credentials) -> Self {
+    pub(crate) fn new(
+        registry: &str,
+        repository: &str,
+        credentials: Credentials,
+        access: Access,
+    ) -> Self {
         Self {
+            access,
             registry: registry.to_owned(),
             repository: repository.to_owned(),
             credentials,
@@ -202,12 +216,18 @@ impl Authorizer {
                 )
             })?;
         let pull = format!("repository:{}:pull", self.repository);
+        let push = format!("repository:{}:pull,push", self.repository);
+        let scope = match self.access {
+            Access::Pull => scope.unwrap_or(&pull),
+            // Of one's own accord: a registry that is asked to read first demands `pull` alone.
+            Access::Push => &push,
+        };
         {
             let mut query = url.query_pairs_mut();
             if let Some(service) = service {
                 query.append_pair("service", service);
             }
-            query.append_pair("scope", scope.unwrap_or(&pull));
+            query.append_pair("scope", scope);
         }
         Ok(url)
     }
@@ -219,8 +239,9 @@ impl Authorizer {
         what: &str,
     ) -> Result<HeaderValue, Failure> {
         let answer = transport
-            .get(Ask {
+            .send(Ask {
                 op: Op::Token,
+                verb: Verb::Get,
                 url,
                 accept: Some("application/json"),
                 range: None,
@@ -380,6 +401,7 @@ mod tests {
                 username: "me".to_owned(),
                 password: crate::secret::Secret::new("hunter2".to_owned()),
             },
+            Access::Pull,
         );
         let header = authorizer.basic_header();
         authorizer.state.lock().unwrap().header = header;

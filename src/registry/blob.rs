@@ -20,13 +20,14 @@ use tokio::time::Instant;
 
 use super::{
     mirrors::{MIRROR_DEADLINE, within_deadline},
+    pushed::ImageIndexes,
     retry::{Failure, Retry},
     session::{Endpoint, Object, Role, Session},
     transport::{Op, protocol, root_cause, unavailable},
 };
 use crate::{
-    digest::BlobDigest,
-    tier::{BlobSource, BlobStream, BoxFuture, SourceError},
+    digest::{BlobDigest, DiffId},
+    tier::{BlobSource, BlobStream, BoxFuture, PushedIndex, SourceError},
 };
 
 /// Bytes that count as progress against the stall timeout.
@@ -47,13 +48,16 @@ pub(crate) struct RepositoryBlobs {
     ///
     /// std Mutex: held for a set lookup, never across an await.
     distrusted: Mutex<BTreeSet<BlobDigest>>,
+    /// The index that may have been pushed beside the image, if one is to be looked for.
+    indexes: Option<ImageIndexes>,
 }
 
 impl RepositoryBlobs {
-    pub(crate) fn new(session: Arc<Session>) -> Self {
+    pub(crate) fn new(session: Arc<Session>, indexes: Option<ImageIndexes>) -> Self {
         Self {
             session,
             distrusted: Mutex::default(),
+            indexes,
         }
     }
 
@@ -95,6 +99,18 @@ impl BlobSource for RepositoryBlobs {
             && distrusted
                 .unwrap_or_else(PoisonError::into_inner)
                 .insert(*blob)
+    }
+
+    fn layer_index<'a>(
+        &'a self,
+        layer: &'a DiffId,
+    ) -> BoxFuture<'a, Result<Option<PushedIndex>, SourceError>> {
+        Box::pin(async move {
+            match &self.indexes {
+                Some(indexes) => indexes.layer_index(&self.session, layer).await,
+                None => Ok(None),
+            }
+        })
     }
 }
 

@@ -9,12 +9,15 @@ use super::{
     manifest::{self, Choice, Fault, Manifest},
     node_credentials::NodeCredentials,
     platform::Platform,
+    push::{self, LayerPush, PushError, Pushed},
+    pushed::{ImageIndexes, PushedIndexOptions},
     reference::ImageRef,
     session::{Document, Form, Object, Route, Session},
     transport::{Op, Transport, protocol},
 };
 use crate::{
     digest::{BlobDigest, ManifestDigest},
+    integrity::IntegrityKey,
     metrics::Metrics,
     tier::{BlobSource, LayerDesc, SourceError},
 };
@@ -30,6 +33,8 @@ const MAX_NESTED_INDEXES: usize = 4;
 pub struct RegistryClient {
     transport: Arc<Transport>,
     node_credentials: Option<NodeCredentials>,
+    /// Without them, no index is looked for in the registry.
+    pushed_indexes: Option<PushedIndexOptions>,
     /// Latest last. std Mutex: held for a look at a short list, never across an await.
     sessions: Mutex<Vec<Arc<Session>>>,
 }
@@ -57,8 +62,17 @@ impl RegistryClient {
         Ok(Self {
             transport: Arc::new(Transport::new(config, metrics)?),
             node_credentials,
+            pushed_indexes: None,
             sessions: Mutex::default(),
         })
+    }
+
+    /// Has indexes looked for that were pushed beside an image, unless the configuration says not to.
+    #[must_use]
+    pub fn with_pushed_indexes(mut self, options: PushedIndexOptions) -> Self {
+        let is_wanted = self.transport.config.use_pushed_indexes;
+        self.pushed_indexes = is_wanted.then_some(options);
+        self
     }
 
     /// Finds an image's manifest for a platform, and its layers.
@@ -111,6 +125,47 @@ impl RegistryClient {
 
     /// Returns the blobs of an image's repository, read with its credentials.
     pub fn blobs(&self, image: &ImageRef, credentials: &Credentials) -> Arc<dyn BlobSource> {
+        let session = self.session(image, credentials);
+        Arc::new(RepositoryBlobs::new(session, None))
+    }
+
+    /// Returns the blobs of an image, and the index that was pushed beside it: the one that is
+    /// `pinned`, or else any that can be believed.
+    pub fn image_blobs(
+        &self,
+        image: &ImageRef,
+        credentials: &Credentials,
+        manifest: ManifestDigest,
+        pinned: Option<ManifestDigest>,
+    ) -> Arc<dyn BlobSource> {
+        let session = self.session(image, credentials);
+        let options = self.pushed_indexes.clone();
+        let indexes = options.map(|it| ImageIndexes::new(it, manifest, pinned));
+        Arc::new(RepositoryBlobs::new(session, indexes))
+    }
+
+    /// Pushes the indexes of an image's layers beside its manifest, authenticated if there is a key.
+    ///
+    /// # Errors
+    /// [`PushError`], after the configured retries.
+    ///
+    /// # Cancellation
+    /// Safe: blobs that nothing refers to are the registry's to remove.
+    pub async fn push_index(
+        &self,
+        image: &ImageRef,
+        credentials: &Credentials,
+        manifest: ManifestDigest,
+        layers: &[LayerPush],
+        key: Option<&IntegrityKey>,
+    ) -> Result<Pushed, PushError> {
+        let transport = Arc::clone(&self.transport);
+        let session = Session::to_push(transport, image, credentials.clone());
+        push::push_index(&session, manifest, layers, key).await
+    }
+
+    /// The session that the image was resolved with, or another one.
+    fn session(&self, image: &ImageRef, credentials: &Credentials) -> Arc<Session> {
         let known = {
             let sessions = self.sessions.lock().expect("no panic while it is held");
             sessions
@@ -118,8 +173,7 @@ impl RegistryClient {
                 .find(|it| it.is_for(image, credentials))
                 .cloned()
         };
-        let session = known.unwrap_or_else(|| Arc::new(self.open_session(image, credentials)));
-        Arc::new(RepositoryBlobs::new(session))
+        known.unwrap_or_else(|| Arc::new(self.open_session(image, credentials)))
     }
 
     /// Opens a repository. A mirror is shown what the node's credentials have for its own host.

@@ -30,6 +30,12 @@ pub struct RegistryConfig {
     pub max_manifest_bytes: u64,
     /// Most layers of one image.
     pub max_layers: usize,
+    /// Look in the registry for an index that was pushed beside an image before its layers are read.
+    pub use_pushed_indexes: bool,
+    /// Believe an index that a volume pins although the installation's key does not vouch for it.
+    ///
+    /// Layers are shared by all volumes of a node, and so is what such an index says of them.
+    pub trust_pinned_indexes: bool,
 }
 
 /// How one host is reached.
@@ -117,6 +123,8 @@ impl Default for RegistryConfig {
             max_manifest_bytes: 4 << 20,
             // Docker's overlay driver stops at 128; nothing that is sold builds more.
             max_layers: 256,
+            use_pushed_indexes: true,
+            trust_pinned_indexes: false,
         }
     }
 }

@@ -9,6 +9,9 @@
 //! `auth` for a token and `transport` for one GET, over connections as `tls` makes them. `retry`
 //! alone decides what is tried again at a registry, `mirrors` what a mirror may cost. `reference`, `platform`, `credentials` and `manifest` are pure.
 //!
+//! An index that was pushed beside an image: `artifact` is its format (pure), `referrers` finds it,
+//! `pushed` decides whether to believe it and reads it, `push` writes it.
+//!
 //! From oci-client come the types of manifests and indexes. Its requests are not used, with the
 //! reasons in `auth` and `blob`, and because it keeps one user's credentials per registry for all
 //! images, which would let one pod pull with another's.
@@ -21,6 +24,7 @@
 //! only to hosts that the configuration names; a manifest and a configuration are checked against
 //! their digests here, the bytes of a layer by whoever reads them.
 
+mod artifact;
 mod auth;
 mod blob;
 mod client;
@@ -30,7 +34,10 @@ mod manifest;
 mod mirrors;
 mod node_credentials;
 mod platform;
+mod push;
+mod pushed;
 mod reference;
+mod referrers;
 mod retry;
 mod session;
 mod tls;
@@ -40,4 +47,6 @@ pub use client::{RegistryClient, ResolvedImage};
 pub use config::{HostConfig, RegistryConfig, RegistryConfigError};
 pub use credentials::{Credentials, DockerConfig, DockerConfigError};
 pub use platform::{Platform, PlatformError};
+pub use push::{LayerPush, PushError, Pushed};
+pub use pushed::PushedIndexOptions;
 pub use reference::{ImageRef, ReferenceError};

@@ -3,15 +3,15 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
-use reqwest::{StatusCode, header::CONTENT_TYPE};
+use reqwest::{StatusCode, Url, header::CONTENT_TYPE};
 
 use super::{
-    auth::{Authorizer, parse_challenge, status_failure},
+    auth::{Access, Authorizer, parse_challenge, status_failure},
     credentials::Credentials,
     mirrors::within_deadline,
     reference::ImageRef,
     retry::{Failure, Retry},
-    transport::{Answer, Ask, Op, Transport, unavailable},
+    transport::{Answer, Ask, Op, Transport, Verb, unavailable},
 };
 use crate::tier::SourceError;
 
@@ -90,7 +90,7 @@ impl Session {
         let endpoint = |host: &str, role, credentials| Endpoint {
             host: host.to_owned(),
             role,
-            authorizer: Authorizer::new(host, image.repository(), credentials),
+            authorizer: Authorizer::new(host, image.repository(), credentials, Access::Pull),
         };
         let mirrors = transport.config.host(image.registry()).mirrors;
         Self {
@@ -101,6 +101,26 @@ impl Session {
                 .map(|it| endpoint(it, Role::Mirror, mirror_credentials(it)))
                 .collect(),
             origin: endpoint(image.registry(), Role::Origin, credentials),
+            transport,
+        }
+    }
+
+    /// Opens a repository to write to it: at its registry alone.
+    pub(crate) fn to_push(
+        transport: Arc<Transport>,
+        image: &ImageRef,
+        credentials: Credentials,
+    ) -> Self {
+        let (registry, repository) = (image.registry(), image.repository());
+        Self {
+            registry: registry.to_owned(),
+            repository: repository.to_owned(),
+            mirrors: Vec::new(),
+            origin: Endpoint {
+                host: registry.to_owned(),
+                role: Role::Origin,
+                authorizer: Authorizer::new(registry, repository, credentials, Access::Push),
+            },
             transport,
         }
     }
@@ -206,12 +226,45 @@ impl Session {
         accept: Option<&'static str>,
         range: Option<(u64, u64)>,
     ) -> Result<Answer, Failure> {
+        let ask = Ask {
+            op: object.op,
+            verb: Verb::Get,
+            url: self.url(endpoint, object)?,
+            accept,
+            range,
+            authorization: None,
+        };
+        let answer = self.ask_once(endpoint, object, &ask).await?;
+        if answer.response.status().is_success() {
+            return Ok(answer);
+        }
+        Err(status_failure(&answer.host, &object.what, &answer.response))
+    }
+
+    /// Where an object is at a host.
+    ///
+    /// # Errors
+    /// If the host's name makes no URL.
+    pub(crate) fn url(&self, endpoint: &Endpoint, object: &Object) -> Result<Url, SourceError> {
         let path = format!("/v2/{}/{}", self.repository, object.path);
         let mut url = self.transport.registry_url(&endpoint.host, &path)?;
         if endpoint.role == Role::Mirror {
             // As containerd does: a mirror of many registries is told which one is meant.
             url.query_pairs_mut().append_pair("ns", &self.registry);
         }
+        Ok(url)
+    }
+
+    /// Makes one attempt at a request; a refusal is answered with one fresh token.
+    ///
+    /// # Errors
+    /// If no answer came, or one that refuses access; any other status is an answer.
+    pub(crate) async fn ask_once(
+        &self,
+        endpoint: &Endpoint,
+        object: &Object,
+        ask: &Ask,
+    ) -> Result<Answer, Failure> {
         let authorizer = &endpoint.authorizer;
         let mut is_fresh = false;
         loop {
@@ -219,26 +272,19 @@ impl Session {
             let was_authorized = authorization.is_some();
             let answer = self
                 .transport
-                .get(Ask {
-                    op: object.op,
-                    url: url.clone(),
-                    accept,
-                    range,
+                .send(Ask {
                     authorization,
+                    ..ask.clone()
                 })
                 .await?;
             let status = answer.response.status();
-            if status.is_success() {
+            if !matches!(status, StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN) {
                 return Ok(answer);
             }
-            let is_refused = matches!(status, StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN);
-            if is_refused && !answer.is_from_origin {
+            if !answer.is_from_origin {
                 // A presigned URL that expired: the registry gives a new one.
                 let reason = format!("HTTP {status} for {} after a redirect", object.what);
                 return Err(unavailable(&answer.host, reason).into());
-            }
-            if !is_refused {
-                return Err(status_failure(&answer.host, &object.what, &answer.response));
             }
             // Some registries say 403 to a token that expired, so an older one gets a second try.
             let may_renew = !is_fresh && (status == StatusCode::UNAUTHORIZED || was_authorized);

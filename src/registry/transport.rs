@@ -1,9 +1,10 @@
-//! Sends one GET, follows its redirects, and counts it: no retry, no credentials of its own.
+//! Sends one request, follows its redirects, and counts it: no retry, no credentials of its own.
 //!
 //! Redirects are followed here and not by reqwest, because three things must hold at each hop:
 //! the `Authorization` header is dropped for good when the origin changes (OCI distribution-spec
 //! v1.1, "Pulling blobs"), plain http is spoken only to hosts that the configuration names, and no
-//! URL reaches an error or a log, since the query of a presigned URL is a credential.
+//! URL reaches an error or a log, since the query of a presigned URL is a credential. What writes is
+//! not redirected: its answer is the caller's.
 
 use std::{
     collections::BTreeMap,
@@ -15,8 +16,11 @@ use std::{
 
 use bytes::Bytes;
 use reqwest::{
-    Response, StatusCode, Url,
-    header::{ACCEPT, ACCEPT_ENCODING, AUTHORIZATION, HeaderValue, LOCATION, RANGE, RETRY_AFTER},
+    Method, Response, StatusCode, Url,
+    header::{
+        ACCEPT, ACCEPT_ENCODING, AUTHORIZATION, CONTENT_LENGTH, CONTENT_TYPE, HeaderValue,
+        LOCATION, RANGE, RETRY_AFTER,
+    },
 };
 use rustls::pki_types::CertificateDer;
 
@@ -24,6 +28,7 @@ use super::{
     config::{HostConfig, RegistryConfig, RegistryConfigError},
     mirrors::Bench,
     reference::DOCKER_HUB,
+    referrers::WithoutReferrers,
     retry::{Failure, parse_retry_after},
     tls::{Trust, build_client, read_authorities, send_error},
 };
@@ -42,10 +47,24 @@ pub(crate) enum Op {
     Config,
     Blob,
     Token,
+    /// Looking for what refers to an image.
+    Referrers,
+    /// Reading an index that was pushed.
+    Index,
+    /// Pushing one.
+    Push,
 }
 
 impl Op {
-    const ALL: [Self; 4] = [Self::Manifest, Self::Config, Self::Blob, Self::Token];
+    const ALL: [Self; 7] = [
+        Self::Manifest,
+        Self::Config,
+        Self::Blob,
+        Self::Token,
+        Self::Referrers,
+        Self::Index,
+        Self::Push,
+    ];
 
     /// The value of the label `op`.
     const fn label(self) -> &'static str {
@@ -54,6 +73,9 @@ impl Op {
             Self::Config => "config",
             Self::Blob => "blob",
             Self::Token => "token",
+            Self::Referrers => "referrers",
+            Self::Index => "index",
+            Self::Push => "push",
         }
     }
 }
@@ -73,10 +95,52 @@ fn code_label(status: StatusCode) -> &'static str {
     }
 }
 
-/// A GET to be made.
-#[derive(Debug)]
+/// Bytes of a body for which a second more is given: a slower way up is no use.
+const SENT_BYTES_PER_SECOND: u64 = 64 << 10;
+
+/// What is to be done with a URL.
+#[derive(Debug, Clone)]
+pub(crate) enum Verb {
+    Get,
+    Head,
+    Post,
+    Put {
+        content_type: &'static str,
+        body: Bytes,
+    },
+}
+
+impl Verb {
+    fn method(&self) -> Method {
+        match self {
+            Self::Get => Method::GET,
+            Self::Head => Method::HEAD,
+            Self::Post => Method::POST,
+            Self::Put { .. } => Method::PUT,
+        }
+    }
+
+    const fn is_redirected(&self) -> bool {
+        matches!(self, Self::Get | Self::Head)
+    }
+
+    /// How long sending it may take, beside what any request may.
+    fn patience(&self) -> Duration {
+        match self {
+            Self::Get | Self::Head | Self::Post => Duration::ZERO,
+            Self::Put { body, .. } => {
+                let len = u64::try_from(body.len()).unwrap_or(u64::MAX);
+                Duration::from_secs(len / SENT_BYTES_PER_SECOND)
+            }
+        }
+    }
+}
+
+/// A request to be made.
+#[derive(Debug, Clone)]
 pub(crate) struct Ask {
     pub(crate) op: Op,
+    pub(crate) verb: Verb,
     pub(crate) url: Url,
     pub(crate) accept: Option<&'static str>,
     /// First and last byte wanted.
@@ -100,6 +164,7 @@ pub(crate) struct Transport {
     pub(crate) config: RegistryConfig,
     pub(crate) metrics: Metrics,
     pub(crate) bench: Bench,
+    pub(crate) without_referrers: WithoutReferrers,
     authorities: BTreeMap<PathBuf, Vec<CertificateDer<'static>>>,
     /// Made when first needed: the machine's authorities cost memory, and plain http needs none.
     ///
@@ -128,6 +193,7 @@ impl Transport {
             config,
             metrics,
             bench: Bench::default(),
+            without_referrers: WithoutReferrers::default(),
             authorities,
             clients: Mutex::default(),
         })
@@ -168,11 +234,11 @@ impl Transport {
         }
     }
 
-    /// Makes a GET and follows its redirects.
+    /// Makes a request and follows its redirects, if it only reads.
     ///
     /// # Errors
     /// If no answer came; any status but a redirect is an answer.
-    pub(crate) async fn get(&self, ask: Ask) -> Result<Answer, Failure> {
+    pub(crate) async fn send(&self, ask: Ask) -> Result<Answer, Failure> {
         let asked_host = host_of(&ask.url);
         let mut url = ask.url;
         let mut authorization = ask.authorization;
@@ -183,8 +249,18 @@ impl Transport {
             let mut request = self
                 .client_for(&url)
                 .await?
-                .get(url.clone())
+                .request(ask.verb.method(), url.clone())
                 .header(ACCEPT_ENCODING, "identity");
+            match &ask.verb {
+                Verb::Get | Verb::Head => {}
+                // Registries refuse a request without a length that might have a body.
+                Verb::Post => request = request.header(CONTENT_LENGTH, 0),
+                Verb::Put { content_type, body } => {
+                    request = request
+                        .header(CONTENT_TYPE, *content_type)
+                        .body(body.clone());
+                }
+            }
             if let Some(accept) = ask.accept {
                 request = request.header(ACCEPT, accept);
             }
@@ -194,7 +270,8 @@ impl Transport {
             if let Some(authorization) = &authorization {
                 request = request.header(AUTHORIZATION, authorization.clone());
             }
-            let limit = self.config.connect_timeout() + self.config.read_timeout();
+            let limit =
+                self.config.connect_timeout() + self.config.read_timeout() + ask.verb.patience();
             let sent = tokio::time::timeout(limit, request.send()).await;
             let response = match sent {
                 Ok(Ok(response)) => response,
@@ -209,7 +286,12 @@ impl Transport {
                 }
             };
             self.count(ask.op, code_label(response.status()));
-            let next = match redirect_target(&response, &url) {
+            let redirect = if ask.verb.is_redirected() {
+                redirect_target(&response, &url)
+            } else {
+                Redirect::No
+            };
+            let next = match redirect {
                 Redirect::No => {
                     return Ok(Answer {
                         response,

@@ -11,11 +11,12 @@ use std::{
 use serde::{Deserialize, Deserializer};
 use tracing::warn;
 
-use crate::{clock::Clock, metrics::Metrics, secret::Secret, tier::LayerCache};
+use crate::{
+    clock::Clock, integrity::IntegrityKey, metrics::Metrics, secret::Secret, tier::LayerCache,
+};
 
 use super::{
-    BackOff, ContentCache, ContentOptions, DirCache, IntegrityKey, RedisCache, RedisOptions,
-    UploadOptions,
+    BackOff, ContentCache, ContentOptions, DirCache, RedisCache, RedisOptions, UploadOptions,
 };
 
 /// Bytes of a key or password file at most; a longer one is some other file by mistake.
@@ -92,6 +93,15 @@ impl RemoteConfig {
             queue_layers: self.upload_queue_layers,
             attempts: self.upload_attempts,
         }
+    }
+
+    /// Reads the installation's key, if one is configured: also where there is no remote, because
+    /// indexes in the registry are authenticated by it as well.
+    ///
+    /// # Errors
+    /// If the file cannot be used.
+    pub fn integrity_key(&self) -> Result<Option<IntegrityKey>, RemoteConfigError> {
+        self.hmac_key_file.as_deref().map(integrity_key).transpose()
     }
 }
 
@@ -192,17 +202,14 @@ pub fn open(
             Arc::new(RedisCache::connect(url, password.as_ref(), options)?)
         }
     };
-    let key = match &config.hmac_key_file {
-        Some(path) => Some(integrity_key(path)?),
-        None => {
-            warn!(
-                engine = backend.engine(),
-                "remote cache has no key: whole layers are fetched and checked before their first \
-                 byte is served; set remote.hmac_key_file"
-            );
-            None
-        }
-    };
+    let key = config.integrity_key()?;
+    if key.is_none() {
+        warn!(
+            engine = backend.engine(),
+            "remote cache has no key: whole layers are fetched and checked before their first \
+             byte is served; set remote.hmac_key_file"
+        );
+    }
     let options = ContentOptions {
         key,
         max_index_bytes: config.max_index_bytes,

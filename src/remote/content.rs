@@ -14,13 +14,14 @@ use tracing::{debug, info, warn};
 use crate::{
     clock::Clock,
     digest::{ChunkDigest, DiffId},
+    integrity::IntegrityKey,
     metrics::{Metrics, Tier},
     tier::{CacheKey, LayerCache},
 };
 
 use super::{
     breaker::BackOff,
-    format::{self, INDEX_HEADER_BYTES, IntegrityKey, MAX_MANIFEST_BYTES, RemoteManifest, Trust},
+    format::{self, INDEX_HEADER_BYTES, MAX_MANIFEST_BYTES, RemoteManifest, Trust},
     gate::{Gate, Refusal},
 };
 

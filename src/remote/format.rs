@@ -6,8 +6,8 @@
 mod manifest;
 mod packed;
 
-pub use manifest::{IntegrityKey, RemoteManifest, Trust};
 pub(super) use manifest::{MAX_MANIFEST_BYTES, RemoteLayer};
+pub use manifest::{RemoteManifest, Trust};
 pub(super) use packed::{
     INDEX_HEADER_BYTES, decode_chunk, decode_index, encode_chunk, encode_index,
 };

@@ -36,6 +36,6 @@ pub use breaker::BackOff;
 pub use config::{RemoteConfig, RemoteConfigError, RemoteKind, open};
 pub use content::{ContentCache, ContentOptions};
 pub use dir::DirCache;
-pub use format::{IntegrityKey, RemoteManifest, Trust};
+pub use format::{RemoteManifest, Trust};
 pub use redis::{RedisCache, RedisOptions};
 pub use upload::{Enqueued, Repair, UploadOptions, UploadOutcome, UploadSource, Uploader};

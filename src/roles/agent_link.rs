@@ -322,6 +322,7 @@ mod tests {
         let request = ImageRequest {
             image: "r.x/app".to_owned(),
             platform: None,
+            index_digest: None,
             credentials: crate::mount::PullCredentials::None,
         };
         link.adopt((0, 7), manifest, request);

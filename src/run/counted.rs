@@ -5,9 +5,9 @@ use std::{ops::Range, sync::Arc};
 use futures_util::StreamExt as _;
 
 use crate::{
-    digest::BlobDigest,
+    digest::{BlobDigest, DiffId},
     mount::Progress,
-    tier::{BlobSource, BlobStream, BoxFuture, SourceError},
+    tier::{BlobSource, BlobStream, BoxFuture, PushedIndex, SourceError},
 };
 
 /// A source whose bytes are added to a [`Progress`] as they come.
@@ -38,6 +38,13 @@ impl BlobSource for Counted {
 
     fn distrust(&self, blob: &BlobDigest) -> bool {
         self.source.distrust(blob)
+    }
+
+    fn layer_index<'a>(
+        &'a self,
+        layer: &'a DiffId,
+    ) -> BoxFuture<'a, Result<Option<PushedIndex>, SourceError>> {
+        self.source.layer_index(layer)
     }
 }
 

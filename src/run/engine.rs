@@ -10,10 +10,14 @@ use crate::{
     cli::ImageArgs,
     clock::{Clock, SystemClock},
     config::Config,
+    digest::ManifestDigest,
     indexer::{Indexer, OpenImage},
     layer::store::{LayerStore, Remote},
     metrics::Metrics,
-    registry::{Credentials, DockerConfig, ImageRef, Platform, RegistryClient, ResolvedImage},
+    registry::{
+        Credentials, DockerConfig, ImageRef, Platform, PushedIndexOptions, RegistryClient,
+        ResolvedImage,
+    },
     remote::{self, Uploader},
 };
 
@@ -32,6 +36,8 @@ pub(super) struct Wanted {
     pub(super) image: ImageRef,
     pub(super) platform: Platform,
     pub(super) credentials: Credentials,
+    /// The pushed index to use.
+    pub(super) index_digest: Option<ManifestDigest>,
 }
 
 impl Engine {
@@ -40,8 +46,13 @@ impl Engine {
         // One provider of cryptography for every TLS connection; a second call changes nothing.
         let _ = rustls::crypto::ring::default_provider().install_default();
         let clock: Arc<dyn Clock> = Arc::new(SystemClock::new());
+        let pushed_indexes = PushedIndexOptions {
+            key: config.remote.integrity_key().map_err(BadConfig::new)?,
+            max_index_bytes: config.cache.max_layer_index_bytes,
+        };
         let registry = RegistryClient::new(config.registry.clone(), metrics.clone())
-            .map_err(BadConfig::new)?;
+            .map_err(BadConfig::new)?
+            .with_pushed_indexes(pushed_indexes);
         let remote = remote::open(&config.remote, &metrics, &clock).map_err(BadConfig::new)?;
         let remote = remote.map(|cache| {
             let options = config.remote.upload_options();
@@ -70,6 +81,7 @@ impl Engine {
             image,
             platform,
             credentials,
+            index_digest,
         } = wanted;
         let cannot = || format!("image {image}");
         let resolved = self
@@ -77,7 +89,10 @@ impl Engine {
             .resolve(image, platform, credentials)
             .await
             .with_context(cannot)?;
-        let blobs = self.registry.blobs(image, credentials);
+        let manifest = resolved.manifest;
+        let blobs = self
+            .registry
+            .image_blobs(image, credentials, manifest, *index_digest);
         let opened = self
             .indexer
             .open(&resolved, &blobs)
@@ -115,6 +130,7 @@ impl Wanted {
             image,
             platform,
             credentials,
+            index_digest: None,
         })
     }
 }

@@ -1,23 +1,34 @@
-//! `clip-csi index build` and `clip-csi index inspect`.
+//! `clip-csi index build`, `push` and `inspect`.
 
 use std::{
-    fs::File,
+    fs::{self, File},
     io::{self, Write},
     path::{Path, PathBuf},
     process::ExitCode,
+    sync::Arc,
     time::Duration,
 };
 
 use anyhow::Context;
+use bytes::Bytes;
+use tokio::sync::oneshot;
+use tracing::warn;
 
-use super::engine::{Engine, Wanted};
+use super::{
+    BadConfig,
+    engine::{Engine, Wanted},
+};
 use crate::{
     cli::ImageArgs,
     config::Config,
     disk,
     index::image::{FileType, ImageIndex, Ino, Node},
+    indexer::rebuild,
+    layer::store::Layer,
     metrics::Metrics,
+    registry::LayerPush,
     sys::MappedFile,
+    tier::{LayerDesc, MakePresent as _},
 };
 
 /// Builds an image's index and prints what it found.
@@ -26,6 +37,8 @@ pub(super) async fn build(
     output: Option<PathBuf>,
     mut config: Config,
 ) -> anyhow::Result<ExitCode> {
+    // What is built here is built from the layers.
+    config.registry.use_pushed_indexes = false;
     let wanted = Wanted::from_args(&args, &mut config)?;
     let engine = Engine::start(&config, Metrics::new())?;
     let (resolved, opened) = engine.open(&wanted).await?;
@@ -46,6 +59,91 @@ pub(super) async fn build(
         .stop(Duration::from_secs(config.node.drain_seconds))
         .await;
     Ok(ExitCode::SUCCESS)
+}
+
+/// Pushes an image's index beside it and prints what a volume may pin.
+///
+/// Whoever pushes vouches with the installation's key, so that the indexes are made of bytes that
+/// were compared with the layers' DiffIDs just now, whatever the cache has.
+pub(super) async fn push(args: ImageArgs, mut config: Config) -> anyhow::Result<ExitCode> {
+    config.registry.use_pushed_indexes = false;
+    let wanted = Wanted::from_args(&args, &mut config)?;
+    let key = config.remote.integrity_key().map_err(BadConfig::new)?;
+    if key.is_none() {
+        warn!(
+            "remote.hmac_key_file is not set: nodes use this index only for volumes that pin it, \
+             and only if registry.trust_pinned_indexes is set there"
+        );
+    }
+    let engine = Engine::start(&config, Metrics::new())?;
+    let (resolved, opened) = engine.open(&wanted).await?;
+    let mut out = io::stdout();
+    writeln!(
+        out,
+        "image    {}",
+        wanted.image.at_digest(resolved.manifest)
+    )?;
+    let mut layers = Vec::with_capacity(opened.layers.len());
+    for (layer, desc) in opened.layers.iter().zip(&resolved.layers) {
+        let pushed = layer_push(&engine, layer, desc).await?;
+        let map_bytes = pushed.access_map.as_ref().map_or(0, Bytes::len);
+        writeln!(
+            out,
+            "layer    {} verified, index {} bytes, access map {map_bytes} bytes",
+            pushed.diff_id,
+            pushed.index.len()
+        )?;
+        layers.push(pushed);
+    }
+    let (image, credentials) = (&wanted.image, &wanted.credentials);
+    let pushed = engine
+        .registry
+        .push_index(image, credentials, resolved.manifest, &layers, key.as_ref())
+        .await
+        .with_context(|| format!("pushing the index of image {image}"))?;
+    writeln!(out, "pushed   {} bytes", pushed.blob_bytes)?;
+    writeln!(out, "index    {}", pushed.artifact)?;
+    out.flush()?;
+    engine
+        .stop(Duration::from_secs(config.node.drain_seconds))
+        .await;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Makes the whole layer present, and its index anew.
+async fn layer_push(
+    engine: &Engine,
+    layer: &Arc<Layer>,
+    desc: &LayerDesc,
+) -> anyhow::Result<LayerPush> {
+    let (diff_id, n_chunks) = (desc.diff_id, layer.file().n_chunks());
+    if 0 < n_chunks {
+        let (sender, outcome) = oneshot::channel();
+        let done = Box::new(move |outcome| {
+            // The receiver is in this function.
+            let _ = sender.send(outcome);
+        });
+        engine.store.make_present(diff_id, 0..n_chunks, done);
+        outcome.await.context("the layer store has stopped")??;
+    }
+    let file = Arc::clone(layer.file());
+    let index = tokio::task::spawn_blocking(move || rebuild::layer_index(&file)).await?;
+    let index = index.with_context(|| format!("layer {diff_id}"))?;
+    Ok(LayerPush {
+        diff_id,
+        blob: desc.blob,
+        index: index.into(),
+        access_map: access_map(&engine.store.paths().access_map(diff_id))?,
+    })
+}
+
+/// Reads a layer's access map, if it has one.
+fn access_map(path: &Path) -> anyhow::Result<Option<Bytes>> {
+    match fs::read(path) {
+        Ok(bytes) => Ok(Some(bytes.into())),
+        Err(err) if err.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(err) => Err(err).with_context(|| format!("reading {}", path.display())),
+    }
 }
 
 /// Prints what an index file contains, after checking it.

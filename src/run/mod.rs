@@ -122,6 +122,7 @@ fn execute(cli: Cli, config: Config) -> anyhow::Result<ExitCode> {
         Command::Index(IndexCommand::Build { image, output }) => {
             in_runtime(index::build(image, output, config))
         }
+        Command::Index(IndexCommand::Push { image }) => in_runtime(index::push(image, config)),
         Command::Index(IndexCommand::Inspect { file, tree }) => index::inspect(&file, tree),
         Command::Cache(CacheCommand::Ls) => cache::list(&config.cache),
         Command::Cache(CacheCommand::Verify) => cache::verify(&config.cache),

@@ -31,7 +31,12 @@ pub(super) async fn serve(args: MountArgs, mut config: Config) -> anyhow::Result
         .dir
         .canonicalize()
         .with_context(|| format!("directory {}", args.dir.display()))?;
-    let wanted = Wanted::from_args(&args.image, &mut config)?;
+    let mut wanted = Wanted::from_args(&args.image, &mut config)?;
+    if let Some(text) = &args.index_digest {
+        wanted.index_digest = Some(text.parse().context("--index-digest")?);
+        // Who names it vouches for it, and the cache is theirs.
+        config.registry.trust_pinned_indexes = true;
+    }
     let engine = Engine::start(&config, Metrics::new())?;
     let (_, opened) = engine.open(&wanted).await?;
     let mounter = InProcess::new(engine, config.fuse.clone())?;

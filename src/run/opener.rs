@@ -43,6 +43,7 @@ impl Opener {
             image,
             platform,
             credentials,
+            index_digest,
         } = self.wanted(request)?;
         progress.set_phase("asking the registry");
         let resolved = self
@@ -62,8 +63,9 @@ impl Opener {
             missing.len(),
             resolved.layers.len()
         ));
+        let registry = &self.engine.registry;
         let blobs: Arc<dyn BlobSource> = Arc::new(Counted {
-            source: self.engine.registry.blobs(&image, &credentials),
+            source: registry.image_blobs(&image, &credentials, resolved.manifest, index_digest),
             progress: Arc::clone(progress),
         });
         let opened = self.engine.indexer.open(&resolved, &blobs).await?;
@@ -84,10 +86,12 @@ impl Opener {
         let pin = pin.map_err(|err| unusable(&err))?;
         let mapped = MappedFile::new(&pin).map_err(|err| unusable(&err))?;
         let index = ImageIndex::open(mapped).map_err(|err| unusable(&err))?;
-        let source = self
-            .engine
-            .registry
-            .blobs(&wanted.image, &wanted.credentials);
+        let source = self.engine.registry.image_blobs(
+            &wanted.image,
+            &wanted.credentials,
+            manifest,
+            wanted.index_digest,
+        );
         let mut held = Held::new();
         for at in 0..index.n_layers() {
             let layer = index.layer(at).ok_or_else(|| unusable(&"it is damaged"))?;
@@ -131,6 +135,7 @@ impl Opener {
             image,
             platform,
             credentials,
+            index_digest: request.index_digest,
         })
     }
 }

@@ -15,6 +15,7 @@ const MODULES: &[(&str, &[&str])] = &[
     ("sys", &[]),
     ("ipc", &["disk", "sys"]),
     ("secret", &[]),
+    ("integrity", &["secret"]),
     ("telemetry", &[]),
     ("metrics", &["disk", "sys"]),
     ("exposition", &["metrics"]),
@@ -22,11 +23,21 @@ const MODULES: &[(&str, &[&str])] = &[
     ("index", &["chunk", "digest", "tar"]),
     ("codec", &["digest", "index", "sys"]),
     ("tier", &["chunk", "digest"]),
-    ("registry", &["digest", "metrics", "secret", "tier"]),
+    (
+        "registry",
+        &["digest", "integrity", "metrics", "secret", "tier"],
+    ),
     (
         "remote",
         &[
-            "chunk", "clock", "digest", "disk", "metrics", "secret", "tier",
+            "chunk",
+            "clock",
+            "digest",
+            "disk",
+            "integrity",
+            "metrics",
+            "secret",
+            "tier",
         ],
     ),
     (
@@ -55,7 +66,8 @@ const MODULES: &[(&str, &[&str])] = &[
     (
         "indexer",
         &[
-            "chunk", "digest", "disk", "index", "layer", "metrics", "registry", "sys", "tier",
+            "chunk", "digest", "disk", "index", "layer", "metrics", "registry", "sys", "tar",
+            "tier",
         ],
     ),
     (

@@ -255,6 +255,7 @@ pub(crate) fn publish_request(volume: &str, target: &Path, image: &str) -> Publi
         image: ImageRequest {
             image: image.to_owned(),
             platform: None,
+            index_digest: None,
             credentials: PullCredentials::None,
         },
     }

@@ -9,8 +9,12 @@
 mod distribution;
 #[path = "registry/faults.rs"]
 mod faults;
+#[path = "registry/memory.rs"]
+mod memory;
 #[path = "registry/mirrors.rs"]
 mod mirrors;
+#[path = "registry/pushed.rs"]
+mod pushed;
 #[path = "registry/tokens.rs"]
 mod tokens;
 

@@ -2,14 +2,11 @@
 //!
 //! Specified in `docs/REMOTE_FORMAT.md`, "Manifest".
 
-use hmac::{Hmac, KeyInit, Mac};
-use sha2::Sha256;
-
 use super::{FormatError, len64};
 use crate::{
     chunk::{self, CHUNK_BYTES},
     digest::{BlobDigest, ChunkDigest, DiffId},
-    secret::Secret,
+    integrity::{IntegrityKey, TAG_BYTES},
 };
 
 /// Bytes of a manifest at most: those of a layer of 2 TiB.
@@ -20,47 +17,6 @@ const VERSION: u8 = 1;
 const FLAG_COMPLETE: u8 = 1;
 const HEADER_BYTES: usize = 144;
 const DIGEST_BYTES: usize = 32;
-const TAG_BYTES: usize = 32;
-
-/// The key that all nodes of an installation share, and with which they recognize each other's
-/// manifests.
-#[derive(Clone)]
-pub struct IntegrityKey(Secret<Hmac<Sha256>>);
-
-impl std::fmt::Debug for IntegrityKey {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        self.0.fmt(f)
-    }
-}
-
-impl IntegrityKey {
-    /// Bytes of a key, at least: as many as the hash has (RFC 2104, section 3).
-    pub const MIN_BYTES: usize = 32;
-
-    /// Takes `key`, or returns `None` if it is shorter than [`Self::MIN_BYTES`].
-    pub fn new(key: &[u8]) -> Option<Self> {
-        if key.len() < Self::MIN_BYTES {
-            return None;
-        }
-        let state = Hmac::<Sha256>::new_from_slice(key).ok()?;
-        Some(Self(Secret::new(state)))
-    }
-
-    fn keyed(&self, content: &[u8]) -> Hmac<Sha256> {
-        let mut state = self.0.expose().clone();
-        state.update(content);
-        state
-    }
-
-    fn tag(&self, content: &[u8]) -> [u8; TAG_BYTES] {
-        self.keyed(content).finalize().into_bytes().into()
-    }
-
-    /// Compares in constant time.
-    fn verifies(&self, content: &[u8], tag: &[u8]) -> bool {
-        self.keyed(content).verify_slice(tag).is_ok()
-    }
-}
 
 /// Says why the digests of a [`RemoteManifest`] may be believed, or that they may not.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -409,12 +365,6 @@ mod tests {
         let mut layer = layer();
         layer.chunk_digests.pop();
         assert!(layer.encode(None).is_err());
-    }
-
-    #[test]
-    fn short_keys_are_refused_and_no_key_is_printed() {
-        assert!(IntegrityKey::new(&[1; 31]).is_none());
-        assert_eq!(format!("{:?}", key(65)), "<redacted>");
     }
 
     proptest::proptest! {

@@ -27,7 +27,7 @@ fn system_clock() -> Arc<dyn Clock> {
 async fn fill<T: LayerCache + 'static>(
     engine: &Arc<T>,
     layer: &Arc<Layer>,
-    key: Option<clip_csi::remote::IntegrityKey>,
+    key: Option<clip_csi::integrity::IntegrityKey>,
 ) {
     let (cache, _) = content(engine, key, system_clock());
     let uploader = Uploader::start(cache, UploadOptions::default());

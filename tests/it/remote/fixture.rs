@@ -17,10 +17,11 @@ use clip_csi::{
     chunk,
     clock::Clock,
     digest::{BlobDigest, ChunkDigest, DiffId},
+    integrity::IntegrityKey,
     metrics::Metrics,
     remote::{
-        BackOff, ContentCache, ContentOptions, DirCache, IntegrityKey, RedisCache, RedisOptions,
-        UploadOutcome, UploadSource,
+        BackOff, ContentCache, ContentOptions, DirCache, RedisCache, RedisOptions, UploadOutcome,
+        UploadSource,
     },
     secret::Secret,
     tier::{BoxFuture, CacheKey, LayerCache, Put, TierError},

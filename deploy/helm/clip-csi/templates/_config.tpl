@@ -43,13 +43,16 @@ url = {{ required "remote.url is not set: remote.kind redis needs redis://HOST:P
 {{- else if eq .Values.remote.kind "dir" }}
 path = {{ required "remote.path is not set: remote.kind dir needs a directory that all nodes share" .Values.remote.path | toJson }}
 {{- end }}
+{{- /* Also without a remote: indexes beside images are authenticated by it. */}}
+{{- with .Values.remote.existingSecret }}
+{{- if and .name .hmacKey }}
+hmac_key_file = {{ printf "/etc/clip-csi/secrets/remote/%s" .hmacKey | toJson }}
+{{- end }}
+{{- end }}
 {{- if ne .Values.remote.kind "none" }}
 {{- with .Values.remote.existingSecret }}
 {{- if and .name .passwordKey }}
 password_file = {{ printf "/etc/clip-csi/secrets/remote/%s" .passwordKey | toJson }}
-{{- end }}
-{{- if and .name .hmacKey }}
-hmac_key_file = {{ printf "/etc/clip-csi/secrets/remote/%s" .hmacKey | toJson }}
 {{- end }}
 {{- end }}
 {{- include "clip-csi.tomlIntegers" (dict "values" .Values.remote "keys" (list "chunkTtlSeconds" "connectTimeoutMs" "requestTimeoutMs" "maxIndexBytes" "uploadQueueLayers" "uploadAttempts")) }}
@@ -58,6 +61,12 @@ hmac_key_file = {{ printf "/etc/clip-csi/secrets/remote/%s" .hmacKey | toJson }}
 [registry]
 {{- if .Values.registries.existingSecret }}
 docker_config_file = "/etc/clip-csi/secrets/registry/.dockerconfigjson"
+{{- end }}
+{{- if not .Values.registries.usePushedIndexes }}
+use_pushed_indexes = false
+{{- end }}
+{{- if .Values.registries.trustPinnedIndexes }}
+trust_pinned_indexes = true
 {{- end }}
 {{- include "clip-csi.tomlIntegers" (dict "values" .Values.registries "keys" (list "connectTimeoutSeconds" "readTimeoutSeconds" "retries" "maxBackoffSeconds" "maxWaitSeconds" "maxManifestBytes" "maxLayers")) }}
 {{- range $host, $settings := .Values.registries.hosts }}
