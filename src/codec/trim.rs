@@ -16,18 +16,13 @@ pub(super) fn trim(window: &[u8], bit_offset: u8, tail: &[u8]) -> Option<Vec<u8>
     // The highest bits are opposite, so that the two differ at every position.
     let low = |position: usize| position.to_le_bytes()[0];
     let high = |position: usize| position.to_le_bytes()[1] | !low(position) & 0x80;
-    let mut outputs = [Vec::new(), Vec::new()];
-    for (output, half) in outputs
-        .iter_mut()
-        .zip([&low as &dyn Fn(usize) -> u8, &high])
-    {
-        let dictionary: Vec<u8> = (0..window.len()).map(half).collect();
-        *output = inflate(&dictionary, bit_offset, tail).ok()??;
-    }
+    let lows: Vec<u8> = (0..window.len()).map(low).collect();
+    let highs: Vec<u8> = (0..window.len()).map(high).collect();
+    let lows = inflate(&lows, bit_offset, tail).ok()??;
+    let highs = inflate(&highs, bit_offset, tail).ok()??;
     let mut trimmed = vec![0; window.len()];
     // One byte stays at least: without any it would be the start of a member.
     let mut start = window.len().checked_sub(1)?;
-    let [lows, highs] = outputs;
     for (low, high) in lows.into_iter().zip(highs) {
         if low != high {
             let position = usize::from(high & 0x7f) << 8 | usize::from(low);
