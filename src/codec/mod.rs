@@ -207,8 +207,9 @@ impl<R: BufRead> Decoder<R> {
     /// `stride_bytes` of the layer one of the last places before it at which one can begin.
     ///
     /// There are fewer where the compressor wrote larger pieces: a zstd layer of one frame has only
-    /// the start, and so has a gzip layer that zlib-ng or zlib-rs wrote in one block (level 1). Plain tar can be entered anywhere, which needs no list. [`Self::take_checkpoints`]
-    /// after each read keeps no more than two windows in memory.
+    /// the start, and so has a gzip layer that zlib-ng or zlib-rs wrote in one block (level 1). Plain
+    /// tar can be entered anywhere, which needs no list. [`Self::take_checkpoints`] after each read
+    /// keeps no more than two windows in memory.
     ///
     /// # Errors
     /// As of [`Self::new`].
