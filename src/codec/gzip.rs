@@ -15,7 +15,7 @@ use std::{fmt, io};
 use flate2::{Decompress, FlushDecompress, Status};
 
 use super::{Fault, Progress, Step, checkpoint::Boundary};
-use crate::sys::inflate::{Inflated, Inflater, Wrapping};
+use crate::sys::inflate::{Inflated, Inflater, StopAt, Wrapping};
 
 /// log2 of deflate's window, the only one that RFC 1951 has.
 const WINDOW_BITS: u8 = 15;
@@ -56,7 +56,7 @@ impl GzipSteps {
         }
     }
 
-    /// Starts before a member, and stops between blocks.
+    /// Starts before a member, and can stop between blocks.
     pub(super) fn with_boundaries() -> io::Result<Self> {
         Ok(Self {
             engine: Engine::Blocks(Inflater::new(Wrapping::Gzip)?),
@@ -75,8 +75,13 @@ impl GzipSteps {
         })
     }
 
-    fn inflate(&mut self, input: &[u8], output: &mut [u8]) -> Result<Progress, Fault> {
-        let inflated = self.engine.inflate(input, output)?;
+    fn inflate(
+        &mut self,
+        input: &[u8],
+        output: &mut [u8],
+        stop: StopAt,
+    ) -> Result<Progress, Fault> {
+        let inflated = self.engine.inflate(input, output, stop)?;
         let progress = Progress {
             consumed: inflated.consumed,
             produced: inflated.produced,
@@ -96,7 +101,7 @@ impl GzipSteps {
 }
 
 impl Step for GzipSteps {
-    fn step(&mut self, input: &[u8], output: &mut [u8]) -> Result<Progress, Fault> {
+    fn step(&mut self, input: &[u8], output: &mut [u8], stop: StopAt) -> Result<Progress, Fault> {
         let took = |consumed| Progress {
             consumed,
             produced: 0,
@@ -126,7 +131,7 @@ impl Step for GzipSteps {
             _ => {}
         }
         if self.place != Place::Padding {
-            return self.inflate(input, output);
+            return self.inflate(input, output, stop);
         }
         if input.iter().any(|byte| *byte != 0) {
             return Err(Fault::Corrupt("foreign data after the end".to_owned()));
@@ -148,10 +153,9 @@ impl Step for GzipSteps {
         }
     }
 
-    fn window(&self) -> Vec<u8> {
-        match &self.engine {
-            Engine::Members(_) => Vec::new(),
-            Engine::Blocks(inflater) => inflater.window(),
+    fn window(&self, window: &mut Vec<u8>) {
+        if let Engine::Blocks(inflater) = &self.engine {
+            inflater.window(window);
         }
     }
 }
@@ -181,11 +185,18 @@ impl Engine {
         }
     }
 
-    fn inflate(&mut self, input: &[u8], output: &mut [u8]) -> Result<Inflated, Fault> {
+    fn inflate(
+        &mut self,
+        input: &[u8],
+        output: &mut [u8],
+        stop: StopAt,
+    ) -> Result<Inflated, Fault> {
         let inflater = match self {
             Self::Members(inflater) => inflater,
             Self::Blocks(inflater) => {
-                return inflater.inflate(input, output).map_err(Fault::Corrupt);
+                return inflater
+                    .inflate(input, output, stop)
+                    .map_err(Fault::Corrupt);
             }
         };
         let before = (inflater.total_in(), inflater.total_out());

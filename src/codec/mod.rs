@@ -15,6 +15,7 @@ pub mod access_map;
 pub mod checkpoint;
 
 mod gzip;
+mod trim;
 mod zstd;
 
 use std::{
@@ -26,7 +27,7 @@ use checkpoint::{Boundary, Checkpoint, Picker};
 use gzip::GzipSteps;
 use zstd::ZstdSteps;
 
-use crate::sys::inflate::WINDOW_BYTES;
+use crate::sys::inflate::{StopAt, WINDOW_BYTES};
 
 /// The longest of the magic numbers.
 const MAGIC_BYTES: usize = 4;
@@ -161,8 +162,9 @@ enum Fault {
 trait Step {
     /// Turns some of `input` into some of `output`, which is not empty.
     ///
-    /// An empty `input` asks for output that is still inside.
-    fn step(&mut self, input: &[u8], output: &mut [u8]) -> Result<Progress, Fault>;
+    /// An empty `input` asks for output that is still inside. Members and frames are always stopped
+    /// at, the blocks inside as `stop` says.
+    fn step(&mut self, input: &[u8], output: &mut [u8], stop: StopAt) -> Result<Progress, Fault>;
 
     /// Returns whether the input may end here.
     fn may_end(&self) -> bool;
@@ -170,10 +172,8 @@ trait Step {
     /// Returns what kind of boundary the last step stopped at, if at any.
     fn boundary(&self) -> Option<Boundary>;
 
-    /// Returns the output before a [`Boundary::Block`] that what follows can refer to.
-    fn window(&self) -> Vec<u8> {
-        Vec::new()
-    }
+    /// Copies the output before a [`Boundary::Block`] that what follows can refer to.
+    fn window(&self, _window: &mut Vec<u8>) {}
 }
 
 /// A layer's uncompressed bytes.
@@ -204,11 +204,12 @@ impl<R: BufRead> Decoder<R> {
     }
 
     /// Likewise, and notes checkpoints on the way: the start, and for every multiple of
-    /// `stride_bytes` of the layer the last place at or before it at which one can begin.
+    /// `stride_bytes` of the layer one of the last places before it at which one can begin.
     ///
     /// There are fewer where the compressor wrote larger pieces: a zstd layer of one frame has only
-    /// the start. Plain tar can be entered anywhere, which needs no list. [`Self::take_checkpoints`]
-    /// after each read keeps no more than two windows in memory.
+    /// the start, and so has a gzip layer that zlib-ng or zlib-rs wrote in one block (level 1). Plain
+    /// tar can be entered anywhere, which needs no list. [`Self::take_checkpoints`] after each read
+    /// keeps no more than two windows in memory.
     ///
     /// # Errors
     /// As of [`Self::new`].
@@ -311,17 +312,6 @@ impl<R: BufRead> Decoder<R> {
         self.input.into_inner().1
     }
 
-    /// Accounts for a step.
-    fn pass(&mut self, consumed: usize, produced: usize) {
-        // A checkpoint's offsets may be any, and wrap; a blob does not.
-        self.at = self.at.wrapping_add(consumed as u64);
-        self.layer_at = self.layer_at.wrapping_add(produced as u64);
-        if let Some(picker) = &mut self.picker {
-            let (boundary, window) = (self.steps.boundary(), || self.steps.window());
-            picker.pass(self.at, self.layer_at, boundary, window);
-        }
-    }
-
     fn error(&self, fault: &Fault) -> io::Error {
         let (at, compression) = (self.at, self.compression);
         io::Error::from(match fault.clone() {
@@ -355,10 +345,26 @@ impl<R: BufRead> Read for Decoder<R> {
             if at_end && self.steps.may_end() {
                 return Ok(0);
             }
-            let outcome = self.steps.step(input, output);
+            let (stop, len) = match self
+                .picker
+                .as_ref()
+                .map(|it| it.unwanted_bytes(self.layer_at))
+            {
+                None => (StopAt::End, output.len()),
+                Some(0) => (StopAt::Blocks, output.len()),
+                Some(len) => (StopAt::End, output.len().min(len)),
+            };
+            let outcome = self.steps.step(input, &mut output[..len], stop);
             if let Ok(Progress { consumed, produced }) = outcome {
+                // A checkpoint's offsets may be any, and wrap; a blob does not.
+                self.at = self.at.wrapping_add(consumed as u64);
+                self.layer_at = self.layer_at.wrapping_add(produced as u64);
+                if let Some(picker) = &mut self.picker {
+                    let (offsets, boundary) = ((self.at, self.layer_at), self.steps.boundary());
+                    let copy_window = |window: &mut Vec<u8>| self.steps.window(window);
+                    picker.pass(&input[..consumed], offsets, boundary, copy_window);
+                }
                 self.input.consume(consumed);
-                self.pass(consumed, produced);
             }
             let fault = match outcome {
                 Ok(Progress { produced, .. }) if produced > 0 => return Ok(produced),
@@ -388,7 +394,7 @@ impl<R> fmt::Debug for Decoder<R> {
 struct PlainSteps;
 
 impl Step for PlainSteps {
-    fn step(&mut self, input: &[u8], output: &mut [u8]) -> Result<Progress, Fault> {
+    fn step(&mut self, input: &[u8], output: &mut [u8], _: StopAt) -> Result<Progress, Fault> {
         let len = input.len().min(output.len());
         output[..len].copy_from_slice(&input[..len]);
         Ok(Progress {

@@ -13,6 +13,7 @@ use zstd::{
 };
 
 use super::{Fault, Progress, Step, checkpoint::Boundary};
+use crate::sys::inflate::StopAt;
 
 /// log2 of the largest window a frame may ask for, which is memory allocated for it: 8 MiB.
 ///
@@ -39,7 +40,7 @@ impl ZstdSteps {
 }
 
 impl Step for ZstdSteps {
-    fn step(&mut self, input: &[u8], output: &mut [u8]) -> Result<Progress, Fault> {
+    fn step(&mut self, input: &[u8], output: &mut [u8], _: StopAt) -> Result<Progress, Fault> {
         let mut from = InBuffer::around(input);
         let mut to = OutBuffer::around(output);
         let hint = self.decoder.run(&mut from, &mut to).map_err(fault)?;
