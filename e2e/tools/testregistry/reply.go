@@ -13,6 +13,9 @@ import (
 // blockBytes are sent at once when an answer is slow or meets a fault.
 const blockBytes = 32 << 10
 
+// countedBytes are sent between two looks at the counters, when nothing goes wrong.
+const countedBytes = 1 << 20
+
 // connectionKey is where a request's context has its connection.
 type connectionKey struct{}
 
@@ -87,9 +90,15 @@ func (r *registry) reply(w http.ResponseWriter, request *http.Request, a *answer
 func (r *registry) send(w http.ResponseWriter, request *http.Request, file *os.File, a *answer, f *fault, stop int64) {
 	sent := func(n int64) { r.counters.add(a, func(c *count) { c.BytesSent += n }) }
 	if f == nil && r.misdeeds.current().RateBytesPerSecond == 0 {
-		// The kernel copies (sendfile). Whoever went away has had enough.
-		n, _ := io.CopyN(w, file, stop-a.begin)
-		sent(n)
+		// The kernel copies (sendfile), in pieces, so that the counters go along. Whoever went away has had enough.
+		for at := a.begin; at < stop; {
+			n, err := io.CopyN(w, file, min(countedBytes, stop-at))
+			sent(n)
+			if err != nil {
+				return
+			}
+			at += n
+		}
 		return
 	}
 	flusher := http.NewResponseController(w)
