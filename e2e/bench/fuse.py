@@ -55,7 +55,8 @@ class Trees:
     def __init__(self, work: pathlib.Path, worker: driver.Worker, native: pathlib.Path):
         self.worker, self.trees = worker, {"native": native, "fuse": worker.target("v")}
         self.lists = {"names": work / "names", "small": work / "small-files"}
-        names = [str(path.relative_to(native)) for path in native.rglob("*")]
+        # In one order for both, that of the layer and of the copy, and not what either directory happens to answer.
+        names = sorted(str(path.relative_to(native)) for path in native.rglob("*"))
         self.lists["names"].write_text("".join(f"{name}\n" for name in names if "\n" not in name))
         self.lists["small"].write_text("".join(f"{name}\n" for name in names if name.startswith(layers.SMALL_DIR) and name.count("/") == 3))
 

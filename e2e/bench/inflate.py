@@ -13,12 +13,13 @@ import shutil
 import time
 
 import images
-from harness import driver, paths, process, testregistry
+from harness import driver, paths, process, services, testregistry
 
 from . import layers, measure, node, node_cache
 
 MAX_COLD = 1.25
 MAX_TWO_CORES = 0.75
+UNPACK = "skopeo copy + umoci unpack"
 IMAGES = ("bench-30mb", "bench-300mb")
 
 
@@ -65,11 +66,11 @@ class Layer:
             shutil.rmtree(it)
         return sample
 
-    def cold(self, number: int) -> measure.Sample:
+    def cold(self, number: int, reference: str) -> measure.Sample:
         """A publish on a node that has nothing."""
         with node.worker(self.work / f"cold-{number}", self.config) as worker:
             cpu = measure.cpu_of(worker.server.pid)
-            published = worker.must_publish("v", self.reference).milliseconds / 1000
+            published = worker.must_publish("v", reference).milliseconds / 1000
             replied = time.perf_counter()
             # The client's start is no part of it. A publish may answer before the layer is whole.
             if not node_cache.is_complete(worker.cache_dir, self.diff_id):
@@ -92,7 +93,7 @@ class Layer:
             return measure.Sample(time.perf_counter() - begin, measure.cpu_of(worker.server.pid) - cpu, self.layer_bytes)
 
 
-def play(layer: Layer, verdicts: measure.Verdicts) -> None:
+def play(layer: Layer, from_docker_registry: str, verdicts: measure.Verdicts) -> None:
     megabytes = round(layer.layer_bytes / 1e6)
     blob, url = shlex.quote(str(layer.blob)), shlex.quote(layer.url)
     with node.seeded(layer.work, layer.config, layer.reference, [layer.diff_id]) as seed:
@@ -101,15 +102,16 @@ def play(layer: Layer, verdicts: measure.Verdicts) -> None:
             "inflater alone": lambda _: inflate(layer.blob),
             "gzip -dc > file": lambda _: layer.to_file(f"gzip -dc < {blob}"),
             "curl | gzip -dc > file": lambda _: layer.to_file(f"curl -sSf --noproxy '*' {url} | gzip -dc"),
-            "cold layer by a publish": layer.cold,
+            "cold layer by a publish": lambda number: layer.cold(number, layer.reference),
+            "the same, from docker-registry": lambda number: layer.cold(number, from_docker_registry),
         }
         if has_map:
             cases["cold layer, checkpoints known"] = lambda number: layer.known(number, seed)
         if shutil.which("skopeo") and shutil.which("umoci"):
-            cases["skopeo copy + umoci unpack"] = lambda _: layer.skopeo_and_umoci()
+            cases[UNPACK] = lambda _: layer.skopeo_and_umoci()
         else:
-            verdicts.skip("skopeo copy + umoci unpack", "not installed; e2e/install.sh demo does")
-        samples = measure.interleaved(cases, prepare=measure.settle)
+            verdicts.skip(UNPACK, "not installed; e2e/install.sh demo does")
+        samples = measure.interleaved(cases, prepare=measure.settle, slow={UNPACK})
     measure.cases_table(f"one layer of {megabytes} MB", samples, base="inflater alone")
     base = samples["inflater alone"].median
     verdicts.at_most(f"cold layer of {megabytes} MB, fetched, verified, indexed, on disk / inflater alone", samples["cold layer by a publish"].median / base, MAX_COLD, " x")
@@ -124,14 +126,16 @@ def run(work: pathlib.Path, verdicts: measure.Verdicts) -> None:
     chosen = [images.get(name) for name in IMAGES]
     inflater()
     registry = testregistry.serving(work, chosen)
+    docker_registry = services.Registry(work, work / "registry")
     try:
-        config = driver.write_config(work / "config.toml", plain_http=[registry.host])
+        config = driver.write_config(work / "config.toml", plain_http=[registry.host, docker_registry.host])
         for image in chosen:
             directory = work / image.name
             directory.mkdir()
             layer = Layer(directory, image, registry, config)
             # Its file in the layout is in the page cache for everybody.
             layer.to_file(f"cat {shlex.quote(str(layer.blob))}")
-            play(layer, verdicts)
+            play(layer, image.push(docker_registry.host), verdicts)
     finally:
         registry.stop()
+        docker_registry.stop()

@@ -11,6 +11,7 @@ import time
 from harness.table import print_table
 
 ROUNDS = 5
+SLOW_ROUNDS = 2
 
 
 @dataclasses.dataclass
@@ -55,16 +56,18 @@ def p90(values: list[float]) -> float:
     return sorted(values)[math.ceil(0.9 * len(values)) - 1]
 
 
-def interleaved(cases: dict, rounds: int = ROUNDS, prepare=lambda: None) -> dict[object, Samples]:
+def interleaved(cases: dict, rounds: int = ROUNDS, prepare=lambda: None, slow=()) -> dict[object, Samples]:
     """Runs each case once a round, because the machine is not the same from one minute to the next.
 
     `cases` are functions of the round's number that return a Sample; `prepare` is called before each.
+    Those in `slow` run in the first rounds only: they have no bound, and take long.
     """
     out = {name: Samples() for name in cases}
     for number in range(rounds):
         for name, case in cases.items():
-            prepare()
-            out[name].all.append(case(number))
+            if number < SLOW_ROUNDS or name not in slow:
+                prepare()
+                out[name].all.append(case(number))
     return out
 
 

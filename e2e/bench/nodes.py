@@ -63,8 +63,9 @@ def play(work: pathlib.Path, image: images.Image, registry: testregistry.TestReg
                 workers = [stack.enter_context(node.worker(work / f"{state}{number}", config)) for number in range(count)]
                 out[state] = start_together(workers, image, registry)
                 if state == "cold":
-                    uploaded = lambda: sum(it.metric("remote_uploads_total", outcome="ok") for it in workers) >= len(image.layer_digests())
-                    process.wait_until(uploaded, "the layers to be in Redis", seconds=UPLOAD_SECONDS)
+                    # A manifest is written last (docs/REMOTE_FORMAT.md).
+                    keys = [f"clip:oci:layer:decompressed:{it}" for it in image.layout.diff_ids(images.TAG)]
+                    process.wait_until(lambda: all(redis.command("EXISTS", it) == "1" for it in keys), "the layers to be in Redis", seconds=UPLOAD_SECONDS)
         return out
     finally:
         redis.stop()
