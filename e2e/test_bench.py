@@ -25,8 +25,8 @@ class Measure(unittest.TestCase):
         samples = measure.interleaved({name: lambda number, name=name: order.append((number, name)) or measure.Sample(1) for name in "ab"}, rounds=2)
         self.assertEqual(order, [(0, "a"), (0, "b"), (1, "a"), (1, "b")])
         self.assertEqual([len(it.all) for it in samples.values()], [2, 2])
-        samples = measure.interleaved({name: lambda _: measure.Sample(1) for name in "ab"}, slow={"b"})
-        self.assertEqual([len(it.all) for it in samples.values()], [measure.ROUNDS, measure.SLOW_ROUNDS])
+        samples = measure.interleaved({name: lambda _: measure.Sample(1) for name in "ab"}, fewer={"b": 2})
+        self.assertEqual([len(it.all) for it in samples.values()], [measure.ROUNDS, 2])
 
     def test_bounds_are_held_or_missed(self):
         verdicts, out = measure.Verdicts(), io.StringIO()

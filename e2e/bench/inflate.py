@@ -111,7 +111,7 @@ def play(layer: Layer, from_docker_registry: str, verdicts: measure.Verdicts) ->
             cases[UNPACK] = lambda _: layer.skopeo_and_umoci()
         else:
             verdicts.skip(UNPACK, "not installed; e2e/install.sh demo does")
-        samples = measure.interleaved(cases, prepare=measure.settle, slow={UNPACK})
+        samples = measure.interleaved(cases, prepare=measure.settle, fewer={UNPACK: 2})
     measure.cases_table(f"one layer of {megabytes} MB", samples, base="inflater alone")
     base = samples["inflater alone"].median
     verdicts.at_most(f"cold layer of {megabytes} MB, fetched, verified, indexed, on disk / inflater alone", samples["cold layer by a publish"].median / base, MAX_COLD, " x")

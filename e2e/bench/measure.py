@@ -11,7 +11,6 @@ import time
 from harness.table import print_table
 
 ROUNDS = 5
-SLOW_ROUNDS = 2
 
 
 @dataclasses.dataclass
@@ -56,16 +55,16 @@ def p90(values: list[float]) -> float:
     return sorted(values)[math.ceil(0.9 * len(values)) - 1]
 
 
-def interleaved(cases: dict, rounds: int = ROUNDS, prepare=lambda: None, slow=()) -> dict[object, Samples]:
+def interleaved(cases: dict, rounds: int = ROUNDS, prepare=lambda: None, fewer: dict | None = None) -> dict[object, Samples]:
     """Runs each case once a round, because the machine is not the same from one minute to the next.
 
     `cases` are functions of the round's number that return a Sample; `prepare` is called before each.
-    Those in `slow` run in the first rounds only: they have no bound, and take long.
+    Those in `fewer` run in as many first rounds only: they have no bound, and take long.
     """
     out = {name: Samples() for name in cases}
     for number in range(rounds):
         for name, case in cases.items():
-            if number < SLOW_ROUNDS or name not in slow:
+            if number < (fewer or {}).get(name, rounds):
                 prepare()
                 out[name].all.append(case(number))
     return out
