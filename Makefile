@@ -14,7 +14,7 @@ CARGO_FLAGS := --release --locked
 say = @printf '\n==> %s\n' "$(1)"
 
 .DEFAULT_GOAL := help
-.PHONY: help install build check unit e2e cluster-builds test demo
+.PHONY: help install build check unit e2e cluster-builds test demo bench
 
 help: ## List these commands
 	@grep -hE '^[a-z0-9]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9]+):.*## /\1\t/' | while IFS=$$'\t' read -r name text; do printf '  make %-8s %s\n' "$$name" "$$text"; done
@@ -29,6 +29,15 @@ demo: ## Play the three stories on real services and print the table (root; inst
 	@python3 e2e/images.py build demo5 demo1
 	$(call say,Playing the three stories)
 	@CLIP_CSI_BIN=$${CLIP_CSI_BIN:-$(CURDIR)/target/dist/clip-csi} python3 e2e/demo.py
+
+bench: ## Measure against the best that could be, in ratios (root, idle machine; BENCH=name,name picks; about 15 minutes after builds)
+	$(call say,Installing what is missing)
+	@./e2e/install.sh demo
+	$(call say,Building clip-csi and its inflater alone; the readers and the registry)
+	@cargo build $(CARGO_FLAGS) --bins --bench inflate
+	./e2e/tools.sh >/dev/null
+	$(call say,Measuring)
+	@python3 e2e/bench/run.py "$(BENCH)"
 
 test: ## Everything that continuous integration runs (root; installs what is missing; about half an hour the first time)
 	$(call say,1/4 Installing what is missing)

@@ -37,6 +37,7 @@ import time
 import images
 from harness import driver, paths, process, services
 from harness.process import Failed, say
+from harness.table import megabytes, milliseconds, print_table
 
 FILES_READ = 50
 # The median of fewer moves with what else the machine does.
@@ -152,22 +153,6 @@ def measure_ratio(work: pathlib.Path, registry: services.Registry, config: pathl
 
         samples["index"].append(timed(lambda: driver.clip("index", "build", reference, config=config, cache_dir=work / f"index-{number}")))
     return samples
-
-
-def milliseconds(seconds: float) -> str:
-    return f"{seconds * 1000:.1f} ms"
-
-
-def megabytes(count: int) -> str:
-    return f"{count / 1e6:.1f} MB"
-
-
-def print_table(rows: list[list[str]]) -> None:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    for number, row in enumerate(rows):
-        print("  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]).rstrip())
-        if number == 0:
-            print("  ".join("-" * width for width in widths))
 
 
 def print_stories(stories: list[Story]) -> None:

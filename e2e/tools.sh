@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds the Go programs of e2e/tools into the cache and prints the directory they are in.
 # usage: tools.sh [csi|kubernetes]
-#   csi         csi-sanity and csictl (the default)
+#   csi         csi-sanity, csictl, and what tests and benchmarks need: testregistry, benchreader (the default)
 #   kubernetes  Kubernetes' own programs, Helm, the cluster's sidecars, and in crds/ the kinds of Prometheus' operator
 # A no-op when the cache holds them for these very sources.
 set -euo pipefail
@@ -13,9 +13,9 @@ compile=
 case "$what" in
 csi)
     module="$E2E_DIR/tools"
-    sources=("$module"/csictl/*.go)
-    packages=(./csictl github.com/kubernetes-csi/csi-test/v5/cmd/csi-sanity)
-    about="csi-sanity and csictl (Go, once; a minute or two)"
+    sources=("$module"/*/*.go)
+    packages=(./csictl ./testregistry ./benchreader github.com/kubernetes-csi/csi-test/v5/cmd/csi-sanity)
+    about="csi-sanity, csictl, testregistry and benchreader (Go, once; a minute or two)"
     ;;
 kubernetes)
     module="$E2E_DIR/tools/kubernetes"

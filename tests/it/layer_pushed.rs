@@ -1,6 +1,7 @@
 //! A layer whose index was pushed beside its image is there before a byte of it was read.
 
 use std::{
+    ops::Range,
     path::Path,
     sync::{
         Arc,
@@ -42,7 +43,7 @@ impl BlobSource for Indexed {
         blob_bytes: u64,
         range: Range<u64>,
     ) -> BoxFuture<'a, Result<BlobStream, SourceError>> {
-        self.blobs.open(blob, blob_bytes, offset)
+        self.blobs.open(blob, blob_bytes, range)
     }
 
     fn layer_index<'a>(
