@@ -55,7 +55,8 @@ EVERYTHING = {
               "maxLayerBytes": 1 << 40, "maxLayerEntries": 1000, "maxLayerIndexBytes": 1 << 20, "maxIndexNodes": 1000, "maxDecompressions": 2,
               "stallTimeoutSeconds": 30},
     "remote": {"kind": "redis", "url": "redis://reader@redis.cache:6379/1", "existingSecret": {"name": "remote", "passwordKey": "password"},
-               "chunkTtlSeconds": 0, "connectTimeoutMs": 100, "requestTimeoutMs": 200, "maxIndexBytes": 1 << 20, "uploadQueueLayers": 4, "uploadAttempts": 2},
+               "chunkTtlSeconds": 0, "connectTimeoutMs": 100, "requestTimeoutMs": 200, "maxIndexBytes": 1 << 20, "uploadQueueLayers": 4, "uploadAttempts": 2,
+               "leaseWaitSeconds": 30},
     "registries": {
         "hosts": {"docker.io": {"mirrors": ["mirror.example:5000", "second.example"], "alwaysAskOrigin": True}, "mirror.example:5000": {"plainHttp": True},
                   "private.example": {"caBundle": {"configMap": "private-ca", "key": "root.pem"}}, "other.example": {"caBundle": {"configMap": "private-ca"}}},

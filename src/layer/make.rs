@@ -16,17 +16,19 @@ use super::{
 use crate::{
     chunk,
     index::layer_index::LayerIndex,
-    remote::{RemoteManifest, Repair, Trust},
+    remote::{LeaseGuard, RemoteManifest, Trust, Turn},
     sys,
     telemetry::error_chain,
     tier::{LayerDesc, PresentError, SourceError},
 };
 
-/// Which tier a layer was made from.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Made {
-    FromRemote,
-    FromRegistry,
+/// What came of asking the remote content cache for a layer.
+#[derive(Debug)]
+enum FromRemote {
+    /// The disk has it now.
+    Made,
+    /// It is to be made from the registry; with a lease, other nodes wait for its upload.
+    Lacking(Option<LeaseGuard>),
 }
 
 impl Inner {
@@ -37,19 +39,17 @@ impl Inner {
         lock: FillLock,
     ) -> Result<Arc<Layer>, PresentError> {
         let diff_id = origin.desc.diff_id;
-        let made = if self.make_from_remote(&origin.desc).await? {
-            Made::FromRemote
-        } else {
+        let from_remote = self.make_from_remote(&origin.desc).await?;
+        if let FromRemote::Lacking(_) = &from_remote {
             self.make_from_registry(origin).await?;
-            Made::FromRegistry
-        };
+        }
         let layer = self.open_layer(origin)?.ok_or_else(|| PresentError::Disk {
             reason: format!("layer {diff_id} vanished while it was made"),
         })?;
         // Until here the lock kept it from being evicted; from here on it is in use.
         drop(lock);
-        if made == Made::FromRegistry {
-            self.upload_later(&origin.desc, layer.file(), Repair::default());
+        if let FromRemote::Lacking(lease) = from_remote {
+            self.upload_new(&origin.desc, layer.file(), lease);
         }
         self.metrics.layer_cache_layers.inc();
         self.room.sweep_soon();
@@ -59,17 +59,40 @@ impl Inner {
         Ok(layer)
     }
 
-    /// Makes the layer from the remote content cache; `false` if that does not have it.
-    async fn make_from_remote(&self, desc: &LayerDesc) -> Result<bool, PresentError> {
+    /// Makes the layer from the remote content cache, if need be once another node has put it there.
+    async fn make_from_remote(&self, desc: &LayerDesc) -> Result<FromRemote, PresentError> {
         let Some(remote) = &self.remote else {
-            return Ok(false);
+            return Ok(FromRemote::Lacking(None));
         };
-        let Some(manifest) = remote.cache.manifest(&desc.diff_id).await else {
-            return Ok(false);
-        };
+        let found = remote.cache.manifest(&desc.diff_id).await;
+        if let Some(manifest) = &found
+            && self.take_from_remote(remote, desc, manifest).await?
+        {
+            return Ok(FromRemote::Made);
+        }
+        if !remote.uploader.has_room() {
+            return Ok(FromRemote::Lacking(None));
+        }
+        match remote.cache.turn(&desc.diff_id, found.as_deref()).await {
+            Turn::Made(manifest) => match self.take_from_remote(remote, desc, &manifest).await? {
+                true => Ok(FromRemote::Made),
+                false => Ok(FromRemote::Lacking(None)),
+            },
+            Turn::Ours(lease) => Ok(FromRemote::Lacking(Some(lease))),
+            Turn::Alone => Ok(FromRemote::Lacking(None)),
+        }
+    }
+
+    /// Makes the layer that `manifest` describes; `false` if the remote has not all of it.
+    async fn take_from_remote(
+        &self,
+        remote: &Remote,
+        desc: &LayerDesc,
+        manifest: &Arc<RemoteManifest>,
+    ) -> Result<bool, PresentError> {
         match manifest.trust {
-            Trust::Authenticated => self.adopt_remote_index(remote, &manifest).await,
-            Trust::Unverified => self.copy_remote_layer(remote, desc, &manifest).await,
+            Trust::Authenticated => self.adopt_remote_index(remote, manifest).await,
+            Trust::Unverified => self.copy_remote_layer(remote, desc, manifest).await,
         }
     }
 

@@ -13,7 +13,7 @@ use super::{
 use crate::{
     digest::{self, BlobDigest, ChunkDigest, DiffId},
     disk,
-    remote::{Repair, UploadOutcome, UploadSource},
+    remote::{LeaseGuard, Repair, UploadOutcome, UploadSource},
     tier::LayerDesc,
 };
 
@@ -118,21 +118,41 @@ pub(super) fn resume(inner: &Arc<Inner>) {
     }
 }
 
+/// Marks the layer as one to be uploaded, and describes its upload.
+fn marked(desc: &LayerDesc, file: &Arc<LayerFile>) -> Arc<LayerUpload> {
+    if let Err(err) = mark(file.dir(), desc) {
+        warn!(layer.diff_id = %desc.diff_id, error = %err, "upload would not survive a restart");
+    }
+    Arc::new(LayerUpload {
+        file: Arc::clone(file),
+        blob: desc.blob,
+        blob_bytes: desc.blob_bytes,
+    })
+}
+
 impl Inner {
     /// Has the layer uploaded by and by, or `repair`ed where the remote has it already.
     pub(super) fn upload_later(&self, desc: &LayerDesc, file: &Arc<LayerFile>, repair: Repair) {
         let Some(remote) = &self.remote else { return };
-        if let Err(err) = mark(file.dir(), desc) {
-            warn!(layer.diff_id = %desc.diff_id, error = %err, "upload would not survive a restart");
-        }
-        let (blob, blob_bytes) = (desc.blob, desc.blob_bytes);
-        let upload = LayerUpload {
-            file: Arc::clone(file),
-            blob,
-            blob_bytes,
-        };
+        let upload = marked(desc, file);
         // A refusal is counted and logged there; the mark stays for the next start.
-        remote.uploader.enqueue_repair(Arc::new(upload), repair);
+        remote.uploader.enqueue_repair(upload, repair);
+    }
+
+    /// Has a layer uploaded that is new; other nodes wait for it as long as there is a `lease`.
+    pub(super) fn upload_new(
+        &self,
+        desc: &LayerDesc,
+        file: &Arc<LayerFile>,
+        lease: Option<LeaseGuard>,
+    ) {
+        let Some(remote) = &self.remote else { return };
+        let upload = marked(desc, file);
+        // As above; refused, the lease ends here.
+        match lease {
+            Some(lease) => remote.uploader.enqueue_leased(upload, lease),
+            None => remote.uploader.enqueue(upload),
+        };
     }
 
     /// Flushes a complete layer to stable storage, beside all else.

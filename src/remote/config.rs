@@ -21,6 +21,12 @@ use super::{
 /// Bytes of a key or password file at most; a longer one is some other file by mistake.
 const MAX_SECRET_BYTES: u64 = 4096;
 
+/// How long a layer's lease lives that is not renewed.
+///
+/// What a node that died costs those that wait for it; renewed every third of it, it outlives a
+/// remote that is skipped for some seconds.
+const LEASE_TTL: Duration = Duration::from_secs(15);
+
 /// Which engine keeps the layers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -61,6 +67,8 @@ pub struct RemoteConfig {
     pub upload_queue_layers: usize,
     /// Attempts in a row without progress after which a layer's upload is given up.
     pub upload_attempts: u32,
+    /// Seconds that a node waits for a layer that another one makes; 0: nodes do not wait.
+    pub lease_wait_seconds: u64,
 }
 
 impl Default for RemoteConfig {
@@ -81,6 +89,9 @@ impl Default for RemoteConfig {
             max_index_bytes: 512 << 20,
             upload_queue_layers: upload.queue_layers,
             upload_attempts: upload.attempts,
+            // Four times what a holder that died costs. Who waits for a layer that takes longer
+            // makes it, too, in the end.
+            lease_wait_seconds: 60,
         }
     }
 }
@@ -207,6 +218,8 @@ pub fn open(
         key,
         max_index_bytes: config.max_index_bytes,
         back_off: BackOff::default(),
+        lease_ttl: LEASE_TTL,
+        lease_wait: Duration::from_secs(config.lease_wait_seconds),
     };
     Ok(Some(ContentCache::new(
         backend,

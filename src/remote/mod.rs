@@ -4,6 +4,8 @@
 //!
 //! - [`ContentCache`] is what the layer store uses: it asks for a layer's manifest, index and
 //!   chunks, verifies every byte, and turns whatever is wrong with the remote into a miss.
+//! - [`LeaseGuard`] says that this node makes a layer, so that others wait for it instead of making
+//!   it, too.
 //! - [`Uploader`] puts layers there in the background, a chunk at a time.
 //! - `gate` stands between both and the engine: it counts, bounds memory, and skips a remote that
 //!   is down (`breaker` decides).
@@ -29,6 +31,7 @@ mod content;
 mod dir;
 mod format;
 mod gate;
+mod lease;
 mod redis;
 mod upload;
 
@@ -37,5 +40,6 @@ pub use config::{RemoteConfig, RemoteConfigError, RemoteKind, open};
 pub use content::{ContentCache, ContentOptions};
 pub use dir::DirCache;
 pub use format::{IntegrityKey, RemoteManifest, Trust};
+pub use lease::{LeaseGuard, LeaseOutcome, Turn};
 pub use redis::{RedisCache, RedisOptions};
 pub use upload::{Enqueued, Repair, UploadOptions, UploadOutcome, UploadSource, Uploader};

@@ -20,6 +20,7 @@ mod fuse_fakes;
 mod http_server;
 mod layer_distrust;
 mod layer_fixture;
+mod layer_leases;
 mod layering;
 mod layers;
 mod leave;

@@ -9,5 +9,6 @@
 mod conformance;
 mod content;
 mod fixture;
+mod lease;
 mod redis_engine;
 mod upload;

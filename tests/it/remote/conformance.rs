@@ -4,8 +4,8 @@ use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use clip_csi::{
-    digest::DiffId,
-    tier::{CacheKey, LayerCache, Put, TierError},
+    digest::{BlobDigest, DiffId},
+    tier::{CacheKey, LayerCache, LeaseHolder, Put, TierError},
 };
 use futures_util::future::join_all;
 
@@ -21,17 +21,20 @@ async fn conforms(cache: &dyn LayerCache) {
     fills_once(cache).await;
     replaces_atomically(cache).await;
     survives_cancelled_gets(cache).await;
+    leases_to_one(cache).await;
+    leases_expire(cache).await;
 }
 
 const MAX: usize = 8 << 20;
 
-fn keys(layer: &str) -> [CacheKey; 4] {
+fn keys(layer: &str) -> [CacheKey; 5] {
     let layer = DiffId::of(layer.as_bytes());
     [
         CacheKey::Manifest(layer),
         CacheKey::Index(layer),
         CacheKey::Chunk(layer, 0),
         CacheKey::Chunk(layer, u32::MAX),
+        CacheKey::AccessMap(layer, BlobDigest::of(b"")),
     ]
 }
 
@@ -59,7 +62,7 @@ async fn misses_and_hits(cache: &dyn LayerCache) {
 
 async fn is_binary_safe(cache: &dyn LayerCache) {
     let all: Vec<u8> = (0..=255).collect();
-    let [_, _, key, _] = keys("binary");
+    let [_, _, key, ..] = keys("binary");
     for value in [&all[..], b"", b"\0", b"$-1\r\n", b"\r\n", &[0xff; 70_000]] {
         put(cache, key, value, Put::Replace).await;
         assert_eq!(got(cache, key).await.as_deref(), Some(value));
@@ -67,7 +70,7 @@ async fn is_binary_safe(cache: &dyn LayerCache) {
 }
 
 async fn refuses_oversize(cache: &dyn LayerCache) {
-    let [_, index, chunk, _] = keys("oversize");
+    let [_, index, chunk, ..] = keys("oversize");
     // The second one is above what an engine may fetch without measuring.
     for (key, len) in [(chunk, 1000), (index, 5 << 20)] {
         let value = vec![7; len];
@@ -119,7 +122,7 @@ fn writer_of(value: &Bytes) -> u8 {
 }
 
 async fn fills_once(cache: &dyn LayerCache) {
-    let [_, _, key, _] = keys("fill");
+    let [_, _, key, ..] = keys("fill");
     let writers = join_all((1..=8).map(|writer| cache.put(key, uniform(writer), Put::IfAbsent)));
     let readers = join_all((0..8).map(|_| async {
         let mut seen = Vec::new();
@@ -138,7 +141,7 @@ async fn fills_once(cache: &dyn LayerCache) {
 }
 
 async fn replaces_atomically(cache: &dyn LayerCache) {
-    let [_, _, key, _] = keys("atomic");
+    let [_, _, key, ..] = keys("atomic");
     put(cache, key, &uniform(1), Put::Replace).await;
     let writers = async {
         for writer in 2..12 {
@@ -184,6 +187,55 @@ async fn survives_cancelled_gets(cache: &dyn LayerCache) {
     assert!(5 <= n_cancelled, "{n_cancelled} gets were cancelled");
 }
 
+/// So long that no test sees it pass.
+const LONG: Duration = Duration::from_secs(600);
+
+/// So short that the next call finds it ended, or soon after.
+const SHORT: Duration = Duration::from_millis(50);
+
+async fn leases_to_one(cache: &dyn LayerCache) {
+    let key = CacheKey::Lease(DiffId::of(b"lease"));
+    let other_key = CacheKey::Lease(DiffId::of(b"other lease"));
+    let [first, second] = [(); 2].map(|()| LeaseHolder::random());
+    let lease = |key, holder| async move { cache.lease(key, holder, LONG).await.unwrap() };
+    let release = |holder| async move { cache.release(key, holder).await.unwrap() };
+    // Nobody has it: that is no error.
+    release(first).await;
+    assert!(lease(key, first).await);
+    assert!(!lease(key, second).await);
+    assert!(lease(other_key, second).await, "another layer's is free");
+    assert!(lease(key, first).await, "its holder renews it");
+    release(second).await;
+    assert!(!lease(key, second).await, "it was not second's to release");
+    release(first).await;
+    assert!(lease(key, second).await);
+    assert!(!lease(key, first).await);
+    release(second).await;
+    release(second).await;
+    // Of many that begin at once, one has it in the end.
+    let holders: Vec<_> = (0..8).map(|_| LeaseHolder::random()).collect();
+    let taken = join_all(holders.iter().map(|it| lease(key, *it))).await;
+    assert_eq!(taken.iter().filter(|it| **it).count(), 1, "{taken:?}");
+    let renewed = join_all(holders.iter().map(|it| lease(key, *it))).await;
+    assert_eq!(renewed, taken);
+}
+
+async fn leases_expire(cache: &dyn LayerCache) {
+    let key = CacheKey::Lease(DiffId::of(b"expiring lease"));
+    let [first, second] = [(); 2].map(|()| LeaseHolder::random());
+    assert!(cache.lease(key, first, SHORT).await.unwrap());
+    // The renewal counts, and not what was before.
+    assert!(cache.lease(key, first, LONG).await.unwrap());
+    tokio::time::sleep(SHORT).await;
+    assert!(!cache.lease(key, second, LONG).await.unwrap());
+    assert!(cache.lease(key, first, SHORT).await.unwrap());
+    tokio::time::sleep(SHORT).await;
+    assert!(cache.lease(key, second, LONG).await.unwrap());
+    // Its former holder has learned nothing, and can do no harm.
+    cache.release(key, first).await.unwrap();
+    assert!(!cache.lease(key, first, LONG).await.unwrap());
+}
+
 /// Delays some calls, so that they end in another order than they began.
 fn delayed<T: LayerCache>(cache: T) -> Flaky<T> {
     (0..3000).step_by(7).fold(Flaky::new(cache), |flaky, nth| {
@@ -197,7 +249,7 @@ async fn failures_change_nothing<T: LayerCache>(cache: T) {
         reason: "test".to_owned(),
     });
     let cache = (1..4).fold(Flaky::new(cache), |it, nth| it.on(nth, down.clone()));
-    let [_, _, key, _] = keys("failures");
+    let [_, _, key, ..] = keys("failures");
     put(&cache, key, b"value", Put::IfAbsent).await;
     assert!(cache.get(key, MAX).await.is_err());
     let replaced = cache.put(key, Bytes::from_static(b"other"), Put::Replace);
@@ -223,7 +275,7 @@ async fn dir_conforms_under_faults() {
 async fn two_handles_of_one_dir_conform() {
     let (first, dir) = dir_cache();
     let second = clip_csi::remote::DirCache::new(dir.path(), super::fixture::PATIENCE);
-    let [_, _, key, _] = keys("nodes");
+    let [_, _, key, ..] = keys("nodes");
     put(&first, key, b"of first", Put::IfAbsent).await;
     put(&second, key, b"of second", Put::IfAbsent).await;
     assert_eq!(got(&second, key).await.as_deref(), Some(&b"of first"[..]));

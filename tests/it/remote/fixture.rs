@@ -23,7 +23,7 @@ use clip_csi::{
         UploadOutcome, UploadSource,
     },
     secret::Secret,
-    tier::{BoxFuture, CacheKey, LayerCache, Put, TierError},
+    tier::{BoxFuture, CacheKey, LayerCache, LeaseHolder, Put, TierError},
 };
 
 /// Generous: the machine may be busy, and no test waits for it to pass.
@@ -167,6 +167,8 @@ pub(super) enum Call {
     Get(CacheKey),
     Put(CacheKey),
     Delete(CacheKey),
+    Lease(CacheKey),
+    Release(CacheKey),
 }
 
 /// Adds faults to an engine, and notes its calls.
@@ -216,9 +218,18 @@ impl<T: LayerCache> Flaky<T> {
         let calls = self.calls.lock().unwrap();
         let puts = calls.iter().filter_map(|it| match it {
             Call::Put(key) => Some(*key),
-            Call::Get(_) | Call::Delete(_) => None,
+            _ => None,
         });
         puts.collect()
+    }
+
+    /// Leases that were asked for or renewed.
+    pub(super) fn n_leases(&self) -> usize {
+        let calls = self.calls.lock().unwrap();
+        calls
+            .iter()
+            .filter(|it| matches!(it, Call::Lease(_)))
+            .count()
     }
 
     async fn strike(&self, call: Call) -> Result<Option<Fault>, TierError> {
@@ -278,6 +289,25 @@ impl<T: LayerCache> LayerCache for Flaky<T> {
             self.inner.delete(key).await
         })
     }
+
+    fn lease(
+        &self,
+        key: CacheKey,
+        holder: LeaseHolder,
+        ttl: Duration,
+    ) -> BoxFuture<'_, Result<bool, TierError>> {
+        Box::pin(async move {
+            self.strike(Call::Lease(key)).await?;
+            self.inner.lease(key, holder, ttl).await
+        })
+    }
+
+    fn release(&self, key: CacheKey, holder: LeaseHolder) -> BoxFuture<'_, Result<(), TierError>> {
+        Box::pin(async move {
+            self.strike(Call::Release(key)).await?;
+            self.inner.release(key, holder).await
+        })
+    }
 }
 
 /// A handle to an engine that the test keeps, too.
@@ -299,6 +329,19 @@ impl<T: LayerCache> LayerCache for Shared<T> {
 
     fn delete(&self, key: CacheKey) -> BoxFuture<'_, Result<(), TierError>> {
         self.0.delete(key)
+    }
+
+    fn lease(
+        &self,
+        key: CacheKey,
+        holder: LeaseHolder,
+        ttl: Duration,
+    ) -> BoxFuture<'_, Result<bool, TierError>> {
+        self.0.lease(key, holder, ttl)
+    }
+
+    fn release(&self, key: CacheKey, holder: LeaseHolder) -> BoxFuture<'_, Result<(), TierError>> {
+        self.0.release(key, holder)
     }
 }
 
@@ -323,18 +366,31 @@ pub(super) fn key(byte: u8) -> IntegrityKey {
     IntegrityKey::new(&[byte; 32]).unwrap()
 }
 
+pub(super) fn content_options(key: Option<IntegrityKey>) -> ContentOptions {
+    ContentOptions {
+        key,
+        max_index_bytes: 1 << 20,
+        back_off: BackOff::default(),
+        lease_ttl: Duration::from_secs(15),
+        lease_wait: PATIENCE,
+    }
+}
+
 /// Puts the layout on top of an engine.
 pub(super) fn content<T: LayerCache + 'static>(
     engine: &Arc<T>,
     key: Option<IntegrityKey>,
     clock: Arc<dyn Clock>,
 ) -> (ContentCache, Metrics) {
+    content_with(engine, content_options(key), clock)
+}
+
+pub(super) fn content_with<T: LayerCache + 'static>(
+    engine: &Arc<T>,
+    options: ContentOptions,
+    clock: Arc<dyn Clock>,
+) -> (ContentCache, Metrics) {
     let metrics = Metrics::new();
-    let options = ContentOptions {
-        key,
-        max_index_bytes: 1 << 20,
-        back_off: BackOff::default(),
-    };
     let engine = Arc::clone(engine) as Arc<dyn LayerCache>;
     let cache = ContentCache::new(engine, options, metrics.clone(), clock);
     (cache, metrics)
@@ -354,6 +410,7 @@ type Hook = Box<dyn Fn(u32) + Send + Sync>;
 pub(super) struct Layer {
     pub(super) content: Vec<u8>,
     pub(super) index: Bytes,
+    pub(super) access_map: Option<Bytes>,
     pub(super) hook: Option<Hook>,
     /// Whether the local copy is rotten, although its digests are right.
     pub(super) is_rotten: bool,
@@ -392,6 +449,7 @@ impl Layer {
         Self {
             content,
             index: Bytes::from(format!("index of {seed}, ").repeat(50)),
+            access_map: None,
             hook: None,
             is_rotten: false,
             n_reads: AtomicUsize::new(0),
@@ -451,6 +509,10 @@ impl UploadSource for Layer {
 
     fn index(&self) -> io::Result<Bytes> {
         Ok(self.index.clone())
+    }
+
+    fn access_map(&self) -> io::Result<Option<(BlobDigest, Bytes)>> {
+        Ok(self.access_map.clone().map(|it| (self.blob(), it)))
     }
 
     fn read_chunk(&self, n: u32, into: &mut Vec<u8>) -> io::Result<()> {

@@ -52,7 +52,7 @@ password_file = {{ printf "/etc/clip-csi/secrets/remote/%s" .passwordKey | toJso
 hmac_key_file = {{ printf "/etc/clip-csi/secrets/remote/%s" .hmacKey | toJson }}
 {{- end }}
 {{- end }}
-{{- include "clip-csi.tomlIntegers" (dict "values" .Values.remote "keys" (list "chunkTtlSeconds" "connectTimeoutMs" "requestTimeoutMs" "maxIndexBytes" "uploadQueueLayers" "uploadAttempts")) }}
+{{- include "clip-csi.tomlIntegers" (dict "values" .Values.remote "keys" (list "chunkTtlSeconds" "connectTimeoutMs" "requestTimeoutMs" "maxIndexBytes" "uploadQueueLayers" "uploadAttempts" "leaseWaitSeconds")) }}
 {{- end }}
 
 [registry]
