@@ -78,6 +78,7 @@ COMBINATIONS = {
     "everything": EVERYTHING,
     "self-registration": {"registration": {"mode": "self"}},
     "remote directory": {"remote": {"kind": "dir", "path": "/mnt/shared"}},
+    "remote bucket": {"remote": {"kind": "s3", "s3": {"bucket": "layers"}}},
     "redis without secrets": {"remote": {"kind": "redis", "url": "redis://r"}},
     "no metrics": {"metrics": {"enabled": False}, "networkPolicy": {"enabled": True}},
     "no Kubernetes API": {"agent": {"events": {"enabled": False}}},
@@ -92,6 +93,9 @@ MISTAKES = [
     ({"remote": {"kind": "memcached"}}, "kind"),
     ({"remote": {"kind": "redis"}}, "url"),
     ({"remote": {"kind": "dir"}}, "path"),
+    ({"remote": {"kind": "s3"}}, "bucket"),
+    ({"remote": {"kind": "s3", "s3": {"bucket": "layers", "endpoint": "https://id:secret@s3"}}}, "endpoint"),
+    ({"remote": {"kind": "s3", "s3": {"bucket": "layers"}, "existingSecret": {"name": "s", "accessKeyIdKey": "id"}}}, "secretAccessKeyKey"),
     ({"remote": {"kind": "redis", "url": "redis://:secret@redis/0"}}, "url"),
     ({"remote": {"kind": "redis", "url": "http://redis"}}, "url"),
     ({"node": {"kubeletPath": "var/lib/kubelet"}}, "kubeletPath"),
@@ -348,6 +352,17 @@ class Configuration(NeedsHelm):
         self.assertTrue(config["registry"]["hosts"]["docker.io"]["always_ask_origin"])
         self.assertEqual(config["registry"]["hosts"]["private.example"]["ca_file"], "/etc/clip-csi/ca/private-ca/root.pem")
         self.assertEqual(config["registry"]["docker_config_file"], "/etc/clip-csi/secrets/registry/.dockerconfigjson")
+
+    def test_a_bucket_is_named_with_its_secret(self):
+        s3 = {"bucket": "layers", "endpoint": "http://s3.storage:9000", "region": "eu-1", "prefix": "a/b", "allowHttp": True}
+        secret = {"name": "remote", "accessKeyIdKey": "id", "secretAccessKeyKey": "secret"}
+        config = tomllib.loads(self.config({"remote": {"kind": "s3", "s3": s3, "existingSecret": secret}}))
+        self.assertEqual(config["remote"]["s3"], {
+            "bucket": "layers", "endpoint": "http://s3.storage:9000", "region": "eu-1", "prefix": "a/b", "allow_http": True,
+            "access_key_file": "/etc/clip-csi/secrets/remote/id", "secret_key_file": "/etc/clip-csi/secrets/remote/secret",
+        })
+        bare = tomllib.loads(self.config({"remote": {"kind": "s3", "s3": {"bucket": "layers"}}}))
+        self.assertEqual(bare["remote"]["s3"], {"bucket": "layers"})
 
     def test_defaults_are_the_drivers_own(self):
         self.assertEqual(tomllib.loads(self.config({})),

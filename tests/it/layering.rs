@@ -16,17 +16,18 @@ const MODULES: &[(&str, &[&str])] = &[
     ("ipc", &["disk", "sys"]),
     ("secret", &[]),
     ("telemetry", &[]),
+    ("tls", &[]),
     ("metrics", &["disk", "sys"]),
     ("exposition", &["metrics"]),
     ("tar", &[]),
     ("index", &["chunk", "digest", "tar"]),
     ("codec", &[]),
     ("tier", &["chunk", "digest"]),
-    ("registry", &["digest", "metrics", "secret", "tier"]),
+    ("registry", &["digest", "metrics", "secret", "tier", "tls"]),
     (
         "remote",
         &[
-            "chunk", "clock", "digest", "disk", "metrics", "secret", "tier",
+            "chunk", "clock", "digest", "disk", "metrics", "secret", "tier", "tls",
         ],
     ),
     (

@@ -11,4 +11,6 @@ mod content;
 mod fixture;
 mod lease;
 mod redis_engine;
+mod s3_engine;
+mod servers;
 mod upload;

@@ -1,15 +1,23 @@
 //! What every engine must do, plain and under faults.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use bytes::Bytes;
 use clip_csi::{
     digest::{BlobDigest, DiffId},
+    remote::{RedisCache, RedisOptions},
+    secret::Secret,
     tier::{CacheKey, LayerCache, LeaseHolder, Put, TierError},
 };
 use futures_util::future::join_all;
 
-use super::fixture::{Fault, Flaky, RedisServer, dir_cache};
+use super::{
+    fixture::{Fault, Flaky, PATIENCE, dir_cache},
+    servers::{RedisServer, S3Server, free_port, redis_cache, redis_options, s3_cache},
+};
 
 /// Runs the whole kit; each part has a layer of its own.
 async fn conforms(cache: &dyn LayerCache) {
@@ -190,7 +198,7 @@ async fn survives_cancelled_gets(cache: &dyn LayerCache) {
 /// So long that no test sees it pass.
 const LONG: Duration = Duration::from_secs(600);
 
-/// So short that the next call finds it ended, or soon after.
+/// So short that no test waits for long until it has passed.
 const SHORT: Duration = Duration::from_millis(50);
 
 async fn leases_to_one(cache: &dyn LayerCache) {
@@ -229,8 +237,13 @@ async fn leases_expire(cache: &dyn LayerCache) {
     tokio::time::sleep(SHORT).await;
     assert!(!cache.lease(key, second, LONG).await.unwrap());
     assert!(cache.lease(key, first, SHORT).await.unwrap());
-    tokio::time::sleep(SHORT).await;
-    assert!(cache.lease(key, second, LONG).await.unwrap());
+    let taken = async {
+        while !cache.lease(key, second, LONG).await.unwrap() {
+            tokio::time::sleep(SHORT / 10).await;
+        }
+    };
+    let taken = tokio::time::timeout(PATIENCE, taken).await;
+    taken.expect("it has ended");
     // Its former holder has learned nothing, and can do no harm.
     cache.release(key, first).await.unwrap();
     assert!(!cache.lease(key, first, LONG).await.unwrap());
@@ -296,6 +309,77 @@ async fn redis_conforms_under_faults() {
     };
     conforms(&delayed(server.cache())).await;
     failures_change_nothing(server.cache()).await;
+}
+
+#[tokio::test]
+async fn s3_conforms() {
+    if let Some(server) = S3Server::start("s3_conforms").await {
+        conforms(&server.cache()).await;
+    }
+}
+
+#[tokio::test]
+async fn s3_conforms_under_faults() {
+    let Some(server) = S3Server::start("s3_conforms_under_faults").await else {
+        return;
+    };
+    conforms(&delayed(server.cache())).await;
+    failures_change_nothing(server.cache()).await;
+}
+
+/// Asks everything of a server that is not there, or does not answer.
+async fn fails_without_a_server(cache: &dyn LayerCache, is_right: impl Fn(&TierError) -> bool) {
+    let [_, _, key, ..] = keys("dead");
+    let lease = CacheKey::Lease(DiffId::of(b"dead"));
+    let holder = LeaseHolder::random();
+    let value = Bytes::from_static(b"value");
+    let errors = [
+        cache.get(key, MAX).await.unwrap_err(),
+        cache.get(key, 0).await.unwrap_err(),
+        cache
+            .put(key, value.clone(), Put::IfAbsent)
+            .await
+            .unwrap_err(),
+        cache.put(key, value, Put::Replace).await.unwrap_err(),
+        cache.delete(key).await.unwrap_err(),
+        cache.lease(lease, holder, LONG).await.unwrap_err(),
+        cache.release(lease, holder).await.unwrap_err(),
+    ];
+    for error in errors {
+        assert!(is_right(&error), "{error:?}");
+        assert!(!format!("{error:?}").contains("hunter2"), "{error:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_dead_server_is_unavailable() {
+    let is_right = |error: &TierError| matches!(error, TierError::Unavailable { .. });
+    let port = free_port();
+    let redis = redis_cache(&format!("redis://:hunter2@127.0.0.1:{port}"));
+    fails_without_a_server(&redis, is_right).await;
+    let s3 = s3_cache(port, "hunter2", PATIENCE);
+    fails_without_a_server(&s3, is_right).await;
+}
+
+#[tokio::test]
+async fn a_slow_server_costs_the_time_it_is_given() {
+    // Connections are accepted by the kernel, and nobody reads.
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let is_right = |error: &TierError| matches!(error, TierError::Timeout { .. });
+    let short = Duration::from_millis(50);
+    let options = RedisOptions {
+        connect_timeout: short,
+        request_timeout: short,
+        ..redis_options()
+    };
+    let url = Secret::new(format!("redis://:hunter2@127.0.0.1:{port}"));
+    let redis = RedisCache::connect(&url, None, options).unwrap();
+    let s3 = s3_cache(port, "hunter2", short);
+    let started = Instant::now();
+    fails_without_a_server(&redis, is_right).await;
+    fails_without_a_server(&s3, is_right).await;
+    assert!(started.elapsed() < PATIENCE);
 }
 
 /// Threads of a runtime with several workers share one connection.

@@ -1,10 +1,8 @@
-//! What the tests of the remote content cache need: a real Redis, faults, a clock, a layer.
+//! What the tests of the remote content cache need: faults, a clock, a layer.
 
 use std::{
     collections::HashMap,
     fmt, io,
-    net::{TcpListener, TcpStream},
-    process::{Child, Command, Stdio},
     sync::{
         Arc, Mutex,
         atomic::{AtomicU64, AtomicUsize, Ordering},
@@ -19,127 +17,13 @@ use clip_csi::{
     digest::{BlobDigest, ChunkDigest, DiffId},
     metrics::Metrics,
     remote::{
-        BackOff, ContentCache, ContentOptions, DirCache, IntegrityKey, RedisCache, RedisOptions,
-        UploadOutcome, UploadSource,
+        BackOff, ContentCache, ContentOptions, DirCache, IntegrityKey, UploadOutcome, UploadSource,
     },
-    secret::Secret,
     tier::{BoxFuture, CacheKey, LayerCache, LeaseHolder, Put, TierError},
 };
 
 /// Generous: the machine may be busy, and no test waits for it to pass.
 pub(super) const PATIENCE: Duration = Duration::from_secs(20);
-
-/// A `redis-server` on a free loopback port, killed at the end.
-pub(super) struct RedisServer {
-    child: Child,
-    pub(super) port: u16,
-    arguments: Vec<String>,
-    dir: tempfile::TempDir,
-}
-
-impl RedisServer {
-    /// Starts a server, or says why the test `name` is skipped.
-    pub(super) async fn start(name: &str, arguments: &[&str]) -> Option<Self> {
-        if let Err(error) = Command::new("redis-server")
-            .arg("--version")
-            .stdout(Stdio::null())
-            .status()
-        {
-            eprintln!("SKIP {name}: redis-server cannot be run: {error}");
-            return None;
-        }
-        let arguments: Vec<_> = arguments.iter().map(ToString::to_string).collect();
-        let dir = tempfile::tempdir().unwrap();
-        // Another process may take the port before the server does: then it exits, and another
-        // port is tried.
-        for _ in 0..5 {
-            let port = free_port();
-            let mut child = spawn(port, &arguments, dir.path());
-            if answers(&mut child, port).await {
-                return Some(Self {
-                    child,
-                    port,
-                    arguments,
-                    dir,
-                });
-            }
-        }
-        panic!("redis-server did not start");
-    }
-
-    pub(super) fn kill(&mut self) {
-        // It may be dead already.
-        let _ = self.child.kill();
-        self.child.wait().unwrap();
-    }
-
-    /// Starts an empty server on the same port.
-    pub(super) async fn restart(&mut self) {
-        self.child = spawn(self.port, &self.arguments, self.dir.path());
-        assert!(answers(&mut self.child, self.port).await, "did not restart");
-    }
-
-    pub(super) fn url(&self) -> String {
-        format!("redis://127.0.0.1:{}", self.port)
-    }
-
-    pub(super) fn cache(&self) -> RedisCache {
-        redis_cache(&self.url())
-    }
-
-    /// A connection beside the driver's.
-    pub(super) fn raw(&self) -> redis::Connection {
-        let client = redis::Client::open(self.url()).unwrap();
-        client.get_connection().unwrap()
-    }
-}
-
-impl Drop for RedisServer {
-    fn drop(&mut self) {
-        self.kill();
-    }
-}
-
-fn spawn(port: u16, arguments: &[String], dir: &std::path::Path) -> Child {
-    Command::new("redis-server")
-        .args(["--port", &port.to_string(), "--bind", "127.0.0.1"])
-        .args(["--save", "", "--appendonly", "no", "--dir"])
-        .arg(dir)
-        .args(arguments)
-        .stdout(Stdio::null())
-        .spawn()
-        .unwrap()
-}
-
-async fn answers(child: &mut Child, port: u16) -> bool {
-    for _ in 0..1000 {
-        if child.try_wait().unwrap().is_some() {
-            return false;
-        }
-        if TcpStream::connect(("127.0.0.1", port)).is_ok() {
-            return true;
-        }
-        tokio::time::sleep(Duration::from_millis(10)).await;
-    }
-    false
-}
-
-pub(super) fn free_port() -> u16 {
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    listener.local_addr().unwrap().port()
-}
-
-pub(super) fn redis_options() -> RedisOptions {
-    RedisOptions {
-        connect_timeout: PATIENCE,
-        request_timeout: PATIENCE,
-        chunk_ttl: Some(Duration::from_secs(1000)),
-    }
-}
-
-pub(super) fn redis_cache(url: &str) -> RedisCache {
-    RedisCache::connect(&Secret::new(url.to_owned()), None, redis_options()).unwrap()
-}
 
 pub(super) fn dir_cache() -> (DirCache, tempfile::TempDir) {
     let dir = tempfile::tempdir().unwrap();

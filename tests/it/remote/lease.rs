@@ -16,9 +16,11 @@ use clip_csi::{
     tier::{CacheKey, LayerCache, LeaseHolder, TierError},
 };
 
-use super::fixture::{
-    Call, Fault, Flaky, Layer, PATIENCE, RedisServer, content_options, content_with, dir_cache,
-    key, until,
+use super::{
+    fixture::{
+        Call, Fault, Flaky, Layer, PATIENCE, content_options, content_with, dir_cache, key, until,
+    },
+    servers::{RedisServer, S3Server},
 };
 
 type Engine = Arc<Flaky<DirCache>>;
@@ -171,6 +173,13 @@ async fn the_others_wait_for_the_upload_in_a_dir() {
 async fn the_others_wait_for_the_upload_in_redis() {
     let name = "the_others_wait_for_the_upload_in_redis";
     if let Some(server) = RedisServer::start(name, &[]).await {
+        the_others_wait(Arc::new(server.cache())).await;
+    }
+}
+
+#[tokio::test]
+async fn the_others_wait_for_the_upload_in_s3() {
+    if let Some(server) = S3Server::start("the_others_wait_for_the_upload_in_s3").await {
         the_others_wait(Arc::new(server.cache())).await;
     }
 }

@@ -16,9 +16,12 @@ use clip_csi::{
     tier::{CacheKey, LayerCache, Put, TierError},
 };
 
-use super::fixture::{
-    Fault, Flaky, Layer, PATIENCE, RedisServer, content_options, content_with, dir_cache,
-    key, until, verify_failures,
+use super::{
+    fixture::{
+        Fault, Flaky, Layer, PATIENCE, content_options, content_with, dir_cache, key, until,
+        verify_failures,
+    },
+    servers::{RedisServer, S3Server},
 };
 
 /// Starts an uploader whose back-off is short.
@@ -106,6 +109,13 @@ async fn the_manifest_comes_last_in_a_dir() {
 async fn the_manifest_comes_last_in_redis() {
     let name = "the_manifest_comes_last_in_redis";
     if let Some(server) = RedisServer::start(name, &[]).await {
+        puts_the_manifest_last(server.cache()).await;
+    }
+}
+
+#[tokio::test]
+async fn the_manifest_comes_last_in_s3() {
+    if let Some(server) = S3Server::start("the_manifest_comes_last_in_s3").await {
         puts_the_manifest_last(server.cache()).await;
     }
 }
