@@ -41,6 +41,30 @@ class Remote(Case):
         self.warm("demo5", config)
         self.check_second_node("demo5", config)
 
+    def test_a_bucket_does_the_same(self):
+        config = self.config(s3=self.s3(), key_file=self.work / "key")
+        self.warm("demo5", config)
+        self.check_second_node("demo5", config)
+
+    def test_nodes_that_start_together_ask_the_registry_for_each_layer_once(self):
+        name = "demo5"
+        image = self.env.push(name)
+        for engine, where in {"redis": {"redis": self.redis()}, "dir": {"remote_dir": self.work / "shared"}, "s3": {"s3": self.s3()}}.items():
+            with self.subTest(engine):
+                config = self.config(f"{engine}.toml", key_file=self.work / "key", **where)
+                nodes = [self.worker(f"{engine}-{node}", config=config) for node in "abc"]
+                mark = self.registry.mark()
+                threads = [threading.Thread(target=node.must_publish, args=("v", image)) for node in nodes]
+                for it in threads:
+                    it.start()
+                for it in threads:
+                    it.join()
+                for node in nodes:
+                    self.assert_tree(name, node.target("v"))
+                self.assertEqual(set(self.layer_gets(name, mark)), {1})
+                waits = sum(node.metric("remote_lease_waits_total", outcome="made") for node in nodes)
+                self.assertGreater(waits, 0, "some have waited")
+
     def test_a_cached_layer_is_no_permission(self):
         """The registry is asked for the manifest each time, also when all is cached."""
         config = self.config(redis=self.redis(), key_file=self.work / "key")

@@ -55,7 +55,8 @@ EVERYTHING = {
               "maxLayerBytes": 1 << 40, "maxLayerEntries": 1000, "maxLayerIndexBytes": 1 << 20, "maxIndexNodes": 1000, "maxDecompressions": 2,
               "stallTimeoutSeconds": 30},
     "remote": {"kind": "redis", "url": "redis://reader@redis.cache:6379/1", "existingSecret": {"name": "remote", "passwordKey": "password"},
-               "chunkTtlSeconds": 0, "connectTimeoutMs": 100, "requestTimeoutMs": 200, "maxIndexBytes": 1 << 20, "uploadQueueLayers": 4, "uploadAttempts": 2},
+               "chunkTtlSeconds": 0, "connectTimeoutMs": 100, "requestTimeoutMs": 200, "maxIndexBytes": 1 << 20, "uploadQueueLayers": 4, "uploadAttempts": 2,
+               "leaseWaitSeconds": 30},
     "registries": {
         "hosts": {"docker.io": {"mirrors": ["mirror.example:5000", "second.example"], "alwaysAskOrigin": True}, "mirror.example:5000": {"plainHttp": True},
                   "private.example": {"caBundle": {"configMap": "private-ca", "key": "root.pem"}}, "other.example": {"caBundle": {"configMap": "private-ca"}}},
@@ -77,6 +78,7 @@ COMBINATIONS = {
     "everything": EVERYTHING,
     "self-registration": {"registration": {"mode": "self"}},
     "remote directory": {"remote": {"kind": "dir", "path": "/mnt/shared"}},
+    "remote bucket": {"remote": {"kind": "s3", "s3": {"bucket": "layers"}}},
     "redis without secrets": {"remote": {"kind": "redis", "url": "redis://r"}},
     "no metrics": {"metrics": {"enabled": False}, "networkPolicy": {"enabled": True}},
     "no Kubernetes API": {"agent": {"events": {"enabled": False}}},
@@ -91,6 +93,9 @@ MISTAKES = [
     ({"remote": {"kind": "memcached"}}, "kind"),
     ({"remote": {"kind": "redis"}}, "url"),
     ({"remote": {"kind": "dir"}}, "path"),
+    ({"remote": {"kind": "s3"}}, "bucket"),
+    ({"remote": {"kind": "s3", "s3": {"bucket": "layers", "endpoint": "https://id:secret@s3"}}}, "endpoint"),
+    ({"remote": {"kind": "s3", "s3": {"bucket": "layers"}, "existingSecret": {"name": "s", "accessKeyIdKey": "id"}}}, "secretAccessKeyKey"),
     ({"remote": {"kind": "redis", "url": "redis://:secret@redis/0"}}, "url"),
     ({"remote": {"kind": "redis", "url": "http://redis"}}, "url"),
     ({"node": {"kubeletPath": "var/lib/kubelet"}}, "kubeletPath"),
@@ -354,6 +359,17 @@ class Configuration(NeedsHelm):
         values = {"remote": {"existingSecret": {"name": "keys"}}}
         self.assertEqual(tomllib.loads(self.config(values))["remote"], {"kind": "none", "hmac_key_file": "/etc/clip-csi/secrets/remote/hmac-key"})
         self.assertIn("remote-secret", mounted(container_of(self.objects(values), "agent")[1]))
+
+    def test_a_bucket_is_named_with_its_secret(self):
+        s3 = {"bucket": "layers", "endpoint": "http://s3.storage:9000", "region": "eu-1", "prefix": "a/b", "allowHttp": True}
+        secret = {"name": "remote", "accessKeyIdKey": "id", "secretAccessKeyKey": "secret"}
+        config = tomllib.loads(self.config({"remote": {"kind": "s3", "s3": s3, "existingSecret": secret}}))
+        self.assertEqual(config["remote"]["s3"], {
+            "bucket": "layers", "endpoint": "http://s3.storage:9000", "region": "eu-1", "prefix": "a/b", "allow_http": True,
+            "access_key_file": "/etc/clip-csi/secrets/remote/id", "secret_key_file": "/etc/clip-csi/secrets/remote/secret",
+        })
+        bare = tomllib.loads(self.config({"remote": {"kind": "s3", "s3": {"bucket": "layers"}}}))
+        self.assertEqual(bare["remote"]["s3"], {"bucket": "layers"})
 
     def test_defaults_are_the_drivers_own(self):
         self.assertEqual(tomllib.loads(self.config({})),

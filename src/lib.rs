@@ -16,6 +16,7 @@ pub mod metrics;
 pub mod secret;
 pub mod sys;
 pub mod telemetry;
+mod tls;
 
 pub mod ipc;
 

@@ -121,6 +121,8 @@ pub struct Metrics {
     pub remote_request_duration: HistogramVec,
     /// Whether the remote content cache is asked (1) or skipped after failures (0).
     pub remote_up: IntGauge,
+    /// Waits for a layer that another node makes, by what ended them.
+    pub remote_lease_waits: IntCounterVec,
     /// Layers whose upload to the remote content cache ended, by outcome.
     pub remote_uploads: IntCounterVec,
     /// Bytes uploaded to the remote content cache.
@@ -219,6 +221,7 @@ impl Metrics {
             remote_requests: make.counters("remote_requests_total", "Requests to the remote content cache by operation and outcome.", &["op", "outcome"]),
             remote_request_duration: make.histograms("remote_request_duration_seconds", "Time of requests to the remote content cache.", &["op"], READ_BUCKETS_SECONDS),
             remote_up: make.int_gauge("remote_up", "Whether the remote content cache is asked (1), or skipped after failures or not configured (0)."),
+            remote_lease_waits: make.counters("remote_lease_waits_total", "Waits for a layer that another node makes, by what ended them.", &["outcome"]),
             remote_uploads: make.counters("remote_uploads_total", "Layers whose upload to the remote content cache ended, by outcome.", &["outcome"]),
             remote_upload_bytes: make.counter("remote_upload_bytes_total", "Bytes uploaded to the remote content cache."),
             registry_requests: make.counters("registry_requests_total", "Requests to registries by operation and class of status code.", &["op", "code"]),
@@ -264,7 +267,10 @@ impl Metrics {
         for outcome in ["hit", "miss", "untrusted", "error"] {
             metrics.pushed_index_lookups.with_label_values(&[outcome]);
         }
-        for op in ["get", "put", "delete"] {
+        for outcome in ["made", "taken", "timeout", "error"] {
+            metrics.remote_lease_waits.with_label_values(&[outcome]);
+        }
+        for op in ["get", "put", "delete", "lease", "release"] {
             for outcome in Outcome::ALL {
                 metrics
                     .remote_requests

@@ -9,7 +9,10 @@
 //!   and the next one is asked.
 //! - [`BlobSource`]: the origin. Its errors are the only ones that reach a reader.
 
-use std::{borrow::Cow, fmt, future::Future, ops::Range, path::PathBuf, pin::Pin, time::Duration};
+use std::{
+    borrow::Cow, fmt, future::Future, num::ParseIntError, ops::Range, path::PathBuf, pin::Pin,
+    str::FromStr, time::Duration,
+};
 
 use bytes::Bytes;
 use futures_util::Stream;
@@ -273,6 +276,10 @@ pub enum CacheKey {
     Index(DiffId),
     /// Chunk `n` of the layer.
     Chunk(DiffId, u32),
+    /// Where reading of the layer's blob may begin; one layer may come in several blobs.
+    AccessMap(DiffId, BlobDigest),
+    /// Who makes the layer from the registry just now; only for [`LayerCache::lease`].
+    Lease(DiffId),
 }
 
 impl fmt::Display for CacheKey {
@@ -281,7 +288,40 @@ impl fmt::Display for CacheKey {
             Self::Manifest(layer) => write!(f, "clip:oci:layer:decompressed:{layer}"),
             Self::Index(layer) => write!(f, "clip:oci:layer:decompressed:{layer}:index"),
             Self::Chunk(layer, n) => write!(f, "clip:oci:layer:decompressed:{layer}:o:{n}"),
+            Self::AccessMap(layer, blob) => {
+                write!(f, "clip:oci:layer:decompressed:{layer}:access:{blob}")
+            }
+            Self::Lease(layer) => write!(f, "clip:oci:layer:decompressed:{layer}:lease"),
         }
+    }
+}
+
+/// Names one holder of a lease: a random number, new for each lease that is asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct LeaseHolder(u128);
+
+impl LeaseHolder {
+    /// Makes one that no other node and no other lease has.
+    pub fn random() -> Self {
+        use std::hash::{BuildHasher, Hasher, RandomState};
+        // std seeds each hasher from the system's randomness.
+        let half = || u128::from(RandomState::new().build_hasher().finish());
+        Self(half() << 64 | half())
+    }
+}
+
+impl fmt::Display for LeaseHolder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:032x}", self.0)
+    }
+}
+
+impl FromStr for LeaseHolder {
+    type Err = ParseIntError;
+
+    /// Parses what `Display` writes.
+    fn from_str(text: &str) -> Result<Self, ParseIntError> {
+        u128::from_str_radix(text, 16).map(Self)
     }
 }
 
@@ -326,6 +366,29 @@ pub trait LayerCache: Send + Sync + fmt::Debug {
     /// # Errors
     /// When the tier is broken.
     fn delete(&self, key: CacheKey) -> BoxFuture<'_, Result<(), TierError>>;
+
+    /// Takes the lease `key`, or renews it: whether `holder` has it now, until `ttl` from now.
+    ///
+    /// A lease spares work, nothing more: an engine may grant one to two holders, in a race or
+    /// because it knows no better, and a correct caller bears it.
+    ///
+    /// # Errors
+    /// When the tier is broken, or this store cannot grant leases.
+    ///
+    /// # Cancellation
+    /// Safe: what an abandoned call has taken ends after `ttl`.
+    fn lease(
+        &self,
+        key: CacheKey,
+        holder: LeaseHolder,
+        ttl: Duration,
+    ) -> BoxFuture<'_, Result<bool, TierError>>;
+
+    /// Ends the lease `key`, if `holder` has it; no error if not.
+    ///
+    /// # Errors
+    /// When the tier is broken.
+    fn release(&self, key: CacheKey, holder: LeaseHolder) -> BoxFuture<'_, Result<(), TierError>>;
 }
 
 /// Says how a tier is broken.
@@ -379,5 +442,20 @@ mod tests {
             CacheKey::Chunk(layer, 17).to_string(),
             format!("{base}:o:17")
         );
+        let blob = BlobDigest::of(b"");
+        assert_eq!(
+            CacheKey::AccessMap(layer, blob).to_string(),
+            format!("{base}:access:{blob}")
+        );
+        assert_eq!(CacheKey::Lease(layer).to_string(), format!("{base}:lease"));
+    }
+
+    #[test]
+    fn lease_holders_differ_and_can_be_read_back() {
+        let holder = LeaseHolder::random();
+        assert_ne!(holder, LeaseHolder::random());
+        assert_eq!(holder.to_string().len(), 32);
+        assert_eq!(holder.to_string().parse(), Ok(holder));
+        assert!("".parse::<LeaseHolder>().is_err());
     }
 }

@@ -31,14 +31,20 @@ class Reply:
 
 
 def write_config(file: pathlib.Path, *, plain_http=(), redis: services.Redis | None = None, remote_dir: pathlib.Path | None = None,
-                 key_file: pathlib.Path | None = None, **sections) -> pathlib.Path:
+                 s3: services.S3 | None = None, key_file: pathlib.Path | None = None, **sections) -> pathlib.Path:
     """A configuration file. `sections` are tables: cache={"max_layer_bytes": 1}."""
     lines = []
     for name, table in sections.items():
         lines += [f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in table.items())]
-    if redis or remote_dir:
-        where = f"url = {json.dumps(redis.url)}" if redis else f"path = {json.dumps(str(remote_dir))}"
-        lines += ["[remote]", f'kind = "{"redis" if redis else "dir"}"', where]
+    if redis or remote_dir or s3:
+        lines.append("[remote]")
+        if redis:
+            lines += ['kind = "redis"', f"url = {json.dumps(redis.url)}"]
+        elif remote_dir:
+            lines += ['kind = "dir"', f"path = {json.dumps(str(remote_dir))}"]
+        else:
+            bucket = {"endpoint": s3.url, "bucket": s3.bucket, **{name: str(file) for name, file in s3.key_files.items()}}
+            lines += ['kind = "s3"', "s3.allow_http = true", *(f"s3.{name} = {json.dumps(value)}" for name, value in bucket.items())]
         if key_file:
             if not key_file.exists():
                 key_file.touch(mode=0o600)

@@ -117,6 +117,11 @@ class Case(unittest.TestCase):
         self.addCleanup(redis.stop)
         return redis
 
+    def s3(self) -> services.S3:
+        s3 = services.S3(self.work)
+        self.addCleanup(s3.stop)
+        return s3
+
     def worker(self, name="a", config: pathlib.Path | None = None, **settings) -> driver.Worker:
         worker = driver.Worker(self.work / name, config or self.config(), **settings)
         self.addCleanup(worker.stop)

@@ -6,7 +6,7 @@ import pathlib
 import re
 import urllib.request
 
-from . import process
+from . import paths, process
 
 BLOB_GET = re.compile(r'"GET /v2/\S+/blobs/(sha256:[0-9a-f]{64})(?:\?\S*)? HTTP/[0-9.]+" (\d{3})')
 
@@ -53,6 +53,33 @@ class Registry:
     def mark(self) -> int:
         """A place in the access log for `blob_gets`."""
         return self.access_log.stat().st_size
+
+    def stop(self) -> None:
+        self.server.stop()
+
+
+class S3:
+    """A versitygw with one empty bucket."""
+
+    bucket = "layers"
+
+    def __init__(self, work: pathlib.Path, *, where=process.Here()):
+        self.port = process.free_port()
+        self.url = f"http://{where.address}:{self.port}"
+        directory = work / f"s3-{self.port}"
+        # To it, a directory is a bucket.
+        (directory / "buckets" / self.bucket).mkdir(parents=True)
+        (directory / "metadata").mkdir()
+        self.key_files = {name: directory / name for name in ("access_key_file", "secret_key_file")}
+        for name, file in self.key_files.items():
+            file.write_text(f"e2e-{name}\n")
+        program = pathlib.Path(process.run(paths.E2E / "tools.sh", "s3").stdout.strip()) / "versitygw"
+        self.server = where.server(
+            [program, "--port", f"{where.address}:{self.port}", "--quiet", "--access", "e2e-access_key_file", "--secret", "e2e-secret_key_file",
+             "posix", "--sidecar", directory / "metadata", directory / "buckets"],
+            stdout=directory / "log",
+        )
+        self.server.wait_ready(lambda: where.listens(self.port), "versitygw")
 
     def stop(self) -> None:
         self.server.stop()

@@ -158,7 +158,7 @@ impl Access {
         Ok(access)
     }
 
-    /// Keeps `map` beside `file`.
+    /// Keeps `map` beside `file`, for [`Self::open`] to look at.
     ///
     /// # Errors
     /// Those of the file system.

@@ -17,18 +17,19 @@ use super::{
 use crate::{
     chunk,
     index::layer_index::LayerIndex,
-    remote::{RemoteManifest, Repair, Trust},
+    remote::{LeaseGuard, RemoteManifest, Trust, Turn},
     sys,
     telemetry::error_chain,
     tier::{LayerDesc, PresentError, SourceError},
 };
 
-/// Which tier a layer was made from.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum MadeFrom {
-    Remote,
-    PushedIndex,
-    Registry,
+/// What came of asking everybody but the registry's blob for a layer.
+#[derive(Debug)]
+enum Elsewhere {
+    /// The disk has it now.
+    Made,
+    /// It is to be made from the registry; with a lease, other nodes wait for its upload.
+    Lacking(Option<LeaseGuard>),
 }
 
 impl Inner {
@@ -39,21 +40,17 @@ impl Inner {
         lock: FillLock,
     ) -> Result<Arc<Layer>, PresentError> {
         let diff_id = origin.desc.diff_id;
-        let made = if self.make_from_remote(&origin.desc).await? {
-            MadeFrom::Remote
-        } else if self.make_from_pushed_index(origin).await? {
-            MadeFrom::PushedIndex
-        } else {
+        let elsewhere = self.make_from_elsewhere(origin).await?;
+        if let Elsewhere::Lacking(_) = &elsewhere {
             self.make_from_registry(origin).await?;
-            MadeFrom::Registry
-        };
+        }
         let layer = self.open_layer(origin)?.ok_or_else(|| PresentError::Disk {
             reason: format!("layer {diff_id} vanished while it was made"),
         })?;
         // Until here the lock kept it from being evicted; from here on it is in use.
         drop(lock);
-        if made == MadeFrom::Registry {
-            self.upload_later(&origin.desc, layer.file(), Repair::default());
+        if let Elsewhere::Lacking(lease) = elsewhere {
+            self.upload_new(&origin.desc, layer.file(), lease);
         }
         self.metrics.layer_cache_layers.inc();
         self.room.sweep_soon();
@@ -63,17 +60,49 @@ impl Inner {
         Ok(layer)
     }
 
-    /// Makes the layer from the remote content cache; `false` if that does not have it.
-    async fn make_from_remote(&self, desc: &LayerDesc) -> Result<bool, PresentError> {
+    /// Makes the layer from the remote content cache, or from an index that was pushed beside its
+    /// image, or from the remote again once another node has put it there.
+    async fn make_from_elsewhere(&self, origin: &Origin) -> Result<Elsewhere, PresentError> {
+        let desc = &origin.desc;
+        let mut found = None;
+        if let Some(remote) = &self.remote {
+            found = remote.cache.manifest(&desc.diff_id).await;
+            if let Some(manifest) = &found
+                && self.take_from_remote(remote, desc, manifest).await?
+            {
+                return Ok(Elsewhere::Made);
+            }
+        }
+        // With that, nobody need wait for another node.
+        if self.make_from_pushed_index(origin).await? {
+            return Ok(Elsewhere::Made);
+        }
         let Some(remote) = &self.remote else {
-            return Ok(false);
+            return Ok(Elsewhere::Lacking(None));
         };
-        let Some(manifest) = remote.cache.manifest(&desc.diff_id).await else {
-            return Ok(false);
-        };
+        if !remote.uploader.has_room() {
+            return Ok(Elsewhere::Lacking(None));
+        }
+        match remote.cache.turn(&desc.diff_id, found.as_deref()).await {
+            Turn::Made(manifest) => match self.take_from_remote(remote, desc, &manifest).await? {
+                true => Ok(Elsewhere::Made),
+                false => Ok(Elsewhere::Lacking(None)),
+            },
+            Turn::Ours(lease) => Ok(Elsewhere::Lacking(Some(lease))),
+            Turn::Alone => Ok(Elsewhere::Lacking(None)),
+        }
+    }
+
+    /// Makes the layer that `manifest` describes; `false` if the remote has not all of it.
+    async fn take_from_remote(
+        &self,
+        remote: &Remote,
+        desc: &LayerDesc,
+        manifest: &Arc<RemoteManifest>,
+    ) -> Result<bool, PresentError> {
         match manifest.trust {
-            Trust::Authenticated => self.adopt_remote_index(remote, &manifest).await,
-            Trust::Unverified => self.copy_remote_layer(remote, desc, &manifest).await,
+            Trust::Authenticated => self.adopt_remote_index(remote, manifest).await,
+            Trust::Unverified => self.copy_remote_layer(remote, desc, manifest).await,
         }
     }
 

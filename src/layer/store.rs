@@ -481,7 +481,19 @@ impl Inner {
             }
             Err(_) => return None,
         }
-        None
+        let cache = &self.remote.as_ref()?.cache;
+        let map = cache.access_map(&desc.diff_id, &desc.blob, layer.file.layer_bytes());
+        Access::keep(&layer.file, &map.await?).ok()?;
+        match open().await {
+            Ok(Ok(access)) => Some(access),
+            Ok(Err(err)) => {
+                let reject = cache.reject_access_map(&desc.diff_id, &desc.blob, err.to_string());
+                reject.await;
+                let _ = fs::remove_file(layer.file.dir().join(ACCESS));
+                None
+            }
+            Err(_) => None,
+        }
     }
 
     /// Makes room for a layer that is to be made, or refuses it.

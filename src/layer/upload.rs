@@ -7,13 +7,14 @@ use bytes::Bytes;
 use tracing::{debug, warn};
 
 use super::{
-    disk::{LayerFile, UPLOAD_PENDING},
+    disk::{ACCESS, LayerFile, UPLOAD_PENDING},
     store::{Inner, Layer},
 };
 use crate::{
+    codec::access_map::AccessMap,
     digest::{self, BlobDigest, ChunkDigest, DiffId},
     disk,
-    remote::{Repair, UploadOutcome, UploadSource},
+    remote::{LeaseGuard, Repair, UploadOutcome, UploadSource},
     tier::LayerDesc,
 };
 
@@ -59,6 +60,17 @@ impl UploadSource for LayerUpload {
         let index = Bytes::copy_from_slice(self.file.index().as_bytes());
         self.file.index().source().drop_resident();
         Ok(index)
+    }
+
+    fn access_map(&self) -> io::Result<Option<(BlobDigest, Bytes)>> {
+        match fs::read(self.file.dir().join(ACCESS)) {
+            Ok(map) => match AccessMap::decode(&*map) {
+                Ok(decoded) => Ok(Some((decoded.blob(), Bytes::from(map)))),
+                Err(err) => Err(io::Error::new(io::ErrorKind::InvalidData, err)),
+            },
+            Err(err) if err.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(err) => Err(err),
+        }
     }
 
     fn read_chunk(&self, n: u32, into: &mut Vec<u8>) -> io::Result<()> {
@@ -118,21 +130,41 @@ pub(super) fn resume(inner: &Arc<Inner>) {
     }
 }
 
+/// Marks the layer as one to be uploaded, and describes its upload.
+fn marked(desc: &LayerDesc, file: &Arc<LayerFile>) -> Arc<LayerUpload> {
+    if let Err(err) = mark(file.dir(), desc) {
+        warn!(layer.diff_id = %desc.diff_id, error = %err, "upload would not survive a restart");
+    }
+    Arc::new(LayerUpload {
+        file: Arc::clone(file),
+        blob: desc.blob,
+        blob_bytes: desc.blob_bytes,
+    })
+}
+
 impl Inner {
     /// Has the layer uploaded by and by, or `repair`ed where the remote has it already.
     pub(super) fn upload_later(&self, desc: &LayerDesc, file: &Arc<LayerFile>, repair: Repair) {
         let Some(remote) = &self.remote else { return };
-        if let Err(err) = mark(file.dir(), desc) {
-            warn!(layer.diff_id = %desc.diff_id, error = %err, "upload would not survive a restart");
-        }
-        let (blob, blob_bytes) = (desc.blob, desc.blob_bytes);
-        let upload = LayerUpload {
-            file: Arc::clone(file),
-            blob,
-            blob_bytes,
-        };
+        let upload = marked(desc, file);
         // A refusal is counted and logged there; the mark stays for the next start.
-        remote.uploader.enqueue_repair(Arc::new(upload), repair);
+        remote.uploader.enqueue_repair(upload, repair);
+    }
+
+    /// Has a layer uploaded that is new; other nodes wait for it as long as there is a `lease`.
+    pub(super) fn upload_new(
+        &self,
+        desc: &LayerDesc,
+        file: &Arc<LayerFile>,
+        lease: Option<LeaseGuard>,
+    ) {
+        let Some(remote) = &self.remote else { return };
+        let upload = marked(desc, file);
+        // As above; refused, the lease ends here.
+        match lease {
+            Some(lease) => remote.uploader.enqueue_leased(upload, lease),
+            None => remote.uploader.enqueue(upload),
+        };
     }
 
     /// Flushes a complete layer to stable storage, beside all else.

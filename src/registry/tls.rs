@@ -1,25 +1,21 @@
-//! Makes HTTP clients that trust the right certificate authorities, and explains TLS faults.
-//!
-//! reqwest's own set-up is not used: it panics in a process without a default crypto provider, and
-//! fails in one without certificate authorities, although plain http needs neither.
+//! Makes HTTP clients for registries, and explains TLS faults.
 
 use std::{
     error::Error as _,
     path::{Path, PathBuf},
-    sync::Arc,
     time::Duration,
 };
 
-use rustls::{
-    RootCertStore,
-    pki_types::{CertificateDer, pem::PemObject as _},
-};
+use rustls::pki_types::CertificateDer;
 
 use super::{
     config::RegistryConfigError,
     transport::{root_cause, unavailable},
 };
-use crate::tier::SourceError;
+use crate::{
+    tier::SourceError,
+    tls::{self, SystemAuthorities},
+};
 
 /// Idle connections per host: a stream and the next one.
 const MAX_IDLE_CONNECTIONS: usize = 2;
@@ -42,24 +38,10 @@ pub(crate) enum Trust {
 pub(crate) fn read_authorities(
     path: &Path,
 ) -> Result<Vec<CertificateDer<'static>>, RegistryConfigError> {
-    let wrong = |reason: String| RegistryConfigError::CaFile {
+    tls::read_authorities(path).map_err(|reason| RegistryConfigError::CaFile {
         path: path.to_owned(),
         reason,
-    };
-    let pem = std::fs::read(path).map_err(|error| wrong(error.to_string()))?;
-    let certificates: Vec<_> = CertificateDer::pem_slice_iter(&pem)
-        .collect::<Result<_, _>>()
-        .map_err(|error| wrong(format!("it is not PEM: {error}")))?;
-    if certificates.is_empty() {
-        return Err(wrong("it holds no certificate".to_owned()));
-    }
-    let mut roots = RootCertStore::empty();
-    for certificate in &certificates {
-        roots
-            .add(certificate.clone())
-            .map_err(|error| wrong(format!("a certificate in it is not usable: {error}")))?;
-    }
-    Ok(certificates)
+    })
 }
 
 /// Makes a client that trusts `trust`, where `extra` are the authorities of its file.
@@ -69,24 +51,11 @@ pub(crate) fn build_client(
     connect_timeout: Duration,
 ) -> Result<reqwest::Client, RegistryConfigError> {
     let wrong = |reason: String| RegistryConfigError::Client { reason };
-    let mut roots = RootCertStore::empty();
-    if *trust != Trust::None {
-        let system = rustls_native_certs::load_native_certs();
-        let (n_added, _) = roots.add_parsable_certificates(system.certs);
-        if n_added == 0 {
-            tracing::warn!(
-                "this machine has no certificate authorities: only those of ca_file are trusted"
-            );
-        }
-    }
-    roots.add_parsable_certificates(extra);
-    // The provider is passed, not the process's default: a library must not depend on `main`.
-    let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let tls = rustls::ClientConfig::builder_with_provider(provider)
-        .with_safe_default_protocol_versions()
-        .map_err(|error| wrong(error.to_string()))?
-        .with_root_certificates(roots)
-        .with_no_client_auth();
+    let system = match trust {
+        Trust::None => SystemAuthorities::Ignored,
+        Trust::System | Trust::SystemAnd(_) => SystemAuthorities::Trusted,
+    };
+    let tls = tls::client_config(system, extra).map_err(wrong)?;
     reqwest::Client::builder()
         .tls_backend_preconfigured(tls)
         .redirect(reqwest::redirect::Policy::none())

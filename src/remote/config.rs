@@ -16,11 +16,18 @@ use crate::{
 };
 
 use super::{
-    BackOff, ContentCache, ContentOptions, DirCache, RedisCache, RedisOptions, UploadOptions,
+    AccessKey, BackOff, ContentCache, ContentOptions, DirCache, RedisCache, RedisOptions, S3Cache,
+    S3Config, S3Options, UploadOptions,
 };
 
 /// Bytes of a key or password file at most; a longer one is some other file by mistake.
 const MAX_SECRET_BYTES: u64 = 4096;
+
+/// How long a layer's lease lives that is not renewed.
+///
+/// What a node that died costs those that wait for it; renewed every third of it, it outlives a
+/// remote that is skipped for some seconds.
+const LEASE_TTL: Duration = Duration::from_secs(15);
 
 /// Which engine keeps the layers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
@@ -33,6 +40,8 @@ pub enum RemoteKind {
     Dir,
     /// Redis or Valkey: [`RedisCache`].
     Redis,
+    /// Amazon S3 or what speaks its protocol: [`S3Cache`].
+    S3,
 }
 
 /// The configuration of the remote content cache; by default there is none.
@@ -48,11 +57,13 @@ pub struct RemoteConfig {
     pub url: Option<Secret<String>>,
     /// A file with the password, for `redis`, instead of one in the URL.
     pub password_file: Option<PathBuf>,
+    /// The bucket, for `s3`.
+    pub s3: S3Config,
     /// A file with the key that all nodes share, at least 32 random bytes in any encoding.
     pub hmac_key_file: Option<PathBuf>,
     /// Seconds after which chunks expire, for `redis`; 0 for never.
     pub chunk_ttl_seconds: u64,
-    /// Milliseconds to connect and log in, for `redis`.
+    /// Milliseconds to connect, and to log in to `redis`.
     pub connect_timeout_ms: u64,
     /// Milliseconds for a request of a chunk; larger values get more in proportion.
     pub request_timeout_ms: u64,
@@ -62,6 +73,8 @@ pub struct RemoteConfig {
     pub upload_queue_layers: usize,
     /// Attempts in a row without progress after which a layer's upload is given up.
     pub upload_attempts: u32,
+    /// Seconds that a node waits for a layer that another one makes; 0: nodes do not wait.
+    pub lease_wait_seconds: u64,
 }
 
 impl Default for RemoteConfig {
@@ -72,6 +85,7 @@ impl Default for RemoteConfig {
             path: None,
             url: None,
             password_file: None,
+            s3: S3Config::default(),
             hmac_key_file: None,
             // One week: what a nightly or weekly job uses is still there for the next one.
             chunk_ttl_seconds: 7 * 24 * 3600,
@@ -82,6 +96,9 @@ impl Default for RemoteConfig {
             max_index_bytes: 512 << 20,
             upload_queue_layers: upload.queue_layers,
             upload_attempts: upload.attempts,
+            // Four times what a holder that died costs. Who waits for a layer that takes longer
+            // makes it, too, in the end.
+            lease_wait_seconds: 60,
         }
     }
 }
@@ -132,6 +149,12 @@ pub enum RemoteConfigError {
          unix:///path (TLS, rediss://, is not supported)"
     )]
     Url,
+    /// A setting of S3 cannot work.
+    #[error("remote.s3: {reason}")]
+    S3 {
+        /// Which one, and what to do.
+        reason: String,
+    },
     /// A file with a secret cannot be read.
     #[error("reading remote.{setting} {path}: check that the secret is mounted there")]
     Secret {
@@ -189,10 +212,9 @@ pub fn open(
                 kind: "redis",
                 setting: "url",
             })?;
-            let password = match &config.password_file {
-                Some(path) => Some(password(path)?),
-                None => None,
-            };
+            let password = config.password_file.as_deref();
+            let password = password.map(|it| secret_text("password_file", it));
+            let password = password.transpose()?;
             let ttl = config.chunk_ttl_seconds;
             let options = RedisOptions {
                 connect_timeout: positive("connect_timeout_ms", config.connect_timeout_ms)?,
@@ -200,6 +222,13 @@ pub fn open(
                 chunk_ttl: (ttl != 0).then(|| Duration::from_secs(ttl)),
             };
             Arc::new(RedisCache::connect(url, password.as_ref(), options)?)
+        }
+        RemoteKind::S3 => {
+            let options = S3Options {
+                connect_timeout: positive("connect_timeout_ms", config.connect_timeout_ms)?,
+                request_timeout,
+            };
+            Arc::new(S3Cache::new(&config.s3, access_key(&config.s3)?, options)?)
         }
     };
     let key = config.integrity_key()?;
@@ -214,6 +243,8 @@ pub fn open(
         key,
         max_index_bytes: config.max_index_bytes,
         back_off: BackOff::default(),
+        lease_ttl: LEASE_TTL,
+        lease_wait: Duration::from_secs(config.lease_wait_seconds),
     };
     Ok(Some(ContentCache::new(
         backend,
@@ -230,10 +261,29 @@ fn positive(setting: &'static str, milliseconds: u64) -> Result<Duration, Remote
     }
 }
 
-fn password(path: &Path) -> Result<Secret<String>, RemoteConfigError> {
-    let setting = "password_file";
-    let bytes = secret_file(setting, path)?;
-    match String::from_utf8(bytes) {
+/// The access key of the two files; `None` if neither is named.
+fn access_key(config: &S3Config) -> Result<Option<AccessKey>, RemoteConfigError> {
+    let (id, secret) = match (&config.access_key_file, &config.secret_key_file) {
+        (Some(id), Some(secret)) => (id, secret),
+        (None, None) => return Ok(None),
+        (Some(_), None) => return Err(missing("s3.secret_key_file")),
+        (None, Some(_)) => return Err(missing("s3.access_key_file")),
+    };
+    Ok(Some(AccessKey {
+        id: secret_text("s3.access_key_file", id)?,
+        secret: secret_text("s3.secret_key_file", secret)?,
+    }))
+}
+
+fn missing(setting: &'static str) -> RemoteConfigError {
+    RemoteConfigError::Missing {
+        kind: "s3",
+        setting,
+    }
+}
+
+fn secret_text(setting: &'static str, path: &Path) -> Result<Secret<String>, RemoteConfigError> {
+    match String::from_utf8(secret_file(setting, path)?) {
         Ok(text) => Ok(Secret::new(text)),
         Err(_) => Err(RemoteConfigError::Secret {
             setting,

@@ -6,6 +6,7 @@
 use std::{
     collections::HashSet,
     sync::{Arc, Mutex, PoisonError},
+    time::Duration,
 };
 
 use bytes::Bytes;
@@ -13,7 +14,7 @@ use tracing::{debug, info, warn};
 
 use crate::{
     clock::Clock,
-    digest::{ChunkDigest, DiffId},
+    digest::{BlobDigest, ChunkDigest, DiffId},
     integrity::IntegrityKey,
     metrics::{Metrics, Tier},
     tier::{CacheKey, LayerCache},
@@ -37,6 +38,11 @@ pub struct ContentOptions {
     pub max_index_bytes: u64,
     /// How long a remote that is down is left alone.
     pub back_off: BackOff,
+    /// How long a lease lives that is not renewed.
+    pub lease_ttl: Duration,
+    /// How long this node waits for a layer that another one makes; zero: it neither waits nor has
+    /// others wait.
+    pub lease_wait: Duration,
 }
 
 /// The remote content cache, as the layer store uses it. Cheap to clone; all clones share one
@@ -96,14 +102,7 @@ impl ContentCache {
                 return None;
             }
         };
-        info!(
-            layer.diff_id = %diff_id,
-            bytes = manifest.layer_bytes,
-            chunks = manifest.chunk_digests.len(),
-            verified = manifest.trust == Trust::Authenticated,
-            "remote cache hit"
-        );
-        Some(Arc::new(manifest))
+        Some(hit(manifest))
     }
 
     /// Fetches the layer's index, verified against its manifest.
@@ -172,6 +171,42 @@ impl ContentCache {
         }
     }
 
+    /// Fetches the access map of the layer's `blob`, as it was uploaded.
+    ///
+    /// Nobody vouches for it: its reader checks its form and its checksum, tells
+    /// [`reject_access_map`](Self::reject_access_map) if they are wrong, and verifies what it leads
+    /// to by the chunks' digests.
+    ///
+    /// # Cancellation
+    /// Safe.
+    pub async fn access_map(
+        &self,
+        diff_id: &DiffId,
+        blob: &BlobDigest,
+        layer_bytes: u64,
+    ) -> Option<Bytes> {
+        let key = CacheKey::AccessMap(*diff_id, *blob);
+        let max_bytes = format::max_access_map_bytes(layer_bytes);
+        match self.0.gate.get(key, max_bytes, Ok).await {
+            Ok(found) => found,
+            Err(refusal) => {
+                let is_wrong = matches!(refusal, Refusal::Wrong(_));
+                self.missed(key, refusal);
+                if is_wrong {
+                    self.delete(key).await;
+                }
+                None
+            }
+        }
+    }
+
+    /// Takes an access map out of the store, because its content is wrong; `reason` says how.
+    pub async fn reject_access_map(&self, diff_id: &DiffId, blob: &BlobDigest, reason: String) {
+        let key = CacheKey::AccessMap(*diff_id, *blob);
+        self.missed(key, Refusal::Wrong(reason));
+        self.delete(key).await;
+    }
+
     /// Takes a layer's manifest out of the store, because its chunks turned out not to be the
     /// layer: for callers who were given a [`Trust::Unverified`] one.
     pub async fn reject(&self, diff_id: &DiffId) {
@@ -202,8 +237,12 @@ impl ContentCache {
         &self.0.gate
     }
 
+    pub(super) fn options(&self) -> &ContentOptions {
+        &self.0.options
+    }
+
     pub(super) fn key(&self) -> Option<&IntegrityKey> {
-        self.0.options.key.as_ref()
+        self.options().key.as_ref()
     }
 
     pub(super) fn metrics(&self) -> &Metrics {
@@ -241,11 +280,11 @@ impl ContentCache {
     }
 
     /// Whether a wrong value at `key` is to be logged: manifests once per layer, because they stay
-    /// until somebody uploads the layer; chunks always, because they are deleted.
+    /// until somebody uploads the layer; others always, because they are deleted.
     fn is_news(&self, key: CacheKey) -> bool {
         let layer = match key {
             CacheKey::Manifest(layer) | CacheKey::Index(layer) => layer,
-            CacheKey::Chunk(..) => return true,
+            CacheKey::Chunk(..) | CacheKey::AccessMap(..) | CacheKey::Lease(_) => return true,
         };
         // Nothing panics with the lock held.
         let mut warned = self.0.warned.lock().unwrap_or_else(PoisonError::into_inner);
@@ -254,4 +293,16 @@ impl ContentCache {
         }
         warned.insert(layer)
     }
+}
+
+/// Says in the log that the remote has a layer.
+pub(super) fn hit(manifest: RemoteManifest) -> Arc<RemoteManifest> {
+    info!(
+        layer.diff_id = %manifest.diff_id,
+        bytes = manifest.layer_bytes,
+        chunks = manifest.chunk_digests.len(),
+        verified = manifest.trust == Trust::Authenticated,
+        "remote cache hit"
+    );
+    Arc::new(manifest)
 }

@@ -4,6 +4,8 @@
 //! <root>/<first 2 hex digits>/<64 hex digits of the DiffId>/manifest
 //!                                                           index
 //!                                                           o-<n>                chunk n
+//!                                                           access-<64 hex digits of the blob>
+//!                                                           lease                who makes the layer
 //!                                                           *.tmp                not published
 //! ```
 //! A value is written under a temporary name and then linked or renamed, so that a reader sees all
@@ -16,6 +18,8 @@
 //!
 //! The directories are 0700, because a layer of a private image must not be readable by every
 //! user of the node.
+
+mod lease;
 
 use std::{
     fs::{self, DirBuilder, File, OpenOptions},
@@ -33,7 +37,7 @@ use tokio::sync::Semaphore;
 use crate::{
     digest::DiffId,
     disk::temporary_beside,
-    tier::{BoxFuture, CacheKey, LayerCache, Put, TierError},
+    tier::{BoxFuture, CacheKey, LayerCache, LeaseHolder, Put, TierError},
 };
 
 use super::gate::time_for;
@@ -74,6 +78,8 @@ impl DirCache {
             CacheKey::Manifest(id) => layer(id).join("manifest"),
             CacheKey::Index(id) => layer(id).join("index"),
             CacheKey::Chunk(id, n) => layer(id).join(format!("o-{n}")),
+            CacheKey::AccessMap(id, blob) => layer(id).join(format!("access-{}", blob.hex())),
+            CacheKey::Lease(id) => layer(id).join("lease"),
         }
     }
 
@@ -145,6 +151,21 @@ impl LayerCache for DirCache {
             _ => Ok(()),
         }))
     }
+
+    fn lease(
+        &self,
+        key: CacheKey,
+        holder: LeaseHolder,
+        ttl: Duration,
+    ) -> BoxFuture<'_, Result<bool, TierError>> {
+        let path = self.path(key);
+        Box::pin(self.run(0, move || lease::take(&path, key, holder, ttl)))
+    }
+
+    fn release(&self, key: CacheKey, holder: LeaseHolder) -> BoxFuture<'_, Result<(), TierError>> {
+        let path = self.path(key);
+        Box::pin(self.run(0, move || lease::release(&path, key, holder)))
+    }
 }
 
 /// Opens a value and measures it.
@@ -193,31 +214,38 @@ fn write(path: &Path, value: &[u8], put: Put) -> io::Result<()> {
     if put == Put::IfAbsent && path.exists() {
         return Ok(());
     }
+    let temporary = write_beside(path, value)?;
+    let placed = match put {
+        Put::Replace => fs::rename(&temporary, path),
+        Put::IfAbsent => link_if_absent(&temporary, path).map(|_is_new| ()),
+    };
+    if put == Put::IfAbsent || placed.is_err() {
+        // A link leaves the first name; after a rename there is none.
+        let _ = fs::remove_file(&temporary);
+    }
+    placed
+}
+
+/// Writes `value` to a file beside `path` that is not published yet, and returns its name.
+fn write_beside(path: &Path, value: &[u8]) -> io::Result<PathBuf> {
     if let Some(dir) = path.parent() {
         DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
     }
     let temporary = temporary_beside(path);
-    let written = (|| {
-        let mut file = OpenOptions::new()
-            .write(true)
-            .create_new(true)
-            .mode(0o600)
-            .open(&temporary)?;
-        file.write_all(value)?;
-        match put {
-            Put::Replace => fs::rename(&temporary, path),
-            Put::IfAbsent => link_if_absent(&temporary, path),
-        }
-    })();
-    if put == Put::IfAbsent || written.is_err() {
-        // A link leaves the first name; after a rename or an early error there is none.
+    let mut new = OpenOptions::new();
+    new.write(true).create_new(true).mode(0o600);
+    let written = new
+        .open(&temporary)
+        .and_then(|mut file| file.write_all(value));
+    if written.is_err() {
+        // It may not even exist.
         let _ = fs::remove_file(&temporary);
     }
-    written
+    written.map(|()| temporary)
 }
 
-/// Gives `temporary` the name `path` unless that exists, which is no error.
-fn link_if_absent(temporary: &Path, path: &Path) -> io::Result<()> {
+/// Gives `temporary` the name `path` unless that exists; whether it did.
+fn link_if_absent(temporary: &Path, path: &Path) -> io::Result<bool> {
     let linked = match fs::hard_link(temporary, path) {
         // Some file systems have no hard links (vfat, some in user space); NFS on the other hand
         // has no RENAME_NOREPLACE.
@@ -233,8 +261,8 @@ fn link_if_absent(temporary: &Path, path: &Path) -> io::Result<()> {
         linked => linked,
     };
     match linked {
-        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
-        linked => linked,
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(false),
+        linked => linked.map(|()| true),
     }
 }
 
@@ -249,6 +277,7 @@ fn tier_error(doing: &str, path: &Path, error: &io::Error) -> TierError {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::digest::BlobDigest;
 
     fn cache(root: &Path) -> DirCache {
         DirCache::new(root, Duration::from_secs(30))
@@ -265,6 +294,7 @@ mod tests {
             CacheKey::Manifest(layer),
             CacheKey::Index(layer),
             CacheKey::Chunk(layer, 17),
+            CacheKey::AccessMap(layer, BlobDigest::of(b"")),
         ] {
             for put in [Put::IfAbsent, Put::Replace] {
                 cache
@@ -273,13 +303,25 @@ mod tests {
                     .unwrap();
             }
         }
+        let (lease, holder) = (CacheKey::Lease(layer), LeaseHolder::random());
+        let ttl = Duration::from_secs(15);
+        assert!(cache.lease(lease, holder, ttl).await.unwrap());
         let hex = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
         let mut names: Vec<_> = fs::read_dir(root.join("e3").join(hex))
             .unwrap()
             .map(|it| it.unwrap().file_name().into_string().unwrap())
             .collect();
         names.sort();
-        assert_eq!(names, ["index", "manifest", "o-17"]);
+        assert_eq!(
+            names,
+            [
+                &format!("access-{hex}"),
+                "index",
+                "lease",
+                "manifest",
+                "o-17"
+            ]
+        );
     }
 
     #[tokio::test]

@@ -3,14 +3,30 @@
 //! Specified in `docs/REMOTE_FORMAT.md`. Whatever is decoded here came from a store that others
 //! write to: errors are fine, panics are bugs, and no length is believed before it is checked.
 
+mod lease;
 mod manifest;
 mod packed;
 
+pub(super) use lease::LeaseRecord;
 pub(super) use manifest::{MAX_MANIFEST_BYTES, RemoteLayer};
 pub use manifest::{RemoteManifest, Trust};
 pub(super) use packed::{
     INDEX_HEADER_BYTES, decode_chunk, decode_index, encode_chunk, encode_index,
 };
+
+/// Bytes of an access map at most: as many are held in memory.
+const MAX_ACCESS_MAP_BYTES: usize = 64 << 20;
+
+/// What an access map has beside what grows with the layer: the least layer has one, too.
+const LEAST_ACCESS_MAP_BYTES: usize = 4 << 10;
+
+/// Bytes that the access map of a layer of `layer_bytes` may have: a longer one would be no help.
+pub(super) fn max_access_map_bytes(layer_bytes: u64) -> usize {
+    let layer_bytes = usize::try_from(layer_bytes).unwrap_or(usize::MAX);
+    layer_bytes
+        .saturating_add(LEAST_ACCESS_MAP_BYTES)
+        .min(MAX_ACCESS_MAP_BYTES)
+}
 
 /// Says what is wrong with a value: for a log, because the caller treats all of them alike.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

@@ -19,7 +19,7 @@ use tracing::{debug, info, warn};
 use crate::{
     clock::Clock,
     metrics::{Metrics, Outcome},
-    tier::{CacheKey, LayerCache, Put, TierError},
+    tier::{CacheKey, LayerCache, LeaseHolder, Put, TierError},
 };
 
 use super::{
@@ -63,6 +63,8 @@ enum Op {
     Get,
     Put,
     Delete,
+    Lease,
+    Release,
 }
 
 impl Op {
@@ -71,6 +73,8 @@ impl Op {
             Self::Get => "get",
             Self::Put => "put",
             Self::Delete => "delete",
+            Self::Lease => "lease",
+            Self::Release => "release",
         }
     }
 }
@@ -192,6 +196,33 @@ impl Gate {
         self.end(ticket, started, done)
     }
 
+    /// Takes or renews a lease: a hit if `holder` has it now, a miss if somebody else has.
+    pub(super) async fn lease(
+        &self,
+        key: CacheKey,
+        holder: LeaseHolder,
+        ttl: Duration,
+    ) -> Result<bool, Refusal> {
+        let ticket = self.admit(Op::Lease)?;
+        let started = ticket.started;
+        let got = self.backend.lease(key, holder, ttl).await;
+        ticket.report(got.as_ref().err());
+        let outcome = match got {
+            Ok(true) => Outcome::Hit,
+            Ok(false) => Outcome::Miss,
+            Err(_) => Outcome::Error,
+        };
+        self.count(Op::Lease, started, outcome);
+        got.map_err(Refusal::Failed)
+    }
+
+    pub(super) async fn release(&self, key: CacheKey, holder: LeaseHolder) -> Result<(), Refusal> {
+        let ticket = self.admit(Op::Release)?;
+        let started = ticket.started;
+        let done = self.backend.release(key, holder).await;
+        self.end(ticket, started, done)
+    }
+
     fn end(
         &self,
         ticket: Ticket<'_>,
@@ -236,7 +267,7 @@ impl Gate {
         let mut health = self.health();
         let write = match op {
             Op::Put => health.write.admit(now),
-            Op::Get | Op::Delete => Admission::Pass,
+            Op::Get | Op::Delete | Op::Lease | Op::Release => Admission::Pass,
         };
         if let Admission::Wait(wait) = write {
             return Err(Refusal::Skipped(wait));
@@ -268,7 +299,7 @@ impl Ticket<'_> {
         let mut health = gate.health();
         let unreachable = match (self.op, error) {
             (_, Some(TierError::Timeout { .. } | TierError::Unavailable { .. })) => true,
-            // An engine that answers a put or a delete with an error may serve its readers well.
+            // An engine that answers anything but a get with an error may serve its readers well.
             (Op::Get, Some(TierError::Io { .. } | TierError::Full { .. })) => true,
             _ => false,
         };
@@ -284,7 +315,7 @@ impl Ticket<'_> {
                 Change::None
             }
             (Op::Put, None) => health.write.succeeded(self.write),
-            (Op::Get | Op::Delete, _) => Change::None,
+            (Op::Get | Op::Delete | Op::Lease | Op::Release, _) => Change::None,
         };
         if reach == Change::WentDown {
             health.down_since = now;
@@ -345,7 +376,7 @@ async fn verified<T: Send + 'static>(
 }
 
 /// A number that differs between nodes and calls: std seeds each hasher from the system.
-fn random() -> u64 {
+pub(super) fn random() -> u64 {
     use std::hash::{BuildHasher, Hasher, RandomState};
     RandomState::new().build_hasher().finish()
 }

@@ -4,10 +4,12 @@
 //!
 //! - [`ContentCache`] is what the layer store uses: it asks for a layer's manifest, index and
 //!   chunks, verifies every byte, and turns whatever is wrong with the remote into a miss.
+//! - [`LeaseGuard`] says that this node makes a layer, so that others wait for it instead of making
+//!   it, too.
 //! - [`Uploader`] puts layers there in the background, a chunk at a time.
 //! - `gate` stands between both and the engine: it counts, bounds memory, and skips a remote that
 //!   is down (`breaker` decides).
-//! - [`DirCache`] and [`RedisCache`] are the engines. They know keys and bytes, not layers.
+//! - [`DirCache`], [`RedisCache`] and [`S3Cache`] are the engines. They know keys and bytes, not layers.
 //!
 //! # Invariants
 //! - A byte is handed out only after it matched a digest; the digests come from a manifest that is
@@ -18,7 +20,7 @@
 //!
 //! # Deliberately absent
 //! Eviction: the engine does it (Redis by `maxmemory-policy volatile-lfu` and the chunks' time to
-//! live). Permission: whoever may read the store may read every layer in it; the right to pull an
+//! live, S3 by the bucket's lifecycle rule). Permission: whoever may read the store may read every layer in it; the right to pull an
 //! image is checked at the registry, whether or not its layers are here.
 //!
 //! Keys and values are specified in `docs/REMOTE_FORMAT.md`.
@@ -29,7 +31,9 @@ mod content;
 mod dir;
 mod format;
 mod gate;
+mod lease;
 mod redis;
+mod s3;
 mod upload;
 
 pub use breaker::BackOff;
@@ -37,5 +41,7 @@ pub use config::{RemoteConfig, RemoteConfigError, RemoteKind, open};
 pub use content::{ContentCache, ContentOptions};
 pub use dir::DirCache;
 pub use format::{RemoteManifest, Trust};
+pub use lease::{LeaseGuard, LeaseOutcome, Turn};
 pub use redis::{RedisCache, RedisOptions};
+pub use s3::{AccessKey, S3Cache, S3Config, S3Options};
 pub use upload::{Enqueued, Repair, UploadOptions, UploadOutcome, UploadSource, Uploader};

@@ -1,8 +1,8 @@
 //! Keeps values in Redis or Valkey: one server, one multiplexed connection, made when first needed.
 //!
 //! Chunks expire; manifests and indices do not, so that `maxmemory-policy volatile-lfu` evicts
-//! chunks only. Commands used: `GETRANGE`, `STRLEN`, `EXISTS`, `SET`, `DEL`, and what opens a
-//! connection (`HELLO`, `AUTH`, `SELECT`).
+//! chunks only. Commands used: `GETRANGE`, `STRLEN`, `EXISTS`, `SET`, `DEL`, for leases `EVAL` with
+//! `GET`, `SET`, `PTTL` and `DEL`, and what opens a connection (`HELLO`, `AUTH`, `SELECT`).
 //!
 //! # Cancellation
 //! redis-rs matches replies to requests by order inside its own task: a request that is given up
@@ -23,7 +23,7 @@ use tokio::time::{Instant, timeout};
 
 use crate::{
     secret::Secret,
-    tier::{BoxFuture, CacheKey, LayerCache, Put, TierError},
+    tier::{BoxFuture, CacheKey, LayerCache, LeaseHolder, Put, TierError},
 };
 
 use super::{config::RemoteConfigError, gate::time_for};
@@ -31,6 +31,20 @@ use super::{config::RemoteConfigError, gate::time_for};
 /// A value that may be longer than this is measured before it is fetched: to give it the time that
 /// it needs, and no more time than that to one that is short.
 const MEASURED_BYTES: usize = 4 << 20;
+
+/// Takes or renews a lease: `KEYS[1]`, for the holder `ARGV[1]`, for `ARGV[2]` milliseconds.
+///
+/// One that never expires was left by no holder: it is taken over.
+const LEASE: &str = "\
+local held = redis.call('GET', KEYS[1])
+if held and held ~= ARGV[1] and redis.call('PTTL', KEYS[1]) >= 0 then return 0 end
+redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
+return 1";
+
+/// Ends the lease `KEYS[1]`, if `ARGV[1]` holds it.
+const RELEASE: &str = "\
+if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) end
+return 0";
 
 /// What a [`RedisCache`] can be told.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -297,7 +311,14 @@ impl LayerCache for RedisCache {
             (CacheKey::Chunk(..), Some(ttl)) => {
                 command.arg("EX").arg(ttl.as_secs().max(1));
             }
-            (CacheKey::Manifest(_) | CacheKey::Index(_), _) | (CacheKey::Chunk(..), None) => {}
+            (CacheKey::Chunk(..), None)
+            | (
+                CacheKey::Manifest(_)
+                | CacheKey::Index(_)
+                | CacheKey::AccessMap(..)
+                | CacheKey::Lease(_),
+                _,
+            ) => {}
         }
         Box::pin(async move {
             // "OK", or nil if NX found a value: both are what was asked for.
@@ -314,6 +335,36 @@ impl LayerCache for RedisCache {
             Ok(())
         })
     }
+
+    fn lease(
+        &self,
+        key: CacheKey,
+        holder: LeaseHolder,
+        ttl: Duration,
+    ) -> BoxFuture<'_, Result<bool, TierError>> {
+        let mut command = script(LEASE, key, holder);
+        command.arg(u64::try_from(ttl.as_millis()).unwrap_or(u64::MAX).max(1));
+        Box::pin(async move { self.request(key, &command, 0).await })
+    }
+
+    fn release(&self, key: CacheKey, holder: LeaseHolder) -> BoxFuture<'_, Result<(), TierError>> {
+        let command = script(RELEASE, key, holder);
+        Box::pin(async move {
+            let _: u64 = self.request(key, &command, 0).await?;
+            Ok(())
+        })
+    }
+}
+
+/// A call of `text`, which the server runs as one command.
+///
+/// Sent whole each time: two hundred bytes, while by its digest a server that forgot it would cost a
+/// round trip.
+fn script(text: &str, key: CacheKey, holder: LeaseHolder) -> Cmd {
+    let mut command = ::redis::cmd("EVAL");
+    command.arg(text).arg(1).arg(key.to_string());
+    command.arg(holder.to_string());
+    command
 }
 
 #[cfg(test)]

@@ -23,7 +23,7 @@ use tracing::{debug, info, warn};
 
 use crate::digest::{BlobDigest, ChunkDigest, DiffId};
 
-use super::content::ContentCache;
+use super::{content::ContentCache, lease::LeaseGuard};
 use pass::{Pass, Stop};
 use queue::{Job, Queue};
 
@@ -53,6 +53,14 @@ pub trait UploadSource: Send + Sync + fmt::Debug {
     /// # Errors
     /// Those of the disk; they end this layer's upload.
     fn index(&self) -> io::Result<Bytes>;
+
+    /// Reads the layer's access map, if there is one, and which blob it is of.
+    ///
+    /// # Errors
+    /// Those of the disk; then the layer is uploaded without it.
+    fn access_map(&self) -> io::Result<Option<(BlobDigest, Bytes)>> {
+        Ok(None)
+    }
 
     /// Reads all of chunk `n` into `into`, which is empty.
     ///
@@ -144,13 +152,33 @@ impl Uploader {
     /// Asks for the upload of a layer. Returns at once; if the store has the layer already, that
     /// is found out later and cheaply.
     pub fn enqueue(&self, layer: Arc<dyn UploadSource>) -> Enqueued {
-        self.enqueue_repair(layer, Repair::default())
+        self.push(layer, Repair::default(), None)
+    }
+
+    /// Asks for the upload of a layer that other nodes wait for: its lease is held until the upload
+    /// has ended, however it ends.
+    pub fn enqueue_leased(&self, layer: Arc<dyn UploadSource>, lease: LeaseGuard) -> Enqueued {
+        self.push(layer, Repair::default(), Some(lease))
     }
 
     /// Asks to put parts of a layer again; all of it if the store has no manifest of it.
     pub fn enqueue_repair(&self, layer: Arc<dyn UploadSource>, repair: Repair) -> Enqueued {
+        self.push(layer, repair, None)
+    }
+
+    /// Whether a layer would be accepted now: who cannot upload must not have others wait.
+    pub fn has_room(&self) -> bool {
+        self.queue.has_room()
+    }
+
+    fn push(
+        &self,
+        layer: Arc<dyn UploadSource>,
+        repair: Repair,
+        lease: Option<LeaseGuard>,
+    ) -> Enqueued {
         let diff_id = layer.diff_id();
-        let accepted = self.queue.push(layer, repair);
+        let accepted = self.queue.push(layer, repair, lease);
         if accepted == Enqueued::Refused {
             self.count("dropped");
             warn!(

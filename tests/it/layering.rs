@@ -17,6 +17,7 @@ const MODULES: &[(&str, &[&str])] = &[
     ("secret", &[]),
     ("integrity", &["secret"]),
     ("telemetry", &[]),
+    ("tls", &[]),
     ("metrics", &["disk", "sys"]),
     ("exposition", &["metrics"]),
     ("tar", &[]),
@@ -25,7 +26,7 @@ const MODULES: &[(&str, &[&str])] = &[
     ("tier", &["chunk", "digest"]),
     (
         "registry",
-        &["digest", "integrity", "metrics", "secret", "tier"],
+        &["digest", "integrity", "metrics", "secret", "tier", "tls"],
     ),
     (
         "remote",
@@ -38,6 +39,7 @@ const MODULES: &[(&str, &[&str])] = &[
             "metrics",
             "secret",
             "tier",
+            "tls",
         ],
     ),
     (

@@ -21,6 +21,7 @@ mod fuse_fakes;
 mod http_server;
 mod layer_distrust;
 mod layer_fixture;
+mod layer_leases;
 mod layer_pushed;
 mod layering;
 mod layers;

@@ -9,5 +9,8 @@
 mod conformance;
 mod content;
 mod fixture;
+mod lease;
 mod redis_engine;
+mod s3_engine;
+mod servers;
 mod upload;

@@ -33,12 +33,32 @@ fn each_engine_opens_without_its_remote() {
     // Nothing listens on port 1.
     let redis = parsed("kind = \"redis\"\nurl = \"redis://127.0.0.1:1\"").unwrap();
     assert_eq!(opened(&redis).unwrap().unwrap().engine(), "redis");
+    let s3 = "kind = \"s3\"\ns3 = { bucket = \"b\", endpoint = \"https://127.0.0.1:1\" }";
+    assert_eq!(
+        opened(&parsed(s3).unwrap()).unwrap().unwrap().engine(),
+        "s3"
+    );
     assert!(!std::path::Path::new("/nonexistent").exists());
 }
 
 #[test]
 fn no_secret_is_printed() {
     let config = parsed("kind = \"redis\"\nurl = \"redis://:hunter2@127.0.0.1:1\"").unwrap();
+    let cache = opened(&config).unwrap().unwrap();
+    let shown = format!("{config:?} {cache:?}");
+    assert!(!shown.contains("hunter2"), "{shown}");
+    let dir = tempfile::tempdir().unwrap();
+    let file = |name: &str| {
+        let path = dir.path().join(name);
+        disk::publish(&path, format!("hunter2-{name}").as_bytes()).unwrap();
+        path
+    };
+    let config = parsed(&format!(
+        "kind = \"s3\"\ns3 = {{ bucket = \"b\", access_key_file = {:?}, secret_key_file = {:?} }}",
+        file("id"),
+        file("secret")
+    ));
+    let config = config.unwrap();
     let cache = opened(&config).unwrap().unwrap();
     let shown = format!("{config:?} {cache:?}");
     assert!(!shown.contains("hunter2"), "{shown}");
@@ -59,6 +79,7 @@ fn errors_say_what_to_do() {
     let huge = file("huge", &[b'k'; 5000]);
     let binary = file("binary", &[0xff; 40]);
     let redis = "kind = \"redis\"\nurl = \"redis://127.0.0.1:1\"";
+    let s3 = "kind = \"s3\"\ns3 = { bucket = \"b";
     for (text, expected) in [
         ("kind = \"dir\"".to_owned(), "needs remote.path"),
         ("kind = \"redis\"".to_owned(), "needs remote.url"),
@@ -70,6 +91,31 @@ fn errors_say_what_to_do() {
         (
             format!("{redis}\nrequest_timeout_ms = 0"),
             "request_timeout_ms must not be 0",
+        ),
+        ("kind = \"s3\"".to_owned(), "needs remote.s3.bucket"),
+        (
+            format!("{s3}\", access_key_file = \"{good}\" }}"),
+            "needs remote.s3.secret_key_file",
+        ),
+        (
+            format!("{s3}\", secret_key_file = \"{good}\" }}"),
+            "needs remote.s3.access_key_file",
+        ),
+        (
+            format!("{s3}\", access_key_file = \"/nonexistent\", secret_key_file = \"{good}\" }}"),
+            "remote.s3.access_key_file /nonexistent: check that",
+        ),
+        (
+            format!("{s3}\", endpoint = \"http://127.0.0.1:1\" }}"),
+            "with allow_http = true",
+        ),
+        (
+            format!("{s3}\", endpoint = \"127.0.0.1:1\", allow_http = true }}"),
+            "endpoint must be https://",
+        ),
+        (
+            format!("{s3}\", ca_file = \"{good}\" }}"),
+            "it holds no certificate",
         ),
         (
             format!("{redis}\nhmac_key_file = \"/nonexistent\""),

@@ -1,8 +1,10 @@
-//! Goes once over a layer and puts what the store lacks: chunks, then the index, then the manifest.
+//! Goes once over a layer and puts what the store lacks: chunks, the access map, the index, and last
+//! the manifest.
 
 use std::{io, sync::Arc, time::Duration};
 
 use bytes::Bytes;
+use tracing::debug;
 
 use super::{Repair, UploadSource, queue::Job};
 use crate::{
@@ -122,7 +124,7 @@ impl<'a> Pass<'a> {
         let plan = plan(stored.as_ref(), &layer, self.job.repair());
         drop(stored);
         match &plan {
-            Plan::Nothing => return Ok(None),
+            Plan::Nothing => {}
             Plan::Parts { chunks, .. } => {
                 for n in chunks {
                     self.put_chunk(*n, &layer, Put::Replace).await?;
@@ -138,11 +140,37 @@ impl<'a> Pass<'a> {
                 }
             }
         }
+        // Whoever uploaded the layer first may have had none.
+        let has_put_map = self.put_access_map(&layer).await?;
         match plan {
-            Plan::Parts { index: false, .. } => {}
-            Plan::Nothing | Plan::Parts { .. } | Plan::All => self.put_manifest(&layer).await?,
+            Plan::Nothing if !has_put_map => return Ok(None),
+            Plan::Nothing | Plan::Parts { index: false, .. } => {}
+            Plan::Parts { .. } | Plan::All => self.put_manifest(&layer).await?,
         }
         Ok(Some(layer.layer_bytes))
+    }
+
+    /// Puts the access map, if the layer has one and the store has none; whether it did.
+    async fn put_access_map(&mut self, layer: &RemoteLayer) -> Result<bool, Stop> {
+        let found = match self.local(|source| source.access_map()).await {
+            Ok(found) => found,
+            Err(Stop::Never { error }) => {
+                debug!(layer.diff_id = %self.diff_id, error, "access map is not uploaded");
+                None
+            }
+            Err(stop) => return Err(stop),
+        };
+        // Readers take no longer one.
+        let max_bytes = format::max_access_map_bytes(layer.layer_bytes);
+        let Some((blob, map)) = found.filter(|(_, map)| map.len() <= max_bytes) else {
+            return Ok(false);
+        };
+        let key = CacheKey::AccessMap(self.diff_id, blob);
+        if self.cache.gate().has(key).await? {
+            return Ok(false);
+        }
+        self.put(key, map, Put::IfAbsent).await?;
+        Ok(true)
     }
 
     async fn put_chunk(&mut self, n: u32, layer: &RemoteLayer, put: Put) -> Result<(), Stop> {
@@ -181,9 +209,10 @@ impl<'a> Pass<'a> {
         self.put(key, manifest, Put::Replace).await
     }
 
-    async fn put(&mut self, key: CacheKey, value: Vec<u8>, put: Put) -> Result<(), Stop> {
+    async fn put(&mut self, key: CacheKey, value: impl Into<Bytes>, put: Put) -> Result<(), Stop> {
+        let value = value.into();
         let bytes = u64::try_from(value.len()).unwrap_or(u64::MAX);
-        self.cache.gate().put(key, Bytes::from(value), put).await?;
+        self.cache.gate().put(key, value, put).await?;
         self.sent_bytes = self.sent_bytes.saturating_add(bytes);
         self.cache.metrics().remote_upload_bytes.inc_by(bytes);
         Ok(())

@@ -8,21 +8,24 @@ use std::{
 use tokio::sync::Notify;
 
 use super::{Enqueued, Repair, UploadOutcome, UploadSource};
-use crate::digest::DiffId;
+use crate::{digest::DiffId, remote::LeaseGuard};
 
 /// One layer to be uploaded; whatever happens to it, its source is told.
 #[derive(Debug)]
 pub(super) struct Job {
     source: Arc<dyn UploadSource>,
     repair: Repair,
+    /// Held so that other nodes wait for this upload.
+    lease: Option<LeaseGuard>,
     ended: bool,
 }
 
 impl Job {
-    fn new(source: Arc<dyn UploadSource>, repair: Repair) -> Self {
+    fn new(source: Arc<dyn UploadSource>, repair: Repair, lease: Option<LeaseGuard>) -> Self {
         Self {
             source,
             repair,
+            lease,
             ended: false,
         }
     }
@@ -84,27 +87,41 @@ impl Queue {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Whether one more layer would be taken.
+    pub(super) fn has_room(&self) -> bool {
+        let state = self.state();
+        !state.closed && state.order.len() < self.max_layers
+    }
+
     /// Adds a layer; a request that waits for the same layer is merged into this one.
-    pub(super) fn push(&self, source: Arc<dyn UploadSource>, mut repair: Repair) -> Enqueued {
+    pub(super) fn push(
+        &self,
+        source: Arc<dyn UploadSource>,
+        mut repair: Repair,
+        mut lease: Option<LeaseGuard>,
+    ) -> Enqueued {
         let diff_id = source.diff_id();
         let mut state = self.state();
-        let merged = match state.jobs.get(&diff_id) {
-            _ if state.closed => return Enqueued::Refused,
+        if state.closed {
+            return Enqueued::Refused;
+        }
+        let mut merged = state.jobs.remove(&diff_id);
+        match &mut merged {
             None if state.order.len() >= self.max_layers => return Enqueued::Refused,
-            None => None,
+            None => {}
             Some(earlier) => {
                 repair.index |= earlier.repair.index;
                 repair.chunks.extend(&earlier.repair.chunks);
-                state.jobs.remove(&diff_id)
+                lease = lease.or(earlier.lease.take());
             }
-        };
+        }
         // Many requests about one layer name few distinct chunks.
         repair.chunks.sort_unstable();
         repair.chunks.dedup();
         if merged.is_none() {
             state.order.push_back(diff_id);
         }
-        state.jobs.insert(diff_id, Job::new(source, repair));
+        state.jobs.insert(diff_id, Job::new(source, repair, lease));
         drop(state);
         if let Some(earlier) = merged {
             earlier.end(UploadOutcome::Merged);

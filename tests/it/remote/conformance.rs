@@ -1,15 +1,23 @@
 //! What every engine must do, plain and under faults.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use bytes::Bytes;
 use clip_csi::{
-    digest::DiffId,
-    tier::{CacheKey, LayerCache, Put, TierError},
+    digest::{BlobDigest, DiffId},
+    remote::{RedisCache, RedisOptions},
+    secret::Secret,
+    tier::{CacheKey, LayerCache, LeaseHolder, Put, TierError},
 };
 use futures_util::future::join_all;
 
-use super::fixture::{Fault, Flaky, RedisServer, dir_cache};
+use super::{
+    fixture::{Fault, Flaky, PATIENCE, dir_cache},
+    servers::{RedisServer, S3Server, free_port, redis_cache, redis_options, s3_cache},
+};
 
 /// Runs the whole kit; each part has a layer of its own.
 async fn conforms(cache: &dyn LayerCache) {
@@ -21,17 +29,20 @@ async fn conforms(cache: &dyn LayerCache) {
     fills_once(cache).await;
     replaces_atomically(cache).await;
     survives_cancelled_gets(cache).await;
+    leases_to_one(cache).await;
+    leases_expire(cache).await;
 }
 
 const MAX: usize = 8 << 20;
 
-fn keys(layer: &str) -> [CacheKey; 4] {
+fn keys(layer: &str) -> [CacheKey; 5] {
     let layer = DiffId::of(layer.as_bytes());
     [
         CacheKey::Manifest(layer),
         CacheKey::Index(layer),
         CacheKey::Chunk(layer, 0),
         CacheKey::Chunk(layer, u32::MAX),
+        CacheKey::AccessMap(layer, BlobDigest::of(b"")),
     ]
 }
 
@@ -59,7 +70,7 @@ async fn misses_and_hits(cache: &dyn LayerCache) {
 
 async fn is_binary_safe(cache: &dyn LayerCache) {
     let all: Vec<u8> = (0..=255).collect();
-    let [_, _, key, _] = keys("binary");
+    let [_, _, key, ..] = keys("binary");
     for value in [&all[..], b"", b"\0", b"$-1\r\n", b"\r\n", &[0xff; 70_000]] {
         put(cache, key, value, Put::Replace).await;
         assert_eq!(got(cache, key).await.as_deref(), Some(value));
@@ -67,7 +78,7 @@ async fn is_binary_safe(cache: &dyn LayerCache) {
 }
 
 async fn refuses_oversize(cache: &dyn LayerCache) {
-    let [_, index, chunk, _] = keys("oversize");
+    let [_, index, chunk, ..] = keys("oversize");
     // The second one is above what an engine may fetch without measuring.
     for (key, len) in [(chunk, 1000), (index, 5 << 20)] {
         let value = vec![7; len];
@@ -119,7 +130,7 @@ fn writer_of(value: &Bytes) -> u8 {
 }
 
 async fn fills_once(cache: &dyn LayerCache) {
-    let [_, _, key, _] = keys("fill");
+    let [_, _, key, ..] = keys("fill");
     let writers = join_all((1..=8).map(|writer| cache.put(key, uniform(writer), Put::IfAbsent)));
     let readers = join_all((0..8).map(|_| async {
         let mut seen = Vec::new();
@@ -138,7 +149,7 @@ async fn fills_once(cache: &dyn LayerCache) {
 }
 
 async fn replaces_atomically(cache: &dyn LayerCache) {
-    let [_, _, key, _] = keys("atomic");
+    let [_, _, key, ..] = keys("atomic");
     put(cache, key, &uniform(1), Put::Replace).await;
     let writers = async {
         for writer in 2..12 {
@@ -184,6 +195,60 @@ async fn survives_cancelled_gets(cache: &dyn LayerCache) {
     assert!(5 <= n_cancelled, "{n_cancelled} gets were cancelled");
 }
 
+/// So long that no test sees it pass.
+const LONG: Duration = Duration::from_secs(600);
+
+/// So short that no test waits for long until it has passed.
+const SHORT: Duration = Duration::from_millis(50);
+
+async fn leases_to_one(cache: &dyn LayerCache) {
+    let key = CacheKey::Lease(DiffId::of(b"lease"));
+    let other_key = CacheKey::Lease(DiffId::of(b"other lease"));
+    let [first, second] = [(); 2].map(|()| LeaseHolder::random());
+    let lease = |key, holder| async move { cache.lease(key, holder, LONG).await.unwrap() };
+    let release = |holder| async move { cache.release(key, holder).await.unwrap() };
+    // Nobody has it: that is no error.
+    release(first).await;
+    assert!(lease(key, first).await);
+    assert!(!lease(key, second).await);
+    assert!(lease(other_key, second).await, "another layer's is free");
+    assert!(lease(key, first).await, "its holder renews it");
+    release(second).await;
+    assert!(!lease(key, second).await, "it was not second's to release");
+    release(first).await;
+    assert!(lease(key, second).await);
+    assert!(!lease(key, first).await);
+    release(second).await;
+    release(second).await;
+    // Of many that begin at once, one has it in the end.
+    let holders: Vec<_> = (0..8).map(|_| LeaseHolder::random()).collect();
+    let taken = join_all(holders.iter().map(|it| lease(key, *it))).await;
+    assert_eq!(taken.iter().filter(|it| **it).count(), 1, "{taken:?}");
+    let renewed = join_all(holders.iter().map(|it| lease(key, *it))).await;
+    assert_eq!(renewed, taken);
+}
+
+async fn leases_expire(cache: &dyn LayerCache) {
+    let key = CacheKey::Lease(DiffId::of(b"expiring lease"));
+    let [first, second] = [(); 2].map(|()| LeaseHolder::random());
+    assert!(cache.lease(key, first, SHORT).await.unwrap());
+    // The renewal counts, and not what was before.
+    assert!(cache.lease(key, first, LONG).await.unwrap());
+    tokio::time::sleep(SHORT).await;
+    assert!(!cache.lease(key, second, LONG).await.unwrap());
+    assert!(cache.lease(key, first, SHORT).await.unwrap());
+    let taken = async {
+        while !cache.lease(key, second, LONG).await.unwrap() {
+            tokio::time::sleep(SHORT / 10).await;
+        }
+    };
+    let taken = tokio::time::timeout(PATIENCE, taken).await;
+    taken.expect("it has ended");
+    // Its former holder has learned nothing, and can do no harm.
+    cache.release(key, first).await.unwrap();
+    assert!(!cache.lease(key, first, LONG).await.unwrap());
+}
+
 /// Delays some calls, so that they end in another order than they began.
 fn delayed<T: LayerCache>(cache: T) -> Flaky<T> {
     (0..3000).step_by(7).fold(Flaky::new(cache), |flaky, nth| {
@@ -197,7 +262,7 @@ async fn failures_change_nothing<T: LayerCache>(cache: T) {
         reason: "test".to_owned(),
     });
     let cache = (1..4).fold(Flaky::new(cache), |it, nth| it.on(nth, down.clone()));
-    let [_, _, key, _] = keys("failures");
+    let [_, _, key, ..] = keys("failures");
     put(&cache, key, b"value", Put::IfAbsent).await;
     assert!(cache.get(key, MAX).await.is_err());
     let replaced = cache.put(key, Bytes::from_static(b"other"), Put::Replace);
@@ -223,7 +288,7 @@ async fn dir_conforms_under_faults() {
 async fn two_handles_of_one_dir_conform() {
     let (first, dir) = dir_cache();
     let second = clip_csi::remote::DirCache::new(dir.path(), super::fixture::PATIENCE);
-    let [_, _, key, _] = keys("nodes");
+    let [_, _, key, ..] = keys("nodes");
     put(&first, key, b"of first", Put::IfAbsent).await;
     put(&second, key, b"of second", Put::IfAbsent).await;
     assert_eq!(got(&second, key).await.as_deref(), Some(&b"of first"[..]));
@@ -244,6 +309,77 @@ async fn redis_conforms_under_faults() {
     };
     conforms(&delayed(server.cache())).await;
     failures_change_nothing(server.cache()).await;
+}
+
+#[tokio::test]
+async fn s3_conforms() {
+    if let Some(server) = S3Server::start("s3_conforms").await {
+        conforms(&server.cache()).await;
+    }
+}
+
+#[tokio::test]
+async fn s3_conforms_under_faults() {
+    let Some(server) = S3Server::start("s3_conforms_under_faults").await else {
+        return;
+    };
+    conforms(&delayed(server.cache())).await;
+    failures_change_nothing(server.cache()).await;
+}
+
+/// Asks everything of a server that is not there, or does not answer.
+async fn fails_without_a_server(cache: &dyn LayerCache, is_right: impl Fn(&TierError) -> bool) {
+    let [_, _, key, ..] = keys("dead");
+    let lease = CacheKey::Lease(DiffId::of(b"dead"));
+    let holder = LeaseHolder::random();
+    let value = Bytes::from_static(b"value");
+    let errors = [
+        cache.get(key, MAX).await.unwrap_err(),
+        cache.get(key, 0).await.unwrap_err(),
+        cache
+            .put(key, value.clone(), Put::IfAbsent)
+            .await
+            .unwrap_err(),
+        cache.put(key, value, Put::Replace).await.unwrap_err(),
+        cache.delete(key).await.unwrap_err(),
+        cache.lease(lease, holder, LONG).await.unwrap_err(),
+        cache.release(lease, holder).await.unwrap_err(),
+    ];
+    for error in errors {
+        assert!(is_right(&error), "{error:?}");
+        assert!(!format!("{error:?}").contains("hunter2"), "{error:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_dead_server_is_unavailable() {
+    let is_right = |error: &TierError| matches!(error, TierError::Unavailable { .. });
+    let port = free_port();
+    let redis = redis_cache(&format!("redis://:hunter2@127.0.0.1:{port}"));
+    fails_without_a_server(&redis, is_right).await;
+    let s3 = s3_cache(port, "hunter2", PATIENCE);
+    fails_without_a_server(&s3, is_right).await;
+}
+
+#[tokio::test]
+async fn a_slow_server_costs_the_time_it_is_given() {
+    // Connections are accepted by the kernel, and nobody reads.
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let is_right = |error: &TierError| matches!(error, TierError::Timeout { .. });
+    let short = Duration::from_millis(50);
+    let options = RedisOptions {
+        connect_timeout: short,
+        request_timeout: short,
+        ..redis_options()
+    };
+    let url = Secret::new(format!("redis://:hunter2@127.0.0.1:{port}"));
+    let redis = RedisCache::connect(&url, None, options).unwrap();
+    let s3 = s3_cache(port, "hunter2", short);
+    let started = Instant::now();
+    fails_without_a_server(&redis, is_right).await;
+    fails_without_a_server(&s3, is_right).await;
+    assert!(started.elapsed() < PATIENCE);
 }
 
 /// Threads of a runtime with several workers share one connection.

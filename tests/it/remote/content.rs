@@ -14,9 +14,12 @@ use clip_csi::{
     tier::{CacheKey, LayerCache, Put, TierError},
 };
 
-use super::fixture::{
-    Call, FakeClock, Fault, Flaky, Layer, PATIENCE, RedisServer, Shared, content, dir_cache, key,
-    redis_cache, verify_failures,
+use super::{
+    fixture::{
+        Call, FakeClock, Fault, Flaky, Layer, PATIENCE, Shared, content, dir_cache, key,
+        verify_failures,
+    },
+    servers::{RedisServer, redis_cache},
 };
 
 fn system_clock() -> Arc<dyn Clock> {
@@ -303,7 +306,7 @@ async fn costs_one_call<T: LayerCache + 'static>(engine: T, error: &str) {
 
 #[tokio::test]
 async fn a_remote_where_nothing_listens_costs_one_call() {
-    let port = super::fixture::free_port();
+    let port = super::servers::free_port();
     let engine = redis_cache(&format!("redis://127.0.0.1:{port}"));
     costs_one_call(engine, "refused").await;
 }
@@ -312,7 +315,7 @@ async fn a_remote_where_nothing_listens_costs_one_call() {
 async fn a_remote_that_never_answers_costs_one_timeout() {
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let url = format!("redis://{}", listener.local_addr().unwrap());
-    let mut options = super::fixture::redis_options();
+    let mut options = super::servers::redis_options();
     options.connect_timeout = Duration::from_millis(20);
     let url = clip_csi::secret::Secret::new(url);
     let engine = clip_csi::remote::RedisCache::connect(&url, None, options).unwrap();

@@ -1,10 +1,8 @@
-//! What the tests of the remote content cache need: a real Redis, faults, a clock, a layer.
+//! What the tests of the remote content cache need: faults, a clock, a layer.
 
 use std::{
     collections::HashMap,
     fmt, io,
-    net::{TcpListener, TcpStream},
-    process::{Child, Command, Stdio},
     sync::{
         Arc, Mutex,
         atomic::{AtomicU64, AtomicUsize, Ordering},
@@ -19,128 +17,12 @@ use clip_csi::{
     digest::{BlobDigest, ChunkDigest, DiffId},
     integrity::IntegrityKey,
     metrics::Metrics,
-    remote::{
-        BackOff, ContentCache, ContentOptions, DirCache, RedisCache, RedisOptions, UploadOutcome,
-        UploadSource,
-    },
-    secret::Secret,
-    tier::{BoxFuture, CacheKey, LayerCache, Put, TierError},
+    remote::{BackOff, ContentCache, ContentOptions, DirCache, UploadOutcome, UploadSource},
+    tier::{BoxFuture, CacheKey, LayerCache, LeaseHolder, Put, TierError},
 };
 
 /// Generous: the machine may be busy, and no test waits for it to pass.
 pub(super) const PATIENCE: Duration = Duration::from_secs(20);
-
-/// A `redis-server` on a free loopback port, killed at the end.
-pub(super) struct RedisServer {
-    child: Child,
-    pub(super) port: u16,
-    arguments: Vec<String>,
-    dir: tempfile::TempDir,
-}
-
-impl RedisServer {
-    /// Starts a server, or says why the test `name` is skipped.
-    pub(super) async fn start(name: &str, arguments: &[&str]) -> Option<Self> {
-        if let Err(error) = Command::new("redis-server")
-            .arg("--version")
-            .stdout(Stdio::null())
-            .status()
-        {
-            eprintln!("SKIP {name}: redis-server cannot be run: {error}");
-            return None;
-        }
-        let arguments: Vec<_> = arguments.iter().map(ToString::to_string).collect();
-        let dir = tempfile::tempdir().unwrap();
-        // Another process may take the port before the server does: then it exits, and another
-        // port is tried.
-        for _ in 0..5 {
-            let port = free_port();
-            let mut child = spawn(port, &arguments, dir.path());
-            if answers(&mut child, port).await {
-                return Some(Self {
-                    child,
-                    port,
-                    arguments,
-                    dir,
-                });
-            }
-        }
-        panic!("redis-server did not start");
-    }
-
-    pub(super) fn kill(&mut self) {
-        // It may be dead already.
-        let _ = self.child.kill();
-        self.child.wait().unwrap();
-    }
-
-    /// Starts an empty server on the same port.
-    pub(super) async fn restart(&mut self) {
-        self.child = spawn(self.port, &self.arguments, self.dir.path());
-        assert!(answers(&mut self.child, self.port).await, "did not restart");
-    }
-
-    pub(super) fn url(&self) -> String {
-        format!("redis://127.0.0.1:{}", self.port)
-    }
-
-    pub(super) fn cache(&self) -> RedisCache {
-        redis_cache(&self.url())
-    }
-
-    /// A connection beside the driver's.
-    pub(super) fn raw(&self) -> redis::Connection {
-        let client = redis::Client::open(self.url()).unwrap();
-        client.get_connection().unwrap()
-    }
-}
-
-impl Drop for RedisServer {
-    fn drop(&mut self) {
-        self.kill();
-    }
-}
-
-fn spawn(port: u16, arguments: &[String], dir: &std::path::Path) -> Child {
-    Command::new("redis-server")
-        .args(["--port", &port.to_string(), "--bind", "127.0.0.1"])
-        .args(["--save", "", "--appendonly", "no", "--dir"])
-        .arg(dir)
-        .args(arguments)
-        .stdout(Stdio::null())
-        .spawn()
-        .unwrap()
-}
-
-async fn answers(child: &mut Child, port: u16) -> bool {
-    for _ in 0..1000 {
-        if child.try_wait().unwrap().is_some() {
-            return false;
-        }
-        if TcpStream::connect(("127.0.0.1", port)).is_ok() {
-            return true;
-        }
-        tokio::time::sleep(Duration::from_millis(10)).await;
-    }
-    false
-}
-
-pub(super) fn free_port() -> u16 {
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    listener.local_addr().unwrap().port()
-}
-
-pub(super) fn redis_options() -> RedisOptions {
-    RedisOptions {
-        connect_timeout: PATIENCE,
-        request_timeout: PATIENCE,
-        chunk_ttl: Some(Duration::from_secs(1000)),
-    }
-}
-
-pub(super) fn redis_cache(url: &str) -> RedisCache {
-    RedisCache::connect(&Secret::new(url.to_owned()), None, redis_options()).unwrap()
-}
 
 pub(super) fn dir_cache() -> (DirCache, tempfile::TempDir) {
     let dir = tempfile::tempdir().unwrap();
@@ -168,6 +50,8 @@ pub(super) enum Call {
     Get(CacheKey),
     Put(CacheKey),
     Delete(CacheKey),
+    Lease(CacheKey),
+    Release(CacheKey),
 }
 
 /// Adds faults to an engine, and notes its calls.
@@ -217,9 +101,18 @@ impl<T: LayerCache> Flaky<T> {
         let calls = self.calls.lock().unwrap();
         let puts = calls.iter().filter_map(|it| match it {
             Call::Put(key) => Some(*key),
-            Call::Get(_) | Call::Delete(_) => None,
+            _ => None,
         });
         puts.collect()
+    }
+
+    /// Leases that were asked for or renewed.
+    pub(super) fn n_leases(&self) -> usize {
+        let calls = self.calls.lock().unwrap();
+        calls
+            .iter()
+            .filter(|it| matches!(it, Call::Lease(_)))
+            .count()
     }
 
     async fn strike(&self, call: Call) -> Result<Option<Fault>, TierError> {
@@ -279,6 +172,25 @@ impl<T: LayerCache> LayerCache for Flaky<T> {
             self.inner.delete(key).await
         })
     }
+
+    fn lease(
+        &self,
+        key: CacheKey,
+        holder: LeaseHolder,
+        ttl: Duration,
+    ) -> BoxFuture<'_, Result<bool, TierError>> {
+        Box::pin(async move {
+            self.strike(Call::Lease(key)).await?;
+            self.inner.lease(key, holder, ttl).await
+        })
+    }
+
+    fn release(&self, key: CacheKey, holder: LeaseHolder) -> BoxFuture<'_, Result<(), TierError>> {
+        Box::pin(async move {
+            self.strike(Call::Release(key)).await?;
+            self.inner.release(key, holder).await
+        })
+    }
 }
 
 /// A handle to an engine that the test keeps, too.
@@ -300,6 +212,19 @@ impl<T: LayerCache> LayerCache for Shared<T> {
 
     fn delete(&self, key: CacheKey) -> BoxFuture<'_, Result<(), TierError>> {
         self.0.delete(key)
+    }
+
+    fn lease(
+        &self,
+        key: CacheKey,
+        holder: LeaseHolder,
+        ttl: Duration,
+    ) -> BoxFuture<'_, Result<bool, TierError>> {
+        self.0.lease(key, holder, ttl)
+    }
+
+    fn release(&self, key: CacheKey, holder: LeaseHolder) -> BoxFuture<'_, Result<(), TierError>> {
+        self.0.release(key, holder)
     }
 }
 
@@ -324,18 +249,31 @@ pub(super) fn key(byte: u8) -> IntegrityKey {
     IntegrityKey::new(&[byte; 32]).unwrap()
 }
 
+pub(super) fn content_options(key: Option<IntegrityKey>) -> ContentOptions {
+    ContentOptions {
+        key,
+        max_index_bytes: 1 << 20,
+        back_off: BackOff::default(),
+        lease_ttl: Duration::from_secs(15),
+        lease_wait: PATIENCE,
+    }
+}
+
 /// Puts the layout on top of an engine.
 pub(super) fn content<T: LayerCache + 'static>(
     engine: &Arc<T>,
     key: Option<IntegrityKey>,
     clock: Arc<dyn Clock>,
 ) -> (ContentCache, Metrics) {
+    content_with(engine, content_options(key), clock)
+}
+
+pub(super) fn content_with<T: LayerCache + 'static>(
+    engine: &Arc<T>,
+    options: ContentOptions,
+    clock: Arc<dyn Clock>,
+) -> (ContentCache, Metrics) {
     let metrics = Metrics::new();
-    let options = ContentOptions {
-        key,
-        max_index_bytes: 1 << 20,
-        back_off: BackOff::default(),
-    };
     let engine = Arc::clone(engine) as Arc<dyn LayerCache>;
     let cache = ContentCache::new(engine, options, metrics.clone(), clock);
     (cache, metrics)
@@ -355,6 +293,7 @@ type Hook = Box<dyn Fn(u32) + Send + Sync>;
 pub(super) struct Layer {
     pub(super) content: Vec<u8>,
     pub(super) index: Bytes,
+    pub(super) access_map: Option<Bytes>,
     pub(super) hook: Option<Hook>,
     /// Whether the local copy is rotten, although its digests are right.
     pub(super) is_rotten: bool,
@@ -393,6 +332,7 @@ impl Layer {
         Self {
             content,
             index: Bytes::from(format!("index of {seed}, ").repeat(50)),
+            access_map: None,
             hook: None,
             is_rotten: false,
             n_reads: AtomicUsize::new(0),
@@ -452,6 +392,10 @@ impl UploadSource for Layer {
 
     fn index(&self) -> io::Result<Bytes> {
         Ok(self.index.clone())
+    }
+
+    fn access_map(&self) -> io::Result<Option<(BlobDigest, Bytes)>> {
+        Ok(self.access_map.clone().map(|it| (self.blob(), it)))
     }
 
     fn read_chunk(&self, n: u32, into: &mut Vec<u8>) -> io::Result<()> {

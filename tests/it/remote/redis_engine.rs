@@ -10,7 +10,7 @@ use clip_csi::{
     tier::{CacheKey, LayerCache, Put, TierError},
 };
 
-use super::fixture::{RedisServer, redis_cache, redis_options};
+use super::servers::{RedisServer, redis_cache, redis_options};
 
 fn chunk() -> CacheKey {
     CacheKey::Chunk(DiffId::of(b"layer"), 3)
@@ -142,7 +142,7 @@ async fn a_connection_closed_by_the_server_is_replaced_unnoticed() {
 async fn a_dead_server_is_unavailable_and_a_silent_one_times_out() {
     let dead = redis_cache(&format!(
         "redis://127.0.0.1:{}",
-        super::fixture::free_port()
+        super::servers::free_port()
     ));
     let got = dead.get(chunk(), 10).await;
     assert!(matches!(got, Err(TierError::Unavailable { .. })), "{got:?}");

@@ -16,25 +16,27 @@ use clip_csi::{
     tier::{CacheKey, LayerCache, Put, TierError},
 };
 
-use super::fixture::{Fault, Flaky, Layer, PATIENCE, RedisServer, dir_cache, key, until};
+use super::{
+    fixture::{
+        Fault, Flaky, Layer, PATIENCE, content_options, content_with, dir_cache, key, until,
+        verify_failures,
+    },
+    servers::{RedisServer, S3Server},
+};
 
 /// Starts an uploader whose back-off is short.
 fn uploader<T: LayerCache + 'static>(
     engine: &Arc<T>,
     options: UploadOptions,
 ) -> (Uploader, ContentCache, Metrics) {
-    let metrics = Metrics::new();
     let content = ContentOptions {
-        key: Some(key(1)),
-        max_index_bytes: 1 << 20,
         back_off: BackOff {
             first: Duration::from_millis(10),
             longest: Duration::from_millis(50),
         },
+        ..content_options(Some(key(1)))
     };
-    let engine = Arc::clone(engine) as Arc<dyn LayerCache>;
-    let clock = Arc::new(SystemClock::new());
-    let cache = ContentCache::new(engine, content, metrics.clone(), clock);
+    let (cache, metrics) = content_with(engine, content, Arc::new(SystemClock::new()));
     let uploader = Uploader::start(cache.clone(), options);
     (uploader, cache, metrics)
 }
@@ -107,6 +109,13 @@ async fn the_manifest_comes_last_in_a_dir() {
 async fn the_manifest_comes_last_in_redis() {
     let name = "the_manifest_comes_last_in_redis";
     if let Some(server) = RedisServer::start(name, &[]).await {
+        puts_the_manifest_last(server.cache()).await;
+    }
+}
+
+#[tokio::test]
+async fn the_manifest_comes_last_in_s3() {
+    if let Some(server) = S3Server::start("the_manifest_comes_last_in_s3").await {
         puts_the_manifest_last(server.cache()).await;
     }
 }
@@ -270,6 +279,73 @@ async fn a_repair_puts_what_it_names() {
     // Two of the puts were the test's own.
     assert_eq!(engine.puts()[n_puts + 2..], expected);
     is_whole(&cache, &layer).await;
+}
+
+#[tokio::test]
+async fn an_access_map_is_put_before_the_manifest_or_later() {
+    let (engine, _dir) = dir_cache();
+    let engine = Arc::new(Flaky::new(engine));
+    let (uploader, cache, _) = uploader(&engine, options());
+    let map = Bytes::from_static(b"an access map");
+    let mut new = Layer::new(1, 1);
+    new.access_map = Some(map.clone());
+    let new = Arc::new(new);
+    let id = new.diff_id();
+    uploader.enqueue(new.clone());
+    until("it is uploaded", || new.outcomes().len() == 1).await;
+    let at = CacheKey::AccessMap(id, new.blob());
+    let expected = [
+        CacheKey::Chunk(id, 0),
+        at,
+        CacheKey::Index(id),
+        CacheKey::Manifest(id),
+    ];
+    assert_eq!(engine.puts(), expected);
+    let fetched = cache.access_map(&id, &new.blob(), new.layer_bytes()).await;
+    assert_eq!(fetched, Some(map.clone()));
+    // It is there: nothing is sent.
+    uploader.enqueue(new.clone());
+    until("it is uploaded", || new.outcomes().len() == 2).await;
+    assert_eq!(new.outcomes()[1], UploadOutcome::AlreadyThere);
+    // Its reader found it wrong: it is put again, alone.
+    let reason = "wrong checksum".to_owned();
+    cache.reject_access_map(&id, &new.blob(), reason).await;
+    assert_eq!(
+        cache.access_map(&id, &new.blob(), new.layer_bytes()).await,
+        None
+    );
+    uploader.enqueue(new.clone());
+    until("it is uploaded", || new.outcomes().len() == 3).await;
+    assert_eq!(engine.puts()[4..], [at]);
+    let sent_bytes = map.len() as u64;
+    assert_eq!(new.outcomes()[2], UploadOutcome::Uploaded { sent_bytes });
+    uploader.drain(PATIENCE).await;
+}
+
+#[tokio::test]
+async fn an_access_map_that_is_too_long_goes_nowhere() {
+    let (engine, _dir) = dir_cache();
+    let engine = Arc::new(Flaky::new(engine));
+    let (uploader, cache, metrics) = uploader(&engine, options());
+    // The layer has 1234 bytes.
+    let long = Bytes::from(vec![1; 1234 + 4096 + 1]);
+    let mut layer = Layer::new(1, 1);
+    layer.access_map = Some(long.clone());
+    let layer = Arc::new(layer);
+    uploader.enqueue(layer.clone());
+    uploader.drain(PATIENCE).await;
+    is_whole(&cache, &layer).await;
+    let (id, blob) = (layer.diff_id(), layer.blob());
+    let at = CacheKey::AccessMap(id, blob);
+    assert!(!engine.puts().contains(&at));
+    // Somebody else puts one: it is not taken, and deleted.
+    engine.put(at, long, Put::Replace).await.unwrap();
+    assert_eq!(
+        cache.access_map(&id, &blob, layer.layer_bytes()).await,
+        None
+    );
+    assert_eq!(engine.get(at, usize::MAX / 2).await.unwrap(), None);
+    assert_eq!(verify_failures(&metrics), 1);
 }
 
 #[tokio::test]

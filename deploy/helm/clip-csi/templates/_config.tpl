@@ -55,7 +55,26 @@ hmac_key_file = {{ printf "/etc/clip-csi/secrets/remote/%s" .hmacKey | toJson }}
 password_file = {{ printf "/etc/clip-csi/secrets/remote/%s" .passwordKey | toJson }}
 {{- end }}
 {{- end }}
-{{- include "clip-csi.tomlIntegers" (dict "values" .Values.remote "keys" (list "chunkTtlSeconds" "connectTimeoutMs" "requestTimeoutMs" "maxIndexBytes" "uploadQueueLayers" "uploadAttempts")) }}
+{{- include "clip-csi.tomlIntegers" (dict "values" .Values.remote "keys" (list "chunkTtlSeconds" "connectTimeoutMs" "requestTimeoutMs" "maxIndexBytes" "uploadQueueLayers" "uploadAttempts" "leaseWaitSeconds")) }}
+{{- end }}
+{{- if eq .Values.remote.kind "s3" }}
+
+[remote.s3]
+bucket = {{ required "remote.s3.bucket is not set: remote.kind s3 needs a bucket" .Values.remote.s3.bucket | toJson }}
+{{- range $key := list "endpoint" "region" "prefix" }}
+{{- with index $.Values.remote.s3 $key }}
+{{ $key }} = {{ . | toJson }}
+{{- end }}
+{{- end }}
+{{- if .Values.remote.s3.allowHttp }}
+allow_http = true
+{{- end }}
+{{- with .Values.remote.existingSecret }}
+{{- if and .name .accessKeyIdKey }}
+access_key_file = {{ printf "/etc/clip-csi/secrets/remote/%s" .accessKeyIdKey | toJson }}
+secret_key_file = {{ printf "/etc/clip-csi/secrets/remote/%s" (required "remote.existingSecret.secretAccessKeyKey is not set: accessKeyIdKey needs it" .secretAccessKeyKey) | toJson }}
+{{- end }}
+{{- end }}
 {{- end }}
 
 [registry]
