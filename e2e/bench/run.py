@@ -42,7 +42,7 @@ def play(name: str, work: pathlib.Path, verdicts: measure.Verdicts) -> None:
         PARTS[name].run(directory, verdicts)
     except process.Failed as error:
         verdicts.bound(False, f"{name}: ended early: {error}")
-    except Exception:  # noqa: BLE001 - the other parts are to be measured all the same
+    except Exception:  # The other parts are to be measured all the same
         traceback.print_exc()
         verdicts.bound(False, f"{name}: ended early")
     finally:
