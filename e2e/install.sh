@@ -15,7 +15,7 @@ needs=(
     cc:gcc make:make pkg-config:pkg-config ld:binutils git:git curl:curl
     python3:python3 pip3:python3-pip fusermount3:fuse3
     docker-registry:docker-registry skopeo:skopeo umoci:umoci mmdebstrap:mmdebstrap
-    redis-server:redis-server setfattr:attr setcap:libcap2-bin zstd:zstd
+    redis-server:redis-server setfattr:attr setcap:libcap2-bin zstd:zstd pigz:pigz
 )
 if [ "$what" = test ]; then
     # Password files and certificates for the registry; a look at processes.

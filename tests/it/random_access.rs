@@ -213,7 +213,7 @@ async fn a_damaged_map_is_made_anew_by_the_stream() {
         let it = Emptied::new(seed, false).await;
         let path = it.layer.file().dir().join("access");
         let map = std::fs::read(&path).unwrap();
-        std::fs::write(&path, &map[..damage.min(map.len() - 1)]).unwrap();
+        clip_csi::disk::publish(&path, &map[..damage.min(map.len() - 1)]).unwrap();
         it.present(12).await;
         assert_eq!(it.random_reads("ok"), 0, "a damaged map was used");
         it.complete().await;
