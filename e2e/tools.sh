@@ -10,7 +10,6 @@ set -euo pipefail
 
 what="${1:-csi}"
 flags='-s -w'
-compile=
 case "$what" in
 csi)
     module="$E2E_DIR/tools"
@@ -30,8 +29,6 @@ kubernetes)
     for it in k8s.io/component-base/version k8s.io/client-go/pkg/version; do
         flags+=" -X $it.gitVersion=v$version -X $it.gitMajor=1 -X $it.gitMinor=$(cut -d. -f2 <<<"$version")"
     done
-    # No debugger looks at them: a tenth less to compile.
-    compile='-gcflags=all=-dwarf=false'
     about="Kubernetes $version and Helm (Go, once; about seven minutes on two idle cores)"
     ;;
 s3)
@@ -58,7 +55,7 @@ if [ ! -d "$out" ]; then
     trap 'rm -rf "$new"' EXIT
     # -mod=readonly: go.mod and go.sum are the pin, a build never changes them.
     (cd "$module" && CGO_ENABLED=0 GOTOOLCHAIN=auto GOFLAGS=-mod=readonly go build -trimpath -buildvcs=false \
-        ${compile:+"$compile"} -ldflags "$flags" -o "$new/" "${packages[@]}"
+        -ldflags "$flags" -o "$new/" "${packages[@]}"
         if [ "$what" = kubernetes ]; then
             "$new/controller-gen" crd paths=github.com/prometheus-operator/prometheus-operator/pkg/apis/monitoring/v1 "output:crd:dir=$new/crds"
             rm "$new/controller-gen"

@@ -102,7 +102,11 @@ impl Inner {
                 if let Some(access) = self.access(layer).await
                     && self.read_random(layer, &access, chunk).await
                 {
-                    self.complete_beside(layer);
+                    if file.is_complete() {
+                        self.completed(layer);
+                    } else {
+                        self.complete_beside(layer);
+                    }
                     return Ok(Tier::Registry);
                 }
             }
@@ -153,11 +157,7 @@ impl Inner {
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .n_spans();
-        if self.config.complete_layers
-            && from <= n_spans
-            && !layer.file.is_complete()
-            && !layer.is_refilling()
-        {
+        if self.config.complete_layers && from <= n_spans && !layer.is_refilling() {
             self.start_refill(layer);
         }
     }
@@ -225,9 +225,7 @@ impl Inner {
             .with_label_values(&[tier])
             .inc_by(delivered);
         if layer.file.is_complete() {
-            info!(layer.diff_id = %diff_id, bytes = layer.file.layer_bytes(),
-                path = %layer.file.dir().display(), "layer cached to disk");
-            self.flush_later(layer);
+            self.completed(layer);
         }
         Ok(true)
     }
@@ -332,18 +330,26 @@ impl Inner {
         let outcome = filled.as_ref().map(|()| layer.file.layer_bytes());
         self.decompressed(desc, started, outcome);
         filled?;
+        self.completed(layer);
+        Ok(())
+    }
+
+    /// Has a layer that became complete flushed, and what the remote content cache lacked of it put
+    /// there.
+    fn completed(self: &Arc<Self>, layer: &Arc<Layer>) {
+        let file = &layer.file;
+        info!(layer.diff_id = %file.diff_id(), bytes = file.layer_bytes(),
+            path = %file.dir().display(), "layer cached to disk");
         self.flush_later(layer);
-        let chunks =
-            std::mem::take(&mut *layer.missed.lock().unwrap_or_else(PoisonError::into_inner));
-        self.upload_later(
-            desc,
-            &layer.file,
-            Repair {
+        let missed = &mut *layer.missed.lock().unwrap_or_else(PoisonError::into_inner);
+        let chunks = std::mem::take(missed);
+        if !chunks.is_empty() {
+            let repair = Repair {
                 chunks,
                 index: false,
-            },
-        );
-        Ok(())
+            };
+            self.upload_later(&layer.origin().desc, file, repair);
+        }
     }
 
     /// Counts bytes of a layer that came from the registry.
