@@ -163,9 +163,11 @@ class Crash(UnderReaders):
         node = self.node
         with self.each(("handover:resumed",)) as [step]:
             former = node.servers["serve"]
+            log, said = node.log_of("serve"), "the process that serves was killed"
+            before = log.read_text().count(said)
             new = node.launch("serve", env=at(step))
-            child = process.wait_until(lambda: process.children_of(new.pid), "a child of the new serve")[0]
-            process.wait_until(lambda: process.dead(child), f"the new serve to crash at {step}")
+            # Not by looking for its child, which may have crashed and been replaced before that.
+            process.wait_until(lambda: log.read_text().count(said) > before, f"the new serve to crash at {step}")
             trio.kill_whole(new)
             new.process.wait()
             process.wait_until(lambda: process.children_of(former.pid) and node.answers("serve"), "the former serve to serve again")
