@@ -205,8 +205,14 @@ impl Access {
             Compression::None => blob.end,
             Compression::Gzip | Compression::Zstd => {
                 let last = self.map.at_or_before(end);
-                let is_near = end - self.map.layer_offset(last) <= STRIDE_BYTES / 4;
-                let slack = if is_near { BLOCK_SLACK_BYTES } else { u64::MAX };
+                // What lies between may not have been compressed at all.
+                let between = end - self.map.layer_offset(last);
+                let is_near = between <= STRIDE_BYTES / 4;
+                let slack = if is_near {
+                    between + BLOCK_SLACK_BYTES
+                } else {
+                    u64::MAX
+                };
                 self.map
                     .blob_offset(last)
                     .saturating_add(slack)
