@@ -161,11 +161,7 @@ impl ContentCache {
             }
             Ok(None) => None,
             Err(refusal) => {
-                let is_wrong = matches!(refusal, Refusal::Wrong(_));
-                self.missed(key, refusal);
-                if is_wrong {
-                    self.delete(key).await;
-                }
+                self.missed_for_good(key, refusal).await;
                 None
             }
         }
@@ -190,11 +186,7 @@ impl ContentCache {
         match self.0.gate.get(key, max_bytes, Ok).await {
             Ok(found) => found,
             Err(refusal) => {
-                let is_wrong = matches!(refusal, Refusal::Wrong(_));
-                self.missed(key, refusal);
-                if is_wrong {
-                    self.delete(key).await;
-                }
+                self.missed_for_good(key, refusal).await;
                 None
             }
         }
@@ -258,6 +250,15 @@ impl ContentCache {
             Ok(()) => {}
             // The next reader finds the same and tries again.
             Err(refusal) => debug!(%key, ?refusal, "wrong value was not deleted from remote cache"),
+        }
+    }
+
+    /// Does as [`Self::missed`], and deletes a wrong value, which nobody replaces while it is there.
+    async fn missed_for_good(&self, key: CacheKey, refusal: Refusal) {
+        let is_wrong = matches!(refusal, Refusal::Wrong(_));
+        self.missed(key, refusal);
+        if is_wrong {
+            self.delete(key).await;
         }
     }
 
