@@ -114,34 +114,51 @@ impl Inner {
         chunk: u32,
     ) -> bool {
         let _demanded = self.demand.enter();
-        let Some(mut progress) = self.start_span(layer, access, chunk) else {
-            return false;
-        };
+        let is_present = || layer.file.has(chunk..chunk + 1);
+        loop {
+            let Some((mut progress, is_own)) = self.start_span(layer, access, chunk) else {
+                return false;
+            };
+            let ended = self.ride_span(&mut progress, is_present).await;
+            // Who joined a fetch that had already passed the chunk, which was dropped since, has one of
+            // its own.
+            if is_present() || is_own || !matches!(ended, Some(RefillState::Done)) {
+                return is_present();
+            }
+        }
+    }
+
+    /// Waits until `is_present`, or the fetch has ended; `None` if it has not.
+    async fn ride_span(
+        &self,
+        progress: &mut watch::Receiver<RefillState>,
+        is_present: impl Fn() -> bool,
+    ) -> Option<RefillState> {
         let stall = Duration::from_secs(self.config.stall_timeout_seconds);
-        while !layer.file.has(chunk..chunk + 1) {
+        while !is_present() {
             match progress.borrow_and_update().clone() {
                 RefillState::Running => {}
-                RefillState::Done | RefillState::Failed(_) => break,
+                ended @ (RefillState::Done | RefillState::Failed(_)) => return Some(ended),
             }
             match tokio::time::timeout(stall, progress.changed()).await {
                 Ok(Ok(())) => {}
                 Ok(Err(_)) | Err(_) => break,
             }
         }
-        layer.file.has(chunk..chunk + 1)
+        None
     }
 
-    /// Joins the fetch that will bring `chunk`, or starts one.
+    /// Joins the fetch that will bring `chunk`, or starts one, and says whether it did.
     fn start_span(
         self: &Arc<Self>,
         layer: &Arc<Layer>,
         access: &Arc<Access>,
         chunk: u32,
-    ) -> Option<watch::Receiver<RefillState>> {
+    ) -> Option<(watch::Receiver<RefillState>, bool)> {
         let file = &layer.file;
         let mut random = layer.random.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(progress) = random.joining(chunk) {
-            return Some(progress);
+            return Some((progress, false));
         }
         let mut chunks = random.window(chunk, file.n_chunks());
         // What is there at either end is not decompressed again.
@@ -172,7 +189,7 @@ impl Inner {
                 }
             });
         });
-        Some(receiver)
+        Some((receiver, true))
     }
 
     /// Fetches `span`, verifies its chunks and marks them present.
