@@ -8,8 +8,8 @@ MAKEFLAGS += --no-print-directory
 # Where rustup and Go's archive put programs that a fresh shell does not find yet.
 export PATH := $(PATH):$(HOME)/.cargo/bin:/usr/local/go/bin
 
-# One profile for all but the demo, which measures what users get: a second one would double a cold build.
-CARGO_FLAGS := --release --locked
+# Lints and tests are built in the profile dev; end-to-end tests and the demo run what ships, built in the profile dist.
+CARGO_FLAGS := --locked
 
 say = @printf '\n==> %s\n' "$(1)"
 
@@ -34,29 +34,33 @@ bench: ## Measure against the best that could be, in ratios (root, idle machine;
 	$(call say,Installing what is missing)
 	@./e2e/install.sh demo
 	$(call say,Building clip-csi and its inflater alone; the readers and the registry)
-	@cargo build $(CARGO_FLAGS) --bins --bench inflate
+	@cargo build --release --locked --bins --bench inflate
 	./e2e/tools.sh >/dev/null
 	$(call say,Measuring)
 	@python3 e2e/bench/run.py "$(BENCH)"
 
 test: ## Everything that continuous integration runs (root; installs what is missing; about half an hour the first time)
-	$(call say,1/4 Installing what is missing)
+	$(call say,1/3 Installing what is missing)
 	@$(MAKE) install
-	$(call say,2/4 Format and lints and documentation; beside it what the cluster of the end-to-end tests needs is built)
-	# With low priority, on the core that linking and waiting leave idle. Waited for also after a failure: nothing runs on.
-	@nice $(MAKE) cluster-builds &
-	trap 'wait' EXIT
-	$(MAKE) check
-	$(call say,3/4 Unit and integration tests)
-	@$(MAKE) unit
-	$(call say,4/4 End-to-end tests with a real registry and real images)
-	@$(MAKE) e2e
+	$(call say,2/3 Format; then end-to-end tests with a real registry, real images and a real Kubernetes)
+	@cargo fmt --check
+	# What needs no cluster runs beside the cluster's cases, which mostly wait, and is shown after them.
+	log="$$(mktemp)"
+	(export CARGO_INCREMENTAL=0; $(MAKE) cluster-builds && nice $(MAKE) unit check >"$$log" 2>&1) & beside=$$!
+	# Waited for also after a failure: nothing runs on.
+	trap 'wait; rm -f "$$log"' EXIT
+	failed=0
+	$(MAKE) e2e || failed=1
+	$(call say,3/3 Unit and integration tests; lints and documentation)
+	@wait $$beside || failed=1
+	cat "$$log"
+	exit $$failed
 
 install: ## Install what the tests need and this machine lacks (root)
 	@./e2e/install.sh test
 
 build: ## Build the program
-	@cargo build $(CARGO_FLAGS)
+	@cargo build --release --locked
 
 check: ## Format, clippy and rustdoc, each without a warning
 	@cargo fmt --check
@@ -68,21 +72,23 @@ unit: ## Unit and integration tests
 	./e2e/tools.sh s3 >/dev/null || true
 	cargo test $(CARGO_FLAGS)
 
-e2e: install build ## End-to-end tests alone (root; CASES=name,name or E2E="-k NAME" picks some; cold about 25 minutes)
-	@./e2e/tools.sh >/dev/null
+e2e: install ## End-to-end tests alone (root; CASES=name,name or E2E="-k NAME" picks some; cold about 25 minutes)
+	@cargo fetch --quiet --locked
+	./e2e/tools.sh >/dev/null
 	# All, unless some cases are picked: those make what they need. The cluster's cases come last, and wait for the builds.
 	if [ -z "$(CASES)$(E2E)" ]; then
 		python3 e2e/images.py build
 		nice $(MAKE) cluster-builds &
 		trap 'wait' EXIT
 	fi
-	python3 e2e/run.py --cases "$(CASES)" $(E2E)
+	# What is tested is what ships: the programs of the project's image, unless others are named.
+	CLIP_CSI_BIN="$${CLIP_CSI_BIN:-$$(python3 e2e/cluster/project_image.py --programs)/clip-csi}" python3 e2e/run.py --cases "$(CASES)" $(E2E)
 
-# Two at once, because linking leaves a core idle. Whoever comes second waits for the first.
+# Two at once, because linking leaves a core idle; the image first, because most cases need it. Whoever comes second waits.
 cluster-builds:
 	@cargo fetch --quiet --locked
-	./e2e/tools.sh s3 >/dev/null
-	./e2e/tools.sh kubernetes >/dev/null & kubernetes=$$!
+	python3 e2e/cluster/project_image.py >/dev/null & image=$$!
 	trap 'wait' EXIT
-	python3 e2e/cluster/project_image.py >/dev/null
-	wait $$kubernetes
+	./e2e/tools.sh s3 >/dev/null
+	nice ./e2e/tools.sh kubernetes >/dev/null
+	wait $$image

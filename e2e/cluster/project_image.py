@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Builds the project's image from its Dockerfile with buildah, and keeps it as an OCI layout in the cache.
 
-usage: project_image.py           builds if needed and prints the layout's directory
+usage: project_image.py [--programs]     builds if needed and prints the layout's directory, or that of the image's programs
 
 No image can be pulled in the tests, so the one that the Dockerfile begins with is made here: the same
 Debian with a C compiler, and this machine's Rust.
@@ -14,6 +14,7 @@ import os
 import pathlib
 import shutil
 import sys
+import tarfile
 import tempfile
 import time
 
@@ -106,6 +107,20 @@ def build_into(done: pathlib.Path) -> None:
             (pathlib.Path(directory) / "layout").rename(done)
 
 
+def programs() -> pathlib.Path:
+    """A directory with the image's programs, as they are in it: what users get."""
+    done = layout().directory
+    directory = done.parent / f"{done.name}-programs"
+    if not directory.exists():
+        with tempfile.TemporaryDirectory(prefix=".new.", dir=done.parent) as new:
+            [layer] = oci.Layout(done).layers(TAG)
+            with tarfile.open(oci.Layout(done).blob(layer["digest"])) as tar:
+                members = [it for it in tar if it.isfile() and pathlib.PurePath(it.name).parent.name == "bin"]
+                tar.extractall(new, members, filter="data")
+            (pathlib.Path(new) / "usr/local/bin").rename(directory)
+    return directory
+
+
 def build(directory: pathlib.Path) -> None:
     begin = time.monotonic()
     # A copy, so that every file is newer than what an earlier build left: cargo goes by times.
@@ -143,6 +158,6 @@ def build(directory: pathlib.Path) -> None:
 
 if __name__ == "__main__":
     try:
-        print(layout().directory)
+        print(programs() if sys.argv[1:] == ["--programs"] else layout().directory)
     except process.Failed as error:
         sys.exit(f"project_image.py: {error}")
