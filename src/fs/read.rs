@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::{ClipFs, FsError, IndexBytes, LayerData, Wait};
+use super::{ClipFs, FsError, LayerData, ServedBytes, Wait};
 use crate::{
     chunk,
     digest::DiffId,
@@ -20,7 +20,7 @@ pub enum ReadOutcome {
     Missing(Vec<(DiffId, Range<u32>)>),
 }
 
-impl<I: IndexBytes> ClipFs<I> {
+impl<I: ServedBytes> ClipFs<I> {
     /// Reads up to `len` bytes of a file from `offset`.
     ///
     /// When [`ReadOutcome::Ready`], `buf` has exactly as many bytes as the file has in the range;

@@ -29,7 +29,7 @@ use super::{
 };
 use crate::{
     digest::DiffId,
-    fs::{FsError, IndexBytes, Wait, read::ReadOutcome},
+    fs::{FsError, ServedBytes, Wait, read::ReadOutcome},
     index::image::Ino,
     metrics::Outcome,
     telemetry::error_chain,
@@ -65,7 +65,7 @@ struct Waiting<I> {
     n_left: AtomicUsize,
 }
 
-impl<I: IndexBytes> PendingRead<I> {
+impl<I: ServedBytes> PendingRead<I> {
     pub(super) fn new(
         served: Arc<Served<I>>,
         ino: Ino,
@@ -161,7 +161,7 @@ impl<I: IndexBytes> PendingRead<I> {
     }
 }
 
-impl<I: IndexBytes> Waiting<I> {
+impl<I: ServedBytes> Waiting<I> {
     /// Takes note that the chunks of `layer` are present, or why not.
     fn arrived(&self, layer: DiffId, result: Result<(), PresentError>) {
         match result {

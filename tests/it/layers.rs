@@ -1,6 +1,6 @@
 //! The layer store over real files: tiers, single flight, verification, restarts.
 
-use std::{path::Path, sync::Arc, time::Duration};
+use std::{sync::Arc, time::Duration};
 
 use clip_csi::{
     chunk::CHUNK_BYTES,
