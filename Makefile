@@ -82,7 +82,7 @@ e2e: install ## End-to-end tests alone (root; CASES=name,name or E2E="-k NAME" p
 		trap 'wait' EXIT
 	fi
 	# What is tested is what ships: the programs of the project's image, unless others are named.
-	CLIP_CSI_BIN="$${CLIP_CSI_BIN:-$$(python3 e2e/cluster/project_image.py --programs)/clip-csi}" python3 e2e/run.py --cases "$(CASES)" $(E2E)
+	CLIP_CSI_BIN="$${CLIP_CSI_BIN:-$$(python3 e2e/cluster/project_image.py --programs | tail -n 1)/clip-csi}" python3 e2e/run.py --cases "$(CASES)" $(E2E)
 
 # Two at once, because linking leaves a core idle; the image first, because most cases need it. Whoever comes second waits.
 cluster-builds:
