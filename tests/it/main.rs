@@ -15,6 +15,7 @@ mod codec;
 mod csi;
 mod eviction;
 mod fs;
+mod full_disk;
 mod fuse;
 mod fuse_fakes;
 #[path = "support/http_server.rs"]
