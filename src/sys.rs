@@ -10,7 +10,7 @@ pub mod inflate;
 use std::{
     fs::File,
     io,
-    ops::Deref,
+    ops::{Deref, Range},
     os::fd::{AsRawFd, BorrowedFd},
     sync::atomic::{AtomicU64, Ordering},
 };
@@ -32,6 +32,15 @@ impl MappedFile {
         // the bytes behind the returned slice neither change nor vanish.
         let map = unsafe { memmap2::Mmap::map(file)? };
         Ok(Self(map))
+    }
+
+    /// Has the kernel read `range`, in pages of the usual size.
+    ///
+    /// What it reads ahead of somebody who goes through a mapping comes in folios of up to 2 MiB, and
+    /// from Linux 6.18 on one access maps all of its folio.
+    pub fn will_read(&self, range: Range<usize>) {
+        // The advice is only that: a failure costs memory, not correctness.
+        let _ = (self.0).advise_range(memmap2::Advice::WillNeed, range.start, range.len());
     }
 
     /// Gives the pages that were read back to the kernel; the next access faults them in again.

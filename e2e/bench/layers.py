@@ -19,6 +19,8 @@ MB = 1000 * 1000
 SIZES = {"bench-30mb": 30 * MB, "bench-300mb": 300 * MB, "bench-1200mb": 1200 * MB}
 BIG_FILE, BIG_BYTES = "bench/big", 512 << 20
 SMALL_DIR, N_SMALL = "bench/small", 20_000
+# Empty files of bench-million, and how many of them a directory has.
+N_MILLION, PER_DIRECTORY = 1_000_000, 1000
 # As the numpy of debian-python wants it.
 PANDAS_WHEELS = ["pandas==2.3.3", "python-dateutil==2.9.0.post0", "pytz==2025.2", "tzdata==2025.2", "six==1.17.0"]
 PACKAGES = "usr/lib/python3/dist-packages"
@@ -153,3 +155,14 @@ def bench_python(it: images.Image) -> None:
     assert tar.wait() == 0, "tar failed"
     it.layout.add_image(images.TAG, [*layers_of(it, images.get("debian-python")), layer.close()])
     shutil.rmtree(rootfs)
+
+
+@images.image("bench-million", 1)
+def bench_million(it: images.Image) -> None:
+    """A layer with a million empty files."""
+    layer = GzipLayer(it.layout, 1)
+    for number in range(N_MILLION):
+        if number % PER_DIRECTORY == 0:
+            layer.dir(f"{number // PER_DIRECTORY:04}")
+        layer.file(f"{number // PER_DIRECTORY:04}/a-name-of-usual-length-{number:07}", b"")
+    it.layout.add_image(images.TAG, [layer.end()])

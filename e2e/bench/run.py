@@ -9,6 +9,7 @@ usage: run.py [NAME,NAME...] [--keep]
   nodes        1, 4 and 16 nodes that start at once
   python       `import numpy, pandas` on a cold node, against the same tree on the same disk
   index        how fast indexes are made, and how big they are
+  memory       the most that each role of a node holds, whatever is read
 
 Cases are run in turns, and compared by their medians. docs/BENCHMARKS.md explains each line. Every bound
 is printed as "held" or "missed", what cannot run as "SKIP" with the reason; the last line counts them.
@@ -26,11 +27,11 @@ if __name__ == "__main__":
     sys.path[0] = str(pathlib.Path(__file__).resolve().parent.parent)
 
 import images
-from bench import first_touch, fuse, index, inflate, measure, nodes, python
+from bench import first_touch, fuse, index, inflate, measure, memory, nodes, python
 from harness import paths, process
 from harness.process import say
 
-PARTS = {"inflate": inflate, "first-touch": first_touch, "fuse": fuse, "nodes": nodes, "python": python, "index": index}
+PARTS = {"inflate": inflate, "first-touch": first_touch, "fuse": fuse, "nodes": nodes, "python": python, "index": index, "memory": memory}
 
 
 def play(name: str, work: pathlib.Path, verdicts: measure.Verdicts) -> None:

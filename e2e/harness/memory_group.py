@@ -45,6 +45,10 @@ class MemoryGroup:
                 return int(value)
         raise process.Failed(f"{self.path} counts no OOM kills")
 
+    def peak_bytes(self) -> int:
+        """The most that the group ever held, its page cache included."""
+        return int((self.path / ("memory.peak" if self.v2 else "memory.max_usage_in_bytes")).read_text())
+
     def press(self, victim: int) -> None:
         """Takes memory in the group until the kernel has killed the victim, then gives it back."""
         pathlib.Path(f"/proc/{victim}/oom_score_adj").write_text(str(FIRST_TO_DIE))

@@ -7,13 +7,14 @@
 //! Nothing here can tell whether a checkpoint is true to the blob. A wrong one gives wrong bytes,
 //! which the chunk digests of the layer index catch.
 
-use std::{io, ops::Deref};
+use std::io;
 
 use super::{Compression, checkpoint::Checkpoint};
 use crate::{
     digest::{BlobDigest, DiffId},
     index::{
         IndexError,
+        source::{self, IndexBytes},
         wire::{Reader, Write as _},
     },
     sys::inflate::WINDOW_BYTES,
@@ -179,7 +180,7 @@ pub struct AccessMap<B> {
     n_checkpoints: u32,
 }
 
-impl<B: Deref<Target = [u8]>> AccessMap<B> {
+impl<B: IndexBytes> AccessMap<B> {
     /// Reads a map and checks its version, its checksum, and that every checkpoint is a possible one.
     ///
     /// # Errors
@@ -199,7 +200,7 @@ impl<B: Deref<Target = [u8]>> AccessMap<B> {
                 max: ACCESS_MAP_VERSION,
             });
         }
-        if blake3::hash(body).as_bytes() != checksum {
+        if source::hash(&bytes, 0..body_bytes).as_bytes() != checksum {
             return Err(IndexError::Checksum { what: WHAT });
         }
         let footer_at = body_bytes.checked_sub(FOOTER_BYTES).ok_or(DAMAGED)?;

@@ -11,17 +11,15 @@
 mod layer;
 pub mod read;
 
-use std::{
-    fmt, io,
-    ops::{Deref, Range},
-    sync::Arc,
-};
+use std::{fmt, io, ops::Range, sync::Arc};
 
 use crate::{
     digest::DiffId,
-    index::image::{FileType, ImageIndex, Ino, Node},
+    index::{
+        image::{FileType, ImageIndex, Ino, Node},
+        source::IndexBytes,
+    },
     metrics::Metrics,
-    sys::MappedFile,
 };
 
 /// What `st_blksize` and the block size of statfs(2) say: the page size of the usual machine.
@@ -60,21 +58,10 @@ pub enum Wait {
     ForDisk,
 }
 
-/// The bytes of an index, whose pages can be given back to the kernel.
-pub trait IndexBytes: Deref<Target = [u8]> + Send + Sync + fmt::Debug + 'static {
-    /// Gives the pages that were read back to the kernel; does nothing where that means nothing.
-    fn drop_resident(&self);
-}
+/// The bytes of an index that several threads serve.
+pub trait ServedBytes: IndexBytes + Send + Sync + fmt::Debug + 'static {}
 
-impl IndexBytes for MappedFile {
-    fn drop_resident(&self) {
-        Self::drop_resident(self);
-    }
-}
-
-impl IndexBytes for Vec<u8> {
-    fn drop_resident(&self) {}
-}
+impl<B: IndexBytes + Send + Sync + fmt::Debug + 'static> ServedBytes for B {}
 
 /// What stat(2) says of an inode.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -203,7 +190,7 @@ pub struct ClipFs<I> {
     metrics: Metrics,
 }
 
-impl<I: IndexBytes> ClipFs<I> {
+impl<I: ServedBytes> ClipFs<I> {
     /// Joins an index with the data of its layers, bottom first.
     ///
     /// # Errors

@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, io, ops::Range};
 
-use super::{ClipFs, FsError, IndexBytes, LayerData, Wait};
+use super::{ClipFs, FsError, LayerData, ServedBytes, Wait};
 use crate::{
     chunk::{self, CHUNK_BYTES},
     digest::DiffId,
@@ -30,7 +30,7 @@ pub enum Needed {
     All,
 }
 
-impl<I: IndexBytes> ClipFs<I> {
+impl<I: ServedBytes> ClipFs<I> {
     /// Reads up to `len` bytes of a file from `offset`.
     ///
     /// When [`ReadOutcome::Ready`], `buf` has exactly as many bytes as the file has in the range;

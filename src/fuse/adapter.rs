@@ -32,7 +32,7 @@ use super::{
     read::PendingRead,
     takeover::KernelOffer,
 };
-use crate::fs::{ClipFs, FsError, IndexBytes};
+use crate::fs::{ClipFs, FsError, ServedBytes};
 
 /// How long the kernel may keep what it was told. Images do not change: for ever, in effect.
 const TTL: Duration = Duration::from_secs(365 * 24 * 3600);
@@ -103,7 +103,7 @@ refuse!(
     ReplyXattr
 );
 
-impl<I: IndexBytes> Adapter<I> {
+impl<I: ServedBytes> Adapter<I> {
     pub(super) fn new(served: Arc<Served<I>>, offer: Arc<OnceLock<KernelOffer>>) -> Self {
         Self {
             served,
@@ -147,7 +147,7 @@ impl<I: IndexBytes> Adapter<I> {
     }
 }
 
-impl<I: IndexBytes> Filesystem for Adapter<I> {
+impl<I: ServedBytes> Filesystem for Adapter<I> {
     fn init(&mut self, _req: &Request, config: &mut KernelConfig) -> io::Result<()> {
         let abi = config.kernel_abi();
         // A second call does not happen.

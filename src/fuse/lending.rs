@@ -17,7 +17,7 @@ use std::{
 use super::{counters::Op, read::PendingRead};
 use crate::{
     digest::DiffId,
-    fs::{IndexBytes, read::Needed},
+    fs::{ServedBytes, read::Needed},
     telemetry::error_chain,
     tier::{
         Chunk, PresentError,
@@ -140,7 +140,7 @@ struct Borrowed<I> {
     failure: Option<(DiffId, PresentError)>,
 }
 
-impl<I: IndexBytes> PendingRead<I> {
+impl<I: ServedBytes> PendingRead<I> {
     /// Has the chunks that the read needs lent, on a read thread, and goes on with them.
     pub(super) fn borrow_in_pool(self, needed: Needed) {
         let served = Arc::clone(&self.served);
@@ -205,7 +205,7 @@ impl<I: IndexBytes> PendingRead<I> {
     }
 }
 
-impl<I: IndexBytes> Borrowing<I> {
+impl<I: ServedBytes> Borrowing<I> {
     fn arrived(&self, layer: DiffId, outcome: Result<LentChunk, PresentError>) {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         match outcome {

@@ -27,7 +27,7 @@ use self::{
     pool::{ReadPool, TRIM_EVERY},
 };
 use crate::{
-    fs::{ClipFs, FsError, IndexBytes},
+    fs::{ClipFs, FsError, ServedBytes},
     telemetry::error_chain,
     tier::MakePresent,
 };
@@ -61,7 +61,7 @@ impl<I: fmt::Debug> fmt::Debug for Served<I> {
     }
 }
 
-impl<I: IndexBytes> Served<I> {
+impl<I: ServedBytes> Served<I> {
     fn new(fs: Arc<ClipFs<I>>, provider: Arc<dyn MakePresent>, pool: Arc<ReadPool>) -> Self {
         Self {
             counters: Counters::new(fs.metrics()),

@@ -34,7 +34,7 @@ use super::{
 use crate::{
     digest::DiffId,
     fs::{
-        FsError, IndexBytes, Wait,
+        FsError, ServedBytes, Wait,
         read::{Needed, ReadOutcome},
     },
     index::image::Ino,
@@ -77,7 +77,7 @@ struct Waiting<I> {
     n_left: AtomicUsize,
 }
 
-impl<I: IndexBytes> PendingRead<I> {
+impl<I: ServedBytes> PendingRead<I> {
     pub(super) fn new(
         served: Arc<Served<I>>,
         ino: Ino,
@@ -196,7 +196,7 @@ impl<I: IndexBytes> PendingRead<I> {
     }
 }
 
-impl<I: IndexBytes> Waiting<I> {
+impl<I: ServedBytes> Waiting<I> {
     /// Takes note that the chunks of `layer` are present, or why not.
     fn arrived(&self, layer: DiffId, result: Result<(), PresentError>) {
         match result {

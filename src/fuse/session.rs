@@ -28,7 +28,7 @@ use super::{
     takeover::{self, KernelOffer},
 };
 use crate::{
-    fs::{ClipFs, IndexBytes},
+    fs::{ClipFs, ServedBytes},
     tier::MakePresent,
 };
 
@@ -146,7 +146,7 @@ struct End {
 ///
 /// # Errors
 /// [`FuseError`]; nothing is left behind then.
-pub fn mount<I: IndexBytes>(
+pub fn mount<I: ServedBytes>(
     fs: Arc<ClipFs<I>>,
     provider: Arc<dyn MakePresent>,
     pool: Arc<ReadPool>,
@@ -226,7 +226,7 @@ fn call_mount(fuse: &OwnedFd, dir: &Path, fs_name: &str) -> io::Result<()> {
 ///
 /// # Errors
 /// Those of the system, and of fuser.
-pub fn serve<I: IndexBytes>(
+pub fn serve<I: ServedBytes>(
     fs: Arc<ClipFs<I>>,
     provider: Arc<dyn MakePresent>,
     pool: Arc<ReadPool>,

@@ -13,10 +13,11 @@
 //! [`ImageIndex::open`] checks the frame; every access after that checks its own bounds, so that a
 //! damaged file yields `None`, never a panic. `docs/INDEX_FORMAT.md` specifies each field.
 
-use std::ops::{Deref, Range};
+use std::ops::Range;
 
 use super::{
     IndexError,
+    source::{self, IndexBytes},
     wire::{Reader, Write},
 };
 use crate::digest::{BlobDigest, ChunkDigest, DiffId, ManifestDigest};
@@ -203,7 +204,7 @@ pub struct ImageIndex<B> {
     content_bytes: u64,
 }
 
-impl<B: Deref<Target = [u8]>> ImageIndex<B> {
+impl<B: IndexBytes> ImageIndex<B> {
     /// Reads the headers and checks that every table lies in the file.
     ///
     /// # Errors
@@ -272,9 +273,9 @@ impl<B: Deref<Target = [u8]>> ImageIndex<B> {
     /// # Errors
     /// [`IndexError::Checksum`] if a bit of it has changed since it was written.
     pub fn verify(&self) -> Result<(), IndexError> {
-        let section = &self.bytes[self.section.clone()];
-        let (head, content) = section.split_at(CHECKSUM_START + 32);
-        if blake3::hash(content).as_bytes() == &head[CHECKSUM_START..] {
+        let content = self.section.start + CHECKSUM_START + 32..self.section.end;
+        let checksum = &self.bytes[content.start - 32..content.start];
+        if source::hash(&self.bytes, content).as_bytes() == checksum {
             Ok(())
         } else {
             Err(IndexError::Checksum { what: WHAT })

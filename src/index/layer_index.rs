@@ -3,10 +3,9 @@
 //! A function of the decompressed tar alone. It is built while the layer streams to disk, kept
 //! beside the layer, and shared through the remote content cache.
 
-use std::ops::Deref;
-
 use super::{
     IndexError,
+    source::{self, IndexBytes},
     wire::{Reader, Write, count},
 };
 use crate::{
@@ -137,7 +136,7 @@ pub struct LayerIndex<B> {
     n_entries: u64,
 }
 
-impl<B: Deref<Target = [u8]>> LayerIndex<B> {
+impl<B: IndexBytes> LayerIndex<B> {
     /// Reads a layer index and checks its version, its lengths and its checksum.
     ///
     /// # Errors
@@ -160,7 +159,7 @@ impl<B: Deref<Target = [u8]>> LayerIndex<B> {
                 max: LAYER_INDEX_VERSION,
             });
         }
-        if blake3::hash(body).as_bytes() != checksum {
+        if source::hash(&bytes, 0..body_bytes).as_bytes() != checksum {
             return Err(IndexError::Checksum { what: WHAT });
         }
         let _reserved = reader.u32()?;

@@ -13,15 +13,13 @@
 //! - The way to an entry leads through symbolic links, as it does for those who unpack; `..` and
 //!   absolute targets stop at the root.
 
-use std::{
-    collections::{HashMap, HashSet},
-    ops::Deref,
-};
+use std::collections::{HashMap, HashSet};
 
 use super::{
     IndexError,
     layer_index::{EntryKind, EntryRef, LayerIndex},
     path::{self, NameKind, entry_error},
+    source::IndexBytes,
     tree::{Body, Children, Meta, Missing, Node, NodeId, Tree},
     writer,
 };
@@ -71,7 +69,7 @@ impl Merge {
     ///
     /// # Errors
     /// [`IndexError::Entry`] names the first entry that cannot be applied.
-    pub fn add_layer<B: Deref<Target = [u8]>>(
+    pub fn add_layer<B: IndexBytes>(
         &mut self,
         layer: &LayerIndex<B>,
         blob: BlobDigest,
@@ -79,13 +77,13 @@ impl Merge {
     ) -> Result<(), IndexError> {
         let number = super::wire::count("layers", self.layers.len())?;
         let mut below = Below::default();
-        for entry in layer.entries() {
+        for entry in entries(layer) {
             self.note(&entry?, &mut below)?;
         }
-        for entry in layer.entries() {
+        for entry in entries(layer) {
             self.hide(entry?.path, &below)?;
         }
-        for entry in layer.entries() {
+        for entry in entries(layer) {
             self.apply(&entry?, number, &below)?;
         }
         self.layers.push(LayerRecord {
@@ -234,6 +232,20 @@ impl Merge {
             .and_then(|it| it.get(*name))
             .copied())
     }
+}
+
+/// All entries of a layer, of whose index no more than a part stays resident.
+fn entries<B: IndexBytes>(
+    layer: &LayerIndex<B>,
+) -> impl Iterator<Item = Result<EntryRef<'_>, IndexError>> {
+    const AT_ONCE: usize = 4096;
+    let numbered = layer.entries().enumerate();
+    numbered.map(|(number, entry)| {
+        if number.is_multiple_of(AT_ONCE) {
+            layer.source().drop_resident();
+        }
+        entry
+    })
 }
 
 fn meta(entry: &EntryRef<'_>) -> Meta {

@@ -14,6 +14,7 @@ pub mod image;
 pub mod layer_index;
 pub mod merge;
 pub mod path;
+pub mod source;
 
 pub(crate) mod wire;
 

@@ -2,7 +2,7 @@
 
 use std::{
     fs::{self, File, OpenOptions},
-    io::{self, Write},
+    io,
     ops::Range,
     os::unix::fs::FileExt,
     path::{Path, PathBuf},
@@ -457,7 +457,7 @@ impl Staging {
     /// # Errors
     /// Those of the file system.
     pub(super) fn write(&self, name: &str, content: &[u8]) -> io::Result<()> {
-        File::create_new(self.dir.join(name))?.write_all(content)
+        disk::write_to_map(&mut File::create_new(self.dir.join(name))?, content)
     }
 
     /// Puts the directory into its place. The caller holds the layer's fill lock.

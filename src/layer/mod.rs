@@ -56,9 +56,21 @@ mod state;
 mod through;
 mod upload;
 
-use std::path::PathBuf;
+use std::{ops::Range, path::PathBuf};
 
 use serde::Deserialize;
+
+use crate::{index::source::IndexBytes, sys::MappedFile};
+
+impl IndexBytes for MappedFile {
+    fn will_read(&self, range: Range<usize>) {
+        Self::will_read(self, range);
+    }
+
+    fn drop_resident(&self) {
+        Self::drop_resident(self);
+    }
+}
 
 /// Settings of the layer store.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]

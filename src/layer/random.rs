@@ -23,7 +23,7 @@ use super::{
 use crate::{
     metrics::{Outcome, Tier},
     telemetry::error_chain,
-    tier::PresentError,
+    tier::{PresentError, SourceError},
 };
 
 /// Strides that are fetched at once for a reader who goes through the layer in order.
@@ -233,7 +233,7 @@ impl Inner {
                     let err = self.span_failed(layer, err);
                     // If a mirror is at fault, its registry is asked.
                     if !layer.origin().distrusts(&err) {
-                        if matches!(err, PresentError::Refused { .. }) {
+                        if parts_are_not_to_be_had(&err) {
                             layer.forget_access();
                         }
                         return Err(err);
@@ -319,6 +319,19 @@ impl Inner {
             )),
         }
     }
+}
+
+/// Whether other parts of the blob would end alike: the map leads astray, or the registry knows no
+/// ranges.
+fn parts_are_not_to_be_had(err: &PresentError) -> bool {
+    matches!(
+        err,
+        PresentError::Refused { .. }
+            | PresentError::Origin {
+                source: SourceError::Protocol { .. },
+                ..
+            }
+    )
 }
 
 #[cfg(test)]

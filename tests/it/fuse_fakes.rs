@@ -18,7 +18,7 @@ use std::{
 use clip_csi::{
     chunk,
     digest::{BlobDigest, ChunkDigest, DiffId, ManifestDigest},
-    fs::{ClipFs, IndexBytes, LayerData, Wait},
+    fs::{ClipFs, LayerData, ServedBytes, Wait},
     fuse::{
         pool::{PoolConfig, ReadPool},
         session::{FuseError, FuseMount, MountOptions, mount},
@@ -357,7 +357,7 @@ pub(crate) fn mount_image(test: &str, layers: Vec<LayerText>) -> Option<Mounted>
 }
 
 /// Mounts an index with its layers on `dir`.
-pub(crate) fn mount_index<I: IndexBytes>(
+pub(crate) fn mount_index<I: ServedBytes>(
     test: &str,
     index: ImageIndex<I>,
     layers: &[Arc<FakeLayer>],

@@ -145,6 +145,8 @@ pub(crate) struct FakeSource {
     pub(crate) failure: Option<SourceError>,
     /// Whether one bit of each part is another one, as opposed to those of the whole.
     pub(crate) parts_are_wrong: AtomicBool,
+    /// Whether parts are not to be had, as from a server that knows no ranges.
+    pub(crate) refuses_parts: AtomicBool,
     /// Whether each piece of the whole takes its time.
     pub(crate) is_slow: AtomicBool,
 }
@@ -157,6 +159,7 @@ impl FakeSource {
             pieces: Semaphore::new(Semaphore::MAX_PERMITS),
             failure: None,
             parts_are_wrong: AtomicBool::new(false),
+            refuses_parts: AtomicBool::new(false),
             is_slow: AtomicBool::new(false),
         })
     }
@@ -184,6 +187,13 @@ impl BlobSource for FakeSource {
             let mut piece = pieces[1].to_vec();
             piece[1000] ^= 1;
             pieces[1] = piece.into();
+        }
+        if !is_whole && self.refuses_parts.load(Ordering::SeqCst) {
+            let refusal = SourceError::Protocol {
+                registry: "registry.example".to_owned(),
+                reason: "it ignores the range".to_owned(),
+            };
+            return Box::pin(async { Err(refusal) });
         }
         let is_slow = is_whole && self.is_slow.load(Ordering::SeqCst);
         let failure = self.failure.clone();
@@ -231,6 +241,20 @@ pub(crate) fn remote_in(dir: &Path, key: Option<&Path>, metrics: &Metrics) -> Op
     let cache = remote::open(&config, metrics, &clock).unwrap().unwrap();
     let uploader = Arc::new(Uploader::start(cache.clone(), UploadOptions::default()));
     Some(Remote { cache, uploader })
+}
+
+/// All files below a directory.
+pub(crate) fn files_below(dir: &Path) -> Vec<std::path::PathBuf> {
+    let mut files = Vec::new();
+    for entry in std::fs::read_dir(dir).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            files.extend(files_below(&path));
+        } else {
+            files.push(path);
+        }
+    }
+    files
 }
 
 pub(crate) fn key_file(dir: &Path) -> std::path::PathBuf {

@@ -1,6 +1,6 @@
 //! The layer store over real files: tiers, single flight, verification, restarts.
 
-use std::{path::Path, sync::Arc, time::Duration};
+use std::{sync::Arc, time::Duration};
 
 use clip_csi::{
     chunk::CHUNK_BYTES,
@@ -13,7 +13,8 @@ use futures_util::future;
 use tokio::{runtime::Handle, sync::Semaphore};
 
 use crate::layer_fixture::{
-    FakeSource, Fixture, config, decompressions, key_file, names, open, present, remote_in,
+    FakeSource, Fixture, config, decompressions, files_below, key_file, names, open, present,
+    remote_in,
 };
 
 #[tokio::test]
@@ -319,19 +320,6 @@ async fn chunks_that_the_remote_lost_come_from_the_registry_and_go_back() {
         remote.cache.chunk(&id, 1, len, &digest).await.is_some(),
         "the chunk was put again"
     );
-}
-
-fn files_below(dir: &Path) -> Vec<std::path::PathBuf> {
-    let mut files = Vec::new();
-    for entry in std::fs::read_dir(dir).unwrap() {
-        let path = entry.unwrap().path();
-        if path.is_dir() {
-            files.extend(files_below(&path));
-        } else {
-            files.push(path);
-        }
-    }
-    files
 }
 
 #[tokio::test]

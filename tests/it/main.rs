@@ -14,6 +14,7 @@ mod checkpoints;
 mod codec;
 mod csi;
 mod eviction;
+mod flipped_bits;
 mod fs;
 mod full_disk;
 mod fuse;

@@ -211,6 +211,48 @@ async fn wrong_parts_are_streamed_instead() {
 }
 
 #[tokio::test]
+async fn a_flipped_bit_in_the_part_of_any_chunk_is_noticed() {
+    let it = Emptied::new(41, false).await;
+    it.source.parts_are_wrong.store(true, Ordering::SeqCst);
+    for (n_reads, chunk) in (1..).zip(0..N_CHUNKS) {
+        it.empty();
+        // Right, by way of the stream.
+        it.present(chunk).await;
+        it.complete().await;
+        it.eventually(|it| it.random_reads("error") == n_reads)
+            .await;
+        it.eventually(|it| decompressions(&it.metrics) == 1 + n_reads)
+            .await;
+    }
+    assert_eq!(it.random_reads("ok"), 0);
+}
+
+#[tokio::test]
+async fn a_server_that_knows_no_ranges_is_asked_for_one_once() {
+    let it = Emptied::new(42, false).await;
+    it.source.refuses_parts.store(true, Ordering::SeqCst);
+    it.source.is_slow.store(true, Ordering::SeqCst);
+    let layer = it.fixture.desc.diff_id;
+    // Each too far ahead of the stream to wait for it, if there were another way.
+    let reads = [20, 15, 18].map(|chunk| present(&it.store, layer, chunk..chunk + 1));
+    futures_util::future::try_join_all(reads).await.unwrap();
+    let opened = it.source.opened.lock().unwrap().clone();
+    let whole = 0..it.fixture.desc.blob_bytes;
+    let n_parts = opened.iter().filter(|range| **range != whole).count();
+    // Those that began at once may each have asked.
+    assert!((1..=3).contains(&n_parts), "{opened:?}");
+    it.complete().await;
+
+    it.empty();
+    it.source.opened.lock().unwrap().clear();
+    for chunk in [20, 15, 18] {
+        it.present(chunk).await;
+    }
+    let opened = it.source.opened.lock().unwrap().clone();
+    assert!(opened.len() <= 2, "a part, then all: {opened:?}");
+}
+
+#[tokio::test]
 async fn a_damaged_map_is_made_anew_by_the_stream() {
     for (seed, damage) in [(38, 0), (39, 7), (40, usize::MAX)] {
         let it = Emptied::new(seed, false).await;
