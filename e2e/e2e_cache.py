@@ -250,9 +250,15 @@ class FullDisk(Case):
         serve, agent = node.memory("serve"), node.memory("agent")
         print(f"{through:.0f} chunks served through; serve VmHWM {serve['VmHWM'] / 1e6:.1f} MB, agent VmHWM {agent['VmHWM'] / 1e6:.1f} MB")
         self.assertLess(serve["VmHWM"], self.MOST_OF_SERVE)
-        # Whoever comes after the agent or the server finds the disk as full.
+        # Whoever comes after the agent or the server finds the disk as full, and readers do not notice.
+        driver.drop_from_page_cache(node.target("v"))
+        reading = subprocess.Popen(["find", ".", "-type", "f", "-exec", "cat", "{}", "+"], cwd=node.target("v"), stdout=subprocess.DEVNULL)
+        for _ in range(3):
+            time.sleep(0.5)
+            node.kill("agent")
+            node.start("agent")
         node.hand_over().stop()
-        node.restart("agent")
+        self.assertEqual(reading.wait(120), 0)
         driver.drop_from_page_cache(node.target("v"))
         self.assert_tree("demo5", node.target("v"))
         # There is room again: all of it is cached, and nothing served past the disk.
