@@ -3,12 +3,13 @@
 import contextlib
 import os
 import pathlib
+import secrets
 import signal
 import subprocess
 import time
 
 import images
-from harness import driver, process
+from harness import driver, process, services
 from harness.environment import Case
 
 
@@ -217,3 +218,56 @@ class Eviction(Case):
         for words, text in [({"high_watermark_percent": 0}, "from 1 to 100"), ({"low_watermark_percent": 90}, "must be less than")]:
             done = driver.clip("cache", "ls", config=self.config(cache=words), check=False)
             self.assertEqual((done.returncode, text in done.stderr), (64, True), done.stderr)
+
+
+class FullDisk(Case):
+    """An image of 150 MB on a disk of 24 MB: what has no room there is served past it."""
+
+    # As the other cases of memory have it.
+    MOST_OF_SERVE = 10e6
+
+    def setUp(self):
+        super().setUp()
+        # Of its own, since what is pushed stays there.
+        self.registry = services.Registry(self.work, self.work / "registry")
+        self.addCleanup(self.registry.stop)
+
+    def test_an_image_larger_than_the_disk_is_read_whole(self):
+        (self.work / "key").write_text(secrets.token_hex(32))
+        config = self.config(remote={"kind": "none", "hmac_key_file": str(self.work / "key")}, cache={"min_free_bytes": 0})
+        reference = images.get("demo5").push(self.registry.host)
+        # With its index beside it, it is mounted before any of it is on the disk.
+        driver.clip("index", "push", reference, config=config, cache_dir=self.work / "push")
+        cache_dir = self.work / "a" / "cache"
+        cache_dir.mkdir(parents=True)
+        process.run("mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", cache_dir)
+        node = self.trio(config=config)
+        node.must_publish("v", reference)
+        self.assert_tree("demo5", node.target("v"))
+        through = node.metric("chunks_served_through_total", reason="no_space")
+        self.assertGreater(through, 100)
+        self.assertEqual(node.metric("fuse_requests_total", op="read", outcome="error"), 0)
+        serve, agent = node.memory("serve"), node.memory("agent")
+        print(f"{through:.0f} chunks served through; serve VmHWM {serve['VmHWM'] / 1e6:.1f} MB, agent VmHWM {agent['VmHWM'] / 1e6:.1f} MB")
+        self.assertLess(serve["VmHWM"], self.MOST_OF_SERVE)
+        # Whoever comes after the agent or the server finds the disk as full, and readers do not notice.
+        driver.drop_from_page_cache(node.target("v"))
+        reading = subprocess.Popen(["find", ".", "-type", "f", "-exec", "cat", "{}", "+"], cwd=node.target("v"), stdout=subprocess.DEVNULL)
+        for _ in range(3):
+            time.sleep(0.5)
+            node.kill("agent")
+            node.start("agent")
+        node.hand_over().stop()
+        self.assertEqual(reading.wait(120), 0)
+        driver.drop_from_page_cache(node.target("v"))
+        self.assert_tree("demo5", node.target("v"))
+        # There is room again: all of it is cached, and nothing served past the disk.
+        process.run("mount", "-o", "remount,size=400m", cache_dir)
+        driver.drop_from_page_cache(node.target("v"))
+        self.assert_tree("demo5", node.target("v"))
+        driver.drop_from_page_cache(node.target("v"))
+        through = node.metric("chunks_served_through_total")
+        self.assert_tree("demo5", node.target("v"))
+        self.assertEqual(node.metric("chunks_served_through_total"), through)
+        self.assertGreater(node.metric("layer_cache_bytes"), 100e6)
+        self.assertEqual(node.metric("fuse_requests_total", op="read", outcome="error"), 0)

@@ -95,6 +95,8 @@ pub struct Metrics {
     pub layer_decompressions: IntCounterVec,
     /// Parts of layers read at random from the registry, by outcome.
     pub layer_random_reads: IntCounterVec,
+    /// Chunks given to readers past the local disk, by what was wrong with that.
+    pub chunks_served_through: IntCounterVec,
     /// Bytes that decompression produced.
     pub layer_decompressed_bytes: IntCounter,
     /// Waiters that joined a layer's fill instead of starting their own.
@@ -209,6 +211,7 @@ impl Metrics {
             layer_decompressions: make.counters("layer_decompressions_total", "Layers decompressed from the registry's bytes, by outcome.", &["outcome"]),
             layer_decompressed_bytes: make.counter("layer_decompressed_bytes_total", "Bytes that decompression produced."),
             layer_random_reads: make.counters("layer_random_reads_total", "Parts of layers read at random from the registry, by outcome.", &["outcome"]),
+            chunks_served_through: make.counters("chunks_served_through_total", "Chunks given to readers past the local disk, by what was wrong with that.", &["reason"]),
             single_flight_followers: make.counter("single_flight_followers_total", "Waiters that joined a layer's fill instead of starting their own."),
             layer_cache_bytes: make.int_gauge("layer_cache_bytes", "Bytes that the local disk cache takes on disk."),
             layer_cache_capacity_bytes: make.int_gauge("layer_cache_capacity_bytes", "Bytes that the local disk cache may take (cache.max_bytes), 0 if the disk alone is the bound."),
@@ -246,6 +249,9 @@ impl Metrics {
         };
         for reason in ["capacity", "disk"] {
             metrics.layer_cache_evictions.with_label_values(&[reason]);
+        }
+        for reason in ["no_space", "io_error"] {
+            metrics.chunks_served_through.with_label_values(&[reason]);
         }
         for tier in Tier::ALL {
             for outcome in Outcome::ALL {

@@ -9,6 +9,8 @@
 //!   and the next one is asked.
 //! - [`BlobSource`]: the origin. Its errors are the only ones that reach a reader.
 
+pub mod lent;
+
 use std::{
     borrow::Cow, fmt, future::Future, num::ParseIntError, ops::Range, path::PathBuf, pin::Pin,
     str::FromStr, time::Duration,
@@ -18,6 +20,7 @@ use bytes::Bytes;
 use futures_util::Stream;
 use serde::{Deserialize, Serialize};
 
+use self::lent::LentChunk;
 use crate::digest::{BlobDigest, DiffId};
 
 /// A boxed future, as object-safe async traits need it.
@@ -40,12 +43,35 @@ pub struct LayerDesc {
 /// Called once, with the outcome, from any thread.
 pub type PresentCallback = Box<dyn FnOnce(Result<(), PresentError>) + Send>;
 
+/// Called once, with the outcome, from any thread.
+pub type LendCallback = Box<dyn FnOnce(Result<LentChunk, PresentError>) + Send>;
+
 /// Makes chunks of layers present on local disk, verified.
 pub trait MakePresent: Send + Sync + fmt::Debug {
     /// Makes `chunks` of `layer` present, then calls `done`.
     ///
     /// Returns at once. The wait is bounded: `done` is called in any case.
     fn make_present(&self, layer: DiffId, chunks: Range<u32>, done: PresentCallback);
+
+    /// Gives the verified bytes of `wanted` past the local disk, then calls `done`.
+    ///
+    /// For a reader who was told that the disk cannot take the chunk ([`PresentError::is_of_disk`]), or
+    /// could not read there what is present: that is then marked absent, unless it can be read after
+    /// all. It takes memory: whoever asks keeps to [`lent::MAX_LENT`] chunks at once.
+    ///
+    /// Returns at once. The wait is bounded: `done` is called in any case.
+    fn lend(&self, wanted: Chunk, done: LendCallback);
+}
+
+/// Names one chunk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Chunk {
+    /// The layer.
+    pub layer: DiffId,
+    /// Which of its chunks.
+    pub number: u32,
+    /// How many bytes it has, as far as whoever names it knows.
+    pub bytes: u64,
 }
 
 /// Says why chunks could not be made present.
@@ -121,6 +147,20 @@ pub enum PresentError {
         /// The layer that was wanted.
         layer: DiffId,
     },
+}
+
+impl PresentError {
+    /// Whether the local disk alone is at fault, so that the bytes can be had without it.
+    pub fn is_of_disk(&self) -> bool {
+        match self {
+            Self::NoSpace { .. } | Self::CacheFull { .. } | Self::Disk { .. } => true,
+            Self::Origin { .. }
+            | Self::Refused { .. }
+            | Self::Limit { .. }
+            | Self::Timeout { .. }
+            | Self::Unknown { .. } => false,
+        }
+    }
 }
 
 /// Reads blobs of one repository, with the credentials of one image.

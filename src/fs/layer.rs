@@ -14,6 +14,10 @@ impl LayerData for Layer {
         self.file().diff_id()
     }
 
+    fn layer_bytes(&self) -> u64 {
+        self.file().layer_bytes()
+    }
+
     fn has(&self, chunks: Range<u32>) -> bool {
         self.file().has(chunks)
     }
@@ -26,6 +30,10 @@ impl LayerData for Layer {
 impl LayerData for LayerReader {
     fn diff_id(&self) -> DiffId {
         Self::diff_id(self)
+    }
+
+    fn layer_bytes(&self) -> u64 {
+        Self::layer_bytes(self)
     }
 
     fn has(&self, chunks: Range<u32>) -> bool {

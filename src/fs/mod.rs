@@ -33,6 +33,9 @@ pub trait LayerData: Send + Sync + fmt::Debug {
     /// Names the uncompressed tar.
     fn diff_id(&self) -> DiffId;
 
+    /// Size of the decompressed layer.
+    fn layer_bytes(&self) -> u64;
+
     /// Whether all these chunks are present and verified.
     fn has(&self, chunks: Range<u32>) -> bool;
 

@@ -1,12 +1,13 @@
 //! Puts the bytes of a file together from extents of a layer and holes.
 
-use std::ops::Range;
+use std::{collections::BTreeMap, io, ops::Range};
 
 use super::{ClipFs, FsError, LayerData, ServedBytes, Wait};
 use crate::{
-    chunk,
+    chunk::{self, CHUNK_BYTES},
     digest::DiffId,
     index::image::{Extent, FileType, Ino, Node},
+    tier::{Chunk, lent::LentChunk},
 };
 
 /// How a read ended.
@@ -18,6 +19,15 @@ pub enum ReadOutcome {
     WouldBlock,
     /// These chunks are not on the local disk. Never empty; ranges of one layer do not touch.
     Missing(Vec<(DiffId, Range<u32>)>),
+}
+
+/// Which of a range's chunks are to be lent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Needed {
+    /// Those that are not on the local disk.
+    Absent,
+    /// All: the disk cannot be read.
+    All,
 }
 
 impl<I: ServedBytes> ClipFs<I> {
@@ -38,6 +48,62 @@ impl<I: ServedBytes> ClipFs<I> {
         buf: &mut Vec<u8>,
         wait: Wait,
     ) -> Result<ReadOutcome, FsError> {
+        self.read_from((&[], wait), ino, offset, len, buf)
+    }
+
+    /// Does the same with what of the file is lent, and waits for the disk with what is not.
+    ///
+    /// # Errors
+    /// Those of [`read`](Self::read).
+    pub fn read_lent(
+        &self,
+        ino: Ino,
+        offset: u64,
+        len: u32,
+        buf: &mut Vec<u8>,
+        lent: &[LentChunk],
+    ) -> Result<ReadOutcome, FsError> {
+        self.read_from((lent, Wait::ForDisk), ino, offset, len, buf)
+    }
+
+    /// Names the chunks that a range of a file lies in, for them to be lent.
+    ///
+    /// # Errors
+    /// [`FsError::NotFound`], [`FsError::Damaged`].
+    pub fn chunks(
+        &self,
+        ino: Ino,
+        offset: u64,
+        len: u32,
+        needed: Needed,
+    ) -> Result<Vec<Chunk>, FsError> {
+        let node = self.node(ino)?;
+        let len = node.size.saturating_sub(offset).min(u64::from(len));
+        let mut found = BTreeMap::new();
+        self.visit(ino, &node, offset, len, &mut |layer, chunks| {
+            for number in chunks {
+                if needed == Needed::All || !layer.has(number..number + 1) {
+                    let range = chunk::byte_range(number, layer.layer_bytes());
+                    found.insert((layer.diff_id(), number), range.end - range.start);
+                }
+            }
+        })?;
+        let named = found.into_iter().map(|((layer, number), bytes)| Chunk {
+            layer,
+            number,
+            bytes,
+        });
+        Ok(named.collect())
+    }
+
+    fn read_from(
+        &self,
+        from: (&[LentChunk], Wait),
+        ino: Ino,
+        offset: u64,
+        len: u32,
+        buf: &mut Vec<u8>,
+    ) -> Result<ReadOutcome, FsError> {
         let node = self.node(ino)?;
         match node.file_type {
             FileType::Regular => {}
@@ -46,8 +112,9 @@ impl<I: ServedBytes> ClipFs<I> {
                 return Err(FsError::WrongType);
             }
         }
+        let (lent, _) = from;
         let len = node.size.saturating_sub(offset).min(u64::from(len));
-        let missing = self.missing(ino, &node, offset, len)?;
+        let missing = self.missing(lent, ino, &node, offset, len)?;
         if !missing.is_empty() {
             return Ok(ReadOutcome::Missing(missing));
         }
@@ -63,7 +130,7 @@ impl<I: ServedBytes> ClipFs<I> {
             let (hole, behind) = rest.split_at_mut(hole_bytes);
             let (data, behind) = behind.split_at_mut(data_bytes);
             hole.fill(0);
-            let read = layer.read_at(data, extent.layer_offset, wait);
+            let read = read_extent(layer, extent.layer_offset, data, from);
             if !read.map_err(|source| FsError::Io {
                 layer: layer.diff_id(),
                 offset: extent.layer_offset,
@@ -77,7 +144,7 @@ impl<I: ServedBytes> ClipFs<I> {
         rest.fill(0);
         // An eviction clears the presence of a chunk before it takes its bytes: what is present
         // now was so while it was read.
-        let missing = self.missing(ino, &node, offset, len)?;
+        let missing = self.missing(lent, ino, &node, offset, len)?;
         Ok(if missing.is_empty() {
             ReadOutcome::Ready
         } else {
@@ -85,17 +152,41 @@ impl<I: ServedBytes> ClipFs<I> {
         })
     }
 
-    /// Finds the chunks of a range of a file that are not present, and checks that its extents lie
-    /// in order inside the range.
+    /// Finds the chunks of a range of a file that are neither present nor lent, and checks that its
+    /// extents lie in order inside the range.
     fn missing(
         &self,
+        lent: &[LentChunk],
         ino: Ino,
         node: &Node,
         offset: u64,
         len: u64,
     ) -> Result<Vec<(DiffId, Range<u32>)>, FsError> {
-        let damaged = || FsError::Damaged { ino: ino.0 };
         let mut missing: Vec<(DiffId, Range<u32>)> = Vec::new();
+        self.visit(ino, node, offset, len, &mut |layer, chunks| {
+            if layer.has(chunks.clone()) {
+                return;
+            }
+            let diff_id = layer.diff_id();
+            let is_lent = |chunk| lent.iter().any(|it| it.is(diff_id, chunk));
+            let absent = chunks.filter(|it| !layer.has(*it..*it + 1) && !is_lent(*it));
+            missing.extend(absent.map(|it| (diff_id, it..it + 1)));
+        })?;
+        join_touching(&mut missing);
+        Ok(missing)
+    }
+
+    /// Shows `visit` which chunks of which layers a range of a file lies in, and checks that its extents
+    /// lie in order inside the range.
+    fn visit(
+        &self,
+        ino: Ino,
+        node: &Node,
+        offset: u64,
+        len: u64,
+        visit: &mut dyn FnMut(&dyn LayerData, Range<u32>),
+    ) -> Result<(), FsError> {
+        let damaged = || FsError::Damaged { ino: ino.0 };
         let (mut at, end) = (offset, offset.checked_add(len).ok_or_else(damaged)?);
         for extent in self.index.extents(node, offset, len) {
             let layer = self.layer(&extent).ok_or_else(damaged)?;
@@ -105,21 +196,46 @@ impl<I: ServedBytes> ClipFs<I> {
                 return Err(damaged());
             }
             at = extent_end.ok_or_else(damaged)?;
-            if layer.has(chunks.clone()) {
-                continue;
-            }
-            let diff_id = layer.diff_id();
-            let absent = chunks.filter(|it| !layer.has(*it..*it + 1));
-            missing.extend(absent.map(|it| (diff_id, it..it + 1)));
+            visit(layer, chunks);
         }
-        join_touching(&mut missing);
-        Ok(missing)
+        Ok(())
     }
 
     fn layer(&self, extent: &Extent) -> Option<&dyn LayerData> {
         let at = usize::try_from(extent.layer).ok()?;
         self.layers.get(at).map(|it| &**it)
     }
+}
+
+/// Fills `data` from `offset` of `layer`, chunk by chunk out of `lent`, else from the disk; `Ok(false)` if
+/// that would have to be waited for and must not.
+///
+/// # Errors
+/// Those of [`LayerData::read_at`].
+fn read_extent(
+    layer: &dyn LayerData,
+    offset: u64,
+    data: &mut [u8],
+    (lent, wait): (&[LentChunk], Wait),
+) -> io::Result<bool> {
+    if lent.is_empty() {
+        return layer.read_at(data, offset, wait);
+    }
+    let (mut rest, mut at) = (data, offset);
+    while !rest.is_empty() {
+        let in_chunk = at % CHUNK_BYTES;
+        let number = u32::try_from(at / CHUNK_BYTES).map_err(io::Error::other)?;
+        let left = usize::try_from(CHUNK_BYTES - in_chunk).unwrap_or(usize::MAX);
+        let (piece, behind) = rest.split_at_mut(left.min(rest.len()));
+        match lent.iter().find(|it| it.is(layer.diff_id(), number)) {
+            Some(lent) => lent.read_at(piece, in_chunk)?,
+            None if layer.read_at(piece, at, wait)? => {}
+            None => return Ok(false),
+        }
+        at += piece.len() as u64;
+        rest = behind;
+    }
+    Ok(true)
 }
 
 /// Sorts ranges and joins those of one layer that touch.

@@ -36,6 +36,7 @@ mod adapter;
 mod convert;
 mod counters;
 mod errno;
+mod lending;
 pub mod pool;
 mod read;
 pub mod session;

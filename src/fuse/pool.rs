@@ -23,6 +23,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use super::lending::Lending;
 use crate::sys;
 
 /// Idle buffers of more than this are freed at once: only direct I/O asks for so much at a time,
@@ -82,6 +83,7 @@ pub struct ReadPool {
     workers: Vec<JoinHandle<()>>,
     n_requests: AtomicU32,
     turns: Turns,
+    lending: Arc<Lending>,
 }
 
 /// Requests of all mounts that are answered at the same time: one for each core, and some.
@@ -165,6 +167,7 @@ impl ReadPool {
                 ),
                 ended: Condvar::new(),
             },
+            lending: Arc::default(),
         };
         for at in 0..config.n_threads.max(1) {
             let shared = pool.shared.clone();
@@ -202,6 +205,11 @@ impl ReadPool {
         }
         *n_left -= 1;
         Turn(&self.turns)
+    }
+
+    /// Who may have chunks lent.
+    pub(super) fn lending(&self) -> &Arc<Lending> {
+        &self.lending
     }
 
     /// Counts a request of any mount as so many. Every so often, runs all that waits for the end of a

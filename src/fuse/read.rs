@@ -5,7 +5,10 @@
 //!                 │ present, on disk          │ not present
 //!                 ▼                           ▼
 //! read pool:    pread ──► reply ◄── pread  make_present (no thread waits) ──► EIO if that fails
-//!                           evicted meanwhile: fetch again, at most 3 times
+//!                 │         evicted meanwhile: fetch again, at most 3 times
+//!                 │ the disk fails            │ the disk cannot take it
+//!                 ▼                           ▼
+//!               lend (`lending.rs`; no thread waits) ──► reply out of memory
 //! ```
 //!
 //! A read that is dropped on the way, by a panic or at the end of the process, is answered with EIO
@@ -26,14 +29,18 @@ use super::{
     Served,
     counters::{Op, Subject},
     errno::errno,
+    lending::{MAX_LENDINGS, Permit},
 };
 use crate::{
     digest::DiffId,
-    fs::{FsError, ServedBytes, Wait, read::ReadOutcome},
+    fs::{
+        FsError, ServedBytes, Wait,
+        read::{Needed, ReadOutcome},
+    },
     index::image::Ino,
     metrics::Outcome,
     telemetry::error_chain,
-    tier::PresentError,
+    tier::{PresentError, lent::LentChunk},
 };
 
 /// How often a read has chunks fetched before it gives up.
@@ -48,13 +55,18 @@ type Missing = Vec<(DiffId, std::ops::Range<u32>)>;
 /// A read that has not been answered.
 #[derive(Debug)]
 pub(super) struct PendingRead<I> {
-    served: Arc<Served<I>>,
-    ino: Ino,
-    offset: u64,
-    len: u32,
+    pub(super) served: Arc<Served<I>>,
+    pub(super) ino: Ino,
+    pub(super) offset: u64,
+    pub(super) len: u32,
     reply: ReplyData,
     started: Instant,
     n_fetches: u32,
+    pub(super) n_lendings: u32,
+    /// Chunks that are read here, not on the disk.
+    pub(super) lent: Vec<LentChunk>,
+    /// The right to them; behind them, because fields are dropped in order.
+    pub(super) permit: Option<Permit>,
 }
 
 /// A read that waits for chunks.
@@ -81,6 +93,9 @@ impl<I: ServedBytes> PendingRead<I> {
             reply,
             started: Instant::now(),
             n_fetches: 0,
+            n_lendings: 0,
+            lent: Vec::new(),
+            permit: None,
         }
     }
 
@@ -93,7 +108,7 @@ impl<I: ServedBytes> PendingRead<I> {
         }
     }
 
-    fn read_in_pool(self) {
+    pub(super) fn read_in_pool(self) {
         let served = self.served.clone();
         let pool = served.pool.clone();
         pool.submit(Box::new(move |buffer| {
@@ -101,24 +116,38 @@ impl<I: ServedBytes> PendingRead<I> {
         }));
     }
 
-    fn attempt(self, buffer: &mut Vec<u8>, wait: Wait) {
-        let fs = &self.served.fs;
-        match fs.read(self.ino, self.offset, self.len, buffer, wait) {
+    fn attempt(mut self, buffer: &mut Vec<u8>, wait: Wait) {
+        let (fs, lent) = (&self.served.fs, &self.lent);
+        let outcome = if lent.is_empty() {
+            fs.read(self.ino, self.offset, self.len, buffer, wait)
+        } else {
+            fs.read_lent(self.ino, self.offset, self.len, buffer, lent)
+        };
+        match outcome {
             Ok(ReadOutcome::Ready) => self.succeed(buffer),
             Ok(ReadOutcome::WouldBlock) => self.read_in_pool(),
-            Ok(ReadOutcome::Missing(missing)) => self.fetch(missing),
+            Ok(ReadOutcome::Missing(missing)) if self.lent.is_empty() => self.fetch(missing),
+            Ok(ReadOutcome::Missing(_)) => {
+                // What is lent is missing as well, once it is given back.
+                self.give_back();
+                self.read_in_pool();
+            }
+            Err(FsError::Io { .. }) if self.n_lendings < MAX_LENDINGS => {
+                self.served.counters.disk_read(Outcome::Error);
+                self.give_back();
+                self.borrow_in_pool(Needed::All);
+            }
             Err(error) => {
                 if matches!(error, FsError::Io { .. }) {
                     self.served.counters.disk_read(Outcome::Error);
                 }
-                self.served.count(Op::Read, Some(&error));
-                self.reply.error(errno(&error));
+                self.fail_with(&error);
             }
         }
     }
 
     fn succeed(self, bytes: &[u8]) {
-        if self.n_fetches == 0 {
+        if self.n_fetches + self.n_lendings == 0 {
             let counters = &self.served.counters;
             counters.disk_hit(bytes.len(), self.started.elapsed());
         }
@@ -151,7 +180,13 @@ impl<I: ServedBytes> PendingRead<I> {
         }
     }
 
-    fn fail(self, layer: DiffId, reason: &str) {
+    /// Answers as the file system does.
+    pub(super) fn fail_with(self, error: &FsError) {
+        self.served.count(Op::Read, Some(error));
+        self.reply.error(errno(error));
+    }
+
+    pub(super) fn fail(self, layer: DiffId, reason: &str) {
         self.served.counters.failed(Op::Read);
         let subject = Subject::Layer(layer);
         if let Some(n_silent) = self.served.failures.admit(subject, Instant::now()) {
@@ -173,7 +208,11 @@ impl<I: ServedBytes> Waiting<I> {
             }
             Err(error) => {
                 if let Some(read) = self.take() {
-                    read.fail(layer, &error_chain(&error));
+                    if error.is_of_disk() && read.n_lendings < MAX_LENDINGS {
+                        read.borrow_in_pool(Needed::Absent);
+                    } else {
+                        read.fail(layer, &error_chain(&error));
+                    }
                 }
             }
         }

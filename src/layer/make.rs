@@ -5,7 +5,7 @@ use std::{sync::Arc, time::Instant};
 
 use bytes::Bytes;
 use futures_util::{Stream, stream};
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
 use super::{
     disk::LayerFile,
@@ -218,6 +218,10 @@ impl Inner {
                 info!(layer.diff_id = %desc.diff_id, bytes, duration_ms = millis(started),
                     path = %self.paths.layer(desc.diff_id).display(),
                     "layer decompressed and cached to disk");
+            }
+            // Whoever wants the layer tells of it: a reader tries a full disk again and again.
+            Err(err) if err.is_of_disk() => {
+                debug!(layer.diff_id = %desc.diff_id, error = %error_chain(err), "decompressing layer failed");
             }
             Err(err) => {
                 warn!(layer.diff_id = %desc.diff_id, error = %error_chain(err), "decompressing layer failed");

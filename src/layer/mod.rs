@@ -24,7 +24,8 @@
 //!   otherwise chunks are verified on first use.
 //! - A layer is decompressed once per node, however many mounts, readers and processes want it: one
 //!   flight per layer in a process (`flight`), one lock file between processes (`lock`).
-//! - A broken cache never fails a reader: only the origin's last word does.
+//! - A broken cache never fails a reader: only the origin's last word does. What the disk cannot take
+//!   or give is verified and lent to readers in memory (`through`), a few chunks at once.
 //! - A layer that any process has open is never removed. Removing takes the fill lock, then the
 //!   data file's lock, then renames the directory away: whoever opens the layer meanwhile gets all
 //!   of it, or finds none and makes it anew.
@@ -49,8 +50,10 @@ mod present;
 mod pushed;
 mod random;
 mod room;
+mod seek;
 mod span;
 mod state;
+mod through;
 mod upload;
 
 use std::{ops::Range, path::PathBuf};

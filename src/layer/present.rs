@@ -7,6 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use bytes::Bytes;
 use tokio::sync::watch;
 use tracing::{debug, info, warn};
 
@@ -43,7 +44,21 @@ impl Inner {
         let started = Instant::now();
         let mut deepest = Tier::Disk;
         for chunk in chunks {
-            let tier = self.present_chunk(layer, chunk).await?;
+            if !layer.file.has(chunk..chunk + 1) {
+                self.through.admit(Instant::now())?;
+            }
+            let tier = match self.present_chunk(layer, chunk).await {
+                Ok(tier) => tier,
+                Err(err) => {
+                    if err.is_of_disk() {
+                        self.through.pause(&err, Instant::now());
+                    }
+                    return Err(err);
+                }
+            };
+            if tier != Tier::Disk {
+                self.through.resume();
+            }
             deepest = match (deepest, tier) {
                 (Tier::Registry, _) | (_, Tier::Registry) => Tier::Registry,
                 (Tier::ContentCache, _) | (_, Tier::ContentCache) => Tier::ContentCache,
@@ -100,7 +115,7 @@ impl Inner {
                     return Ok(Tier::ContentCache);
                 }
                 if let Some(access) = self.access(layer).await
-                    && self.read_random(layer, &access, chunk).await
+                    && self.read_random(layer, &access, chunk).await?
                 {
                     if file.is_complete() {
                         self.completed(layer);
@@ -128,6 +143,10 @@ impl Inner {
                     waited: started.elapsed(),
                 },
             };
+            if err.is_of_disk() {
+                // The reader is served through, and the log has it from there.
+                return Err(err);
+            }
             if REFILLS_PER_READER <= n_failures || !is_transient(&err) {
                 self.metrics.tier_read(Tier::Registry, Outcome::Error);
                 warn!(layer.diff_id = %file.diff_id(), chunk, error = %error_chain(&err),
@@ -163,7 +182,7 @@ impl Inner {
     }
 
     /// After an unclean stop: takes the chunk that is on disk if it is right.
-    async fn adopt(&self, layer: &Arc<Layer>, chunk: u32) -> Result<bool, PresentError> {
+    pub(super) async fn adopt(&self, layer: &Arc<Layer>, chunk: u32) -> Result<bool, PresentError> {
         let file = Arc::clone(&layer.file);
         let diff_id = file.diff_id();
         let adopted = self
@@ -187,25 +206,19 @@ impl Inner {
         layer: &Arc<Layer>,
         chunk: u32,
     ) -> Result<bool, PresentError> {
-        let Some(remote) = &self.remote else {
+        if self.remote.is_none() {
+            return Ok(false);
+        }
+        let Some(bytes) = self.remote_chunk(layer, chunk).await else {
+            let mut missed = layer.missed.lock().unwrap_or_else(PoisonError::into_inner);
+            // A chunk that the disk cannot take is missed again and again.
+            if !missed.contains(&chunk) {
+                missed.push(chunk);
+            }
             return Ok(false);
         };
         let file = Arc::clone(&layer.file);
         let diff_id = file.diff_id();
-        let Some(digest) = file.index().chunk_digest(chunk) else {
-            return Ok(false);
-        };
-        let Ok(len) = usize::try_from(file.chunk_bytes(chunk)) else {
-            return Ok(false);
-        };
-        let Some(bytes) = remote.cache.chunk(&diff_id, chunk, len, &digest).await else {
-            layer
-                .missed
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .push(chunk);
-            return Ok(false);
-        };
         let delivered = bytes.len() as u64;
         let room = Arc::clone(&self.room);
         let written = self
@@ -228,6 +241,15 @@ impl Inner {
             self.completed(layer);
         }
         Ok(true)
+    }
+
+    /// Asks the remote content cache for the chunk's bytes.
+    pub(super) async fn remote_chunk(&self, layer: &Layer, chunk: u32) -> Option<Bytes> {
+        let cache = &self.remote.as_ref()?.cache;
+        let file = &layer.file;
+        let digest = file.index().chunk_digest(chunk)?;
+        let len = usize::try_from(file.chunk_bytes(chunk)).ok()?;
+        cache.chunk(&file.diff_id(), chunk, len, &digest).await
     }
 
     /// Waits until the refill of `layer` has passed `chunk`, or has ended; starts it if need be.
@@ -468,10 +490,12 @@ struct Passing<'a> {
 
 impl SpanSink for Passing<'_> {
     fn take(&self, span: &Span, mut bytes: &[u8]) -> Result<ControlFlow<()>, SpanError> {
-        let mut passed =
-            |_chunk, new_bytes| self.inner.passed(self.layer, self.progress, new_bytes);
-        let to = (&*self.layer.file, &*self.inner.room);
-        span::decompress(to, self.access, span, &mut bytes, &mut passed)
+        let file = &self.layer.file;
+        let mut take = |chunk, bytes: &[u8]| {
+            let new_bytes = span::write(file, &self.inner.room, chunk, bytes)?;
+            Ok(self.inner.passed(self.layer, self.progress, new_bytes))
+        };
+        span::decompress(file, self.access, span, &mut bytes, &mut take)
     }
 
     fn is_there(&self, span: &Span) -> bool {

@@ -17,7 +17,7 @@ use super::{
     access::{Access, STRIDE_CHUNKS, Span},
     disk::LayerFile,
     feed::{self, FeedReader},
-    span::{self, SpanError},
+    span::{self, SpanError, TakeChunk},
     store::{Inner, Layer, RefillState, crashed},
 };
 use crate::{
@@ -40,10 +40,10 @@ pub(super) struct Demand(AtomicUsize);
 
 /// One of them.
 #[derive(Debug)]
-struct Demanded<'a>(&'a Demand);
+pub(super) struct Demanded<'a>(&'a Demand);
 
 impl Demand {
-    fn enter(&self) -> Demanded<'_> {
+    pub(super) fn enter(&self) -> Demanded<'_> {
         self.0.fetch_add(1, Ordering::Relaxed);
         Demanded(self)
     }
@@ -107,23 +107,29 @@ impl RandomReads {
 impl Inner {
     /// Makes `chunk` present by random access; `false` if that is not to be had, and the stream is
     /// to be waited for.
+    ///
+    /// # Errors
+    /// That the disk cannot take it, where no stream would help.
     pub(super) async fn read_random(
         self: &Arc<Self>,
         layer: &Arc<Layer>,
         access: &Arc<Access>,
         chunk: u32,
-    ) -> bool {
+    ) -> Result<bool, PresentError> {
         let _demanded = self.demand.enter();
         let is_present = || layer.file.has(chunk..chunk + 1);
         loop {
             let Some((mut progress, is_own)) = self.start_span(layer, access, chunk) else {
-                return false;
+                return Ok(false);
             };
             let ended = self.ride_span(&mut progress, is_present).await;
             // Who joined a fetch that had already passed the chunk, which was dropped since, has one of
             // its own.
-            if is_present() || is_own || !matches!(ended, Some(RefillState::Done)) {
-                return is_present();
+            match ended {
+                _ if is_present() => return Ok(true),
+                Some(RefillState::Failed(err)) if err.is_of_disk() => return Err(err),
+                Some(RefillState::Done) if !is_own => {}
+                _ => return Ok(false),
             }
         }
     }
@@ -175,12 +181,23 @@ impl Inner {
         let (inner, layer, access) = (Arc::clone(self), Arc::clone(layer), Arc::clone(access));
         self.spawn(async move {
             let chunks = span.chunks.clone();
-            let outcome = inner.fetch_span(&layer, &access, span, &sender).await;
+            let take: Arc<TakeChunk> = {
+                let (inner, sender) = (Arc::clone(&inner), sender.clone());
+                let file = Arc::clone(&layer.file);
+                Arc::new(move |chunk, bytes| {
+                    inner.delivered(span::write(&file, &inner.room, chunk, bytes)?);
+                    sender.send_replace(RefillState::Running);
+                    Ok(())
+                })
+            };
+            let outcome = inner.fetch_span(&layer, &access, span, take).await;
             let mut random = layer.random.lock().unwrap_or_else(PoisonError::into_inner);
             random.active.retain(|it| it.0 != chunks);
             drop(random);
             let _ = sender.send(match outcome {
                 Ok(()) => RefillState::Done,
+                // Whoever waits for it says so, once for all.
+                Err(err) if err.is_of_disk() => RefillState::Failed(err),
                 Err(err) => {
                     inner.metrics.tier_read(Tier::Registry, Outcome::Error);
                     warn!(layer.diff_id = %layer.file.diff_id(), ?chunks, error = %error_chain(&err),
@@ -192,19 +209,19 @@ impl Inner {
         Some((receiver, true))
     }
 
-    /// Fetches `span`, verifies its chunks and marks them present.
-    async fn fetch_span(
+    /// Fetches `span`, and gives its chunks to `take`.
+    pub(super) async fn fetch_span(
         self: &Arc<Self>,
         layer: &Arc<Layer>,
         access: &Arc<Access>,
         mut span: Span,
-        progress: &watch::Sender<RefillState>,
+        take: Arc<TakeChunk>,
     ) -> Result<(), PresentError> {
         let _permit = self.random_reads.acquire().await;
         loop {
             debug!(layer.diff_id = %layer.file.diff_id(), chunks = ?span.chunks, blob = ?span.blob,
                 "reading a part of the layer");
-            let outcome = self.fetch_once(layer, access, &span, progress).await;
+            let outcome = self.fetch_once(layer, access, &span, &take).await;
             let label = if outcome.is_ok() { "ok" } else { "error" };
             let counter = self.metrics.layer_random_reads.with_label_values(&[label]);
             counter.inc();
@@ -231,7 +248,7 @@ impl Inner {
         layer: &Arc<Layer>,
         access: &Arc<Access>,
         span: &Span,
-        progress: &watch::Sender<RefillState>,
+        take: &Arc<TakeChunk>,
     ) -> Result<(), SpanError> {
         let origin = layer.origin();
         let stream = origin.open(span.blob.clone()).await;
@@ -242,15 +259,10 @@ impl Inner {
             Arc::clone(&layer.file),
             Arc::clone(access),
         );
-        let (span, progress, diff_id) = (span.clone(), progress.clone(), layer.file.diff_id());
-        let work = self.runtime.spawn_blocking(move || {
-            let mut passed = |_chunk, new_bytes| {
-                inner.delivered(new_bytes);
-                progress.send_replace(RefillState::Running);
-                ControlFlow::Continue(())
-            };
-            inner.fill_span(&file, &access, &span, reader, &mut passed)
-        });
+        let (span, take, diff_id) = (span.clone(), Arc::clone(take), layer.file.diff_id());
+        let work = self
+            .runtime
+            .spawn_blocking(move || inner.run_span(&file, &access, &span, reader, &*take));
         let ((), outcome) = tokio::join!(feed.run(stream), work);
         outcome.unwrap_or_else(|err| Err(SpanError::Failed(crashed(diff_id, &err))))
     }
@@ -259,15 +271,16 @@ impl Inner {
     ///
     /// # Blocking
     /// For as long as the source delivers.
-    fn fill_span(
+    fn run_span(
         self: &Arc<Self>,
         file: &LayerFile,
         access: &Access,
         span: &Span,
         mut reader: FeedReader,
-        passed: &mut dyn FnMut(u32, u64) -> ControlFlow<()>,
+        take: &TakeChunk,
     ) -> Result<(), SpanError> {
-        let outcome = span::decompress((file, &self.room), access, span, &mut reader, passed);
+        let mut take = |chunk, bytes: &[u8]| take(chunk, bytes).map(|()| ControlFlow::Continue(()));
+        let outcome = span::decompress(file, access, span, &mut reader, &mut take);
         let inflated = access.inflated_bytes(span);
         self.metrics.layer_decompressed_bytes.inc_by(inflated);
         if let Some(source) = reader.failure() {

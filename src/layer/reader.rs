@@ -20,6 +20,8 @@ use crate::digest::DiffId;
 pub struct LayerReader {
     dir: PathBuf,
     layer: DiffId,
+    /// What its DiffId determines: the same if it is made anew.
+    layer_bytes: u64,
     /// std RwLock: held to copy it, or to replace it when the layer was made anew.
     files: RwLock<Arc<Files>>,
 }
@@ -31,6 +33,7 @@ struct Files {
     /// What `state` maps.
     state_file: File,
     state: StateView,
+    layer_bytes: u64,
 }
 
 impl LayerReader {
@@ -40,16 +43,23 @@ impl LayerReader {
     /// Those of the file system; `NotFound` also if the layer is just being removed; `InvalidData`
     /// if nobody has looked after it since the machine started.
     pub fn open(dir: &Path, layer: DiffId) -> io::Result<Self> {
+        let files = Files::open(dir)?;
         Ok(Self {
             dir: dir.to_owned(),
             layer,
-            files: RwLock::new(Arc::new(Files::open(dir)?)),
+            layer_bytes: files.layer_bytes,
+            files: RwLock::new(Arc::new(files)),
         })
     }
 
     /// Names the layer.
     pub fn diff_id(&self) -> DiffId {
         self.layer
+    }
+
+    /// Size of the decompressed layer.
+    pub fn layer_bytes(&self) -> u64 {
+        self.layer_bytes
     }
 
     /// Whether all `chunks` are present and verified.
@@ -94,7 +104,8 @@ impl Files {
             return Err(going());
         }
         let state_file = File::open(dir.join(STATE))?;
-        let state = StateView::open(&state_file, data.metadata()?.len(), state::boot())?;
+        let layer_bytes = data.metadata()?.len();
+        let state = StateView::open(&state_file, layer_bytes, state::boot())?;
         // Else the directory was replaced before the pin was held, and the files are of two.
         if !lock::is_at(&data, &data_path)? {
             return Err(going());
@@ -103,6 +114,7 @@ impl Files {
             data,
             state_file,
             state,
+            layer_bytes,
         })
     }
 }

@@ -166,7 +166,7 @@ impl Room {
     /// While layers are removed.
     pub(super) fn with_room<T>(&self, mut write: impl FnMut() -> io::Result<T>) -> io::Result<T> {
         match write() {
-            Err(err) if err.kind() == io::ErrorKind::StorageFull => {
+            Err(err) if is_full(&err) => {
                 if let Err(bound) = self.make(Claim::Read) {
                     debug!(reason = bound.label(), "no room on the disk");
                 }
@@ -336,6 +336,14 @@ impl Room {
     fn was_in_vain(&self) -> bool {
         lock(&self.in_vain).is_some_and(|it| it.elapsed() < IN_VAIN_PAUSE)
     }
+}
+
+/// Whether a write failed for want of room: the disk's, or that of whoever writes.
+fn is_full(err: &io::Error) -> bool {
+    matches!(
+        err.kind(),
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded
+    )
 }
 
 /// Nothing that is locked here panics half-way.

@@ -1,4 +1,4 @@
-//! Decompresses a part of a layer from a checkpoint on, verifies its chunks and marks them present.
+//! Decompresses a part of a layer from a checkpoint on, for its chunks to be verified and marked present.
 
 use std::{
     io::{self, BufRead, Read},
@@ -44,19 +44,23 @@ impl SpanError {
     }
 }
 
-/// Decompresses `span` out of `input`, which starts where the span's part of the blob does.
-///
-/// `passed` hears of each chunk and of how many bytes became present by it; it says whether to go
-/// on.
+/// Takes a chunk that was decompressed: verifies it and puts it somewhere.
+pub(super) type TakeChunk = dyn Fn(u32, &[u8]) -> Result<(), SpanError> + Send + Sync;
+
+/// The same, and says whether to go on.
+type TakeOrEnd<'a> = dyn FnMut(u32, &[u8]) -> Result<ControlFlow<()>, SpanError> + 'a;
+
+/// Decompresses `span` of `file` out of `input`, which starts where the span's part of the blob does,
+/// and gives its chunks to `take`, which verifies them and says whether to go on.
 ///
 /// # Errors
 /// [`SpanError`]; an error of `input` itself comes as one of the decoder. What came before stays.
 pub(super) fn decompress(
-    (file, room): (&LayerFile, &Room),
+    file: &LayerFile,
     access: &Access,
     span: &Span,
     input: &mut dyn BufRead,
-    passed: &mut dyn FnMut(u32, u64) -> ControlFlow<()>,
+    take: &mut TakeOrEnd<'_>,
 ) -> Result<ControlFlow<()>, SpanError> {
     let checkpoint = access.checkpoint(span).map_err(SpanError::Corrupt)?;
     let start = chunk::byte_range(span.chunks.start, file.layer_bytes()).start;
@@ -73,13 +77,24 @@ pub(super) fn decompress(
         decoder
             .read_exact(&mut buffer)
             .map_err(SpanError::of_decoder)?;
-        let write = || file.write_chunk(chunk, &buffer);
-        let Some(new_bytes) = room.with_room(write).map_err(SpanError::Disk)? else {
-            return Err(SpanError::Wrong(chunk));
-        };
-        if passed(chunk, new_bytes).is_break() {
+        if take(chunk, &buffer)?.is_break() {
             return Ok(ControlFlow::Break(()));
         }
     }
     Ok(ControlFlow::Continue(()))
+}
+
+/// Verifies `bytes` and makes them present as `chunk`; returns how many became so.
+///
+/// # Errors
+/// [`SpanError::Wrong`] and [`SpanError::Disk`].
+pub(super) fn write(
+    file: &LayerFile,
+    room: &Room,
+    chunk: u32,
+    bytes: &[u8],
+) -> Result<u64, SpanError> {
+    room.with_room(|| file.write_chunk(chunk, bytes))
+        .map_err(SpanError::Disk)?
+        .ok_or(SpanError::Wrong(chunk))
 }

@@ -31,13 +31,17 @@ use super::{
     lock::{self, FillLock},
     random::{Demand, RandomReads},
     room::{Claim, Room},
+    through::Through,
     upload,
 };
 use crate::{
     digest::DiffId,
     metrics::{Metrics, Tier},
     remote::{ContentCache, Uploader},
-    tier::{BlobSource, BlobStream, LayerDesc, MakePresent, PresentCallback, PresentError},
+    tier::{
+        BlobSource, BlobStream, Chunk, LayerDesc, LendCallback, MakePresent, PresentCallback,
+        PresentError,
+    },
 };
 
 /// How often a process looks whether another one has come further with a layer.
@@ -74,6 +78,7 @@ pub(super) struct Inner {
     pub(super) decompressions: Semaphore,
     pub(super) random_reads: Semaphore,
     pub(super) demand: Demand,
+    pub(super) through: Through,
     /// std Mutex: held to add or reap a task, never across an await.
     pub(super) tasks: Mutex<JoinSet<()>>,
 }
@@ -257,6 +262,7 @@ impl LayerStore {
             decompressions: Semaphore::new(config.max_decompressions.max(1)),
             random_reads: Semaphore::new(RANDOM_READS),
             demand: Demand::default(),
+            through: Through::default(),
             config,
             remote,
             metrics,
@@ -350,23 +356,41 @@ impl MakePresent for LayerStore {
             answer.give(inner.present(&layer, chunks).await);
         });
     }
+
+    fn lend(&self, wanted: Chunk, done: LendCallback) {
+        let mut answer = Answer {
+            done: Some(done),
+            layer: wanted.layer,
+        };
+        let Some(layer) = self.0.opened(wanted.layer) else {
+            return answer.give(Err(PresentError::Unknown {
+                layer: wanted.layer,
+            }));
+        };
+        let inner = Arc::clone(&self.0);
+        self.0.spawn(async move {
+            answer.give(inner.lend(&layer, wanted).await);
+        });
+    }
 }
 
 /// Calls back in any case, also when the task that holds it is aborted.
-struct Answer {
-    done: Option<PresentCallback>,
+struct Answer<T> {
+    done: Option<Callback<T>>,
     layer: DiffId,
 }
 
-impl Answer {
-    fn give(&mut self, outcome: Result<(), PresentError>) {
+type Callback<T> = Box<dyn FnOnce(Result<T, PresentError>) + Send>;
+
+impl<T> Answer<T> {
+    fn give(&mut self, outcome: Result<T, PresentError>) {
         if let Some(done) = self.done.take() {
             done(outcome);
         }
     }
 }
 
-impl Drop for Answer {
+impl<T> Drop for Answer<T> {
     fn drop(&mut self) {
         self.give(Err(PresentError::Unknown { layer: self.layer }));
     }

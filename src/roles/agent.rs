@@ -6,6 +6,7 @@
 use std::{
     collections::HashMap,
     fmt,
+    os::fd::AsFd,
     sync::{
         Arc, Mutex, PoisonError, Weak,
         atomic::{AtomicBool, Ordering},
@@ -25,7 +26,7 @@ use crate::{
     layer::store::{Layer, LayerStore},
     mount::{ImageRequest, PrepareError, Progress},
     telemetry::error_chain,
-    tier::{BoxFuture, MakePresent as _, PresentError},
+    tier::{BoxFuture, MakePresent as _, PresentError, lent::LentChunk},
 };
 
 /// How often who waits for an image hears how far it is.
@@ -233,6 +234,22 @@ impl Agent {
                     let _ = channel.send(&AgentReply::Present { ticket, outcome }, None);
                 };
                 self.store.make_present(layer, chunks, Box::new(done));
+            }
+            AgentRequest::Lend { ticket, wanted } => {
+                let (channel, connections) = (Arc::clone(channel), Arc::clone(&self.connections));
+                let done = move |outcome: Result<LentChunk, PresentError>| {
+                    if connections.is_stopping.load(Ordering::SeqCst) {
+                        return;
+                    }
+                    let (lent, outcome) = match outcome {
+                        Ok(lent) => (Some(lent), Ok(())),
+                        Err(err) => (None, Err(err)),
+                    };
+                    let fd = lent.as_ref().map(AsFd::as_fd);
+                    // As above.
+                    let _ = channel.send(&AgentReply::Lent { ticket, outcome }, fd);
+                };
+                self.store.lend(wanted, Box::new(done));
             }
         }
     }

@@ -8,6 +8,7 @@ use std::{
     collections::HashMap,
     io,
     ops::Range,
+    os::fd::OwnedFd,
     path::PathBuf,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
@@ -24,7 +25,7 @@ use crate::{
     digest::{DiffId, ManifestDigest},
     ipc::Channel,
     mount::ImageRequest,
-    tier::{MakePresent, PresentCallback, PresentError},
+    tier::{Chunk, LendCallback, MakePresent, PresentCallback, PresentError, lent::LentChunk},
 };
 
 /// How long a reader waits for an agent that does not answer or does not know the layer: a restart
@@ -56,20 +57,75 @@ struct State {
     last_ticket: u64,
 }
 
+#[derive(Debug)]
 struct Pending {
-    layer: DiffId,
-    chunks: Range<u32>,
     since: Instant,
-    done: PresentCallback,
+    wanted: Wanted,
 }
 
-impl std::fmt::Debug for Pending {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Pending")
-            .field("layer", &self.layer)
-            .field("chunks", &self.chunks)
-            .finish_non_exhaustive()
+/// What is asked of the agent, and who is told.
+enum Wanted {
+    Present {
+        layer: DiffId,
+        chunks: Range<u32>,
+        done: PresentCallback,
+    },
+    Lent {
+        chunk: Chunk,
+        done: LendCallback,
+    },
+}
+
+impl Wanted {
+    fn layer(&self) -> DiffId {
+        match self {
+            Self::Present { layer, .. } => *layer,
+            Self::Lent { chunk, .. } => chunk.layer,
+        }
     }
+
+    fn request(&self, ticket: u64) -> AgentRequest {
+        match self {
+            Self::Present { layer, chunks, .. } => AgentRequest::Present {
+                ticket,
+                layer: *layer,
+                chunks: chunks.clone(),
+            },
+            Self::Lent { chunk, .. } => AgentRequest::Lend {
+                ticket,
+                wanted: *chunk,
+            },
+        }
+    }
+
+    /// Tells who waits how it ended; `fd` is what came with the answer.
+    fn answer(self, outcome: Result<(), PresentError>, fd: Option<OwnedFd>) {
+        match self {
+            Self::Present { done, .. } => done(outcome),
+            Self::Lent { chunk, done } => done(outcome.and_then(|()| accept(chunk, fd))),
+        }
+    }
+}
+
+impl std::fmt::Debug for Wanted {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.request(0).fmt(f)
+    }
+}
+
+/// Takes what the agent lends, if it is that.
+fn accept(chunk: Chunk, fd: Option<OwnedFd>) -> Result<LentChunk, PresentError> {
+    let Chunk {
+        layer,
+        number,
+        bytes,
+    } = chunk;
+    let refused = |reason: String| PresentError::Refused {
+        layer,
+        reason: format!("what the agent lends as chunk {number} is none: {reason}"),
+    };
+    let fd = fd.ok_or_else(|| refused("no descriptor came".to_owned()))?;
+    LentChunk::accept(layer, number, bytes, fd).map_err(|err| refused(err.to_string()))
 }
 
 /// What the sending thread is told.
@@ -77,6 +133,7 @@ impl std::fmt::Debug for Pending {
 enum Outgoing {
     Adopt(MountKey),
     Release(MountKey),
+    /// What was asked for with this ticket.
     Present(u64),
     /// Not before this.
     PresentLater(u64, Instant),
@@ -159,7 +216,10 @@ impl AgentLink {
         loop {
             match channel.receive() {
                 Ok(Some((AgentReply::Present { ticket, outcome }, _))) => {
-                    self.answer(ticket, outcome);
+                    self.answer(ticket, outcome, None);
+                }
+                Ok(Some((AgentReply::Lent { ticket, outcome }, fd))) => {
+                    self.answer(ticket, outcome, fd);
                 }
                 Ok(Some((AgentReply::Progress(_) | AgentReply::Prepared(_), _))) => {}
                 Ok(None) => return "it closed the connection".to_owned(),
@@ -168,7 +228,7 @@ impl AgentLink {
         }
     }
 
-    fn answer(&self, ticket: u64, outcome: Result<(), PresentError>) {
+    fn answer(&self, ticket: u64, outcome: Result<(), PresentError>, fd: Option<OwnedFd>) {
         // It has just been restarted, and is not that far.
         if matches!(outcome, Err(PresentError::Unknown { .. })) {
             return self.tell(Outgoing::PresentLater(
@@ -178,7 +238,7 @@ impl AgentLink {
         }
         let pending = self.state().pending.remove(&ticket);
         if let Some(pending) = pending {
-            (pending.done)(outcome);
+            pending.wanted.answer(outcome, fd);
         }
     }
 
@@ -230,11 +290,8 @@ impl AgentLink {
                 }
                 Outgoing::Release(device) => Some(AgentRequest::Release { device: *device }),
                 Outgoing::Present(ticket) | Outgoing::PresentLater(ticket, _) => {
-                    state.pending.get(ticket).map(|it| AgentRequest::Present {
-                        ticket: *ticket,
-                        layer: it.layer,
-                        chunks: it.chunks.clone(),
-                    })
+                    let pending = state.pending.get(ticket);
+                    pending.map(|it| it.wanted.request(*ticket))
                 }
             };
             (channel, request)
@@ -261,15 +318,23 @@ impl AgentLink {
             .filter_map(|it| state.pending.remove(it))
             .collect();
         drop(state);
-        for Pending {
-            layer, since, done, ..
-        } in late
-        {
-            done(Err(PresentError::Timeout {
-                layer,
+        for Pending { since, wanted } in late {
+            let err = PresentError::Timeout {
+                layer: wanted.layer(),
                 waited: now.duration_since(since),
-            }));
+            };
+            wanted.answer(Err(err), None);
         }
+    }
+
+    fn ask(&self, wanted: Wanted) {
+        let mut state = self.state();
+        state.last_ticket += 1;
+        let ticket = state.last_ticket;
+        let since = Instant::now();
+        state.pending.insert(ticket, Pending { since, wanted });
+        drop(state);
+        self.tell(Outgoing::Present(ticket));
     }
 
     fn tell(&self, message: Outgoing) {
@@ -286,23 +351,25 @@ impl AgentLink {
 
 impl MakePresent for AgentLink {
     fn make_present(&self, layer: DiffId, chunks: Range<u32>, done: PresentCallback) {
-        let mut state = self.state();
-        state.last_ticket += 1;
-        let ticket = state.last_ticket;
-        let pending = Pending {
+        self.ask(Wanted::Present {
             layer,
             chunks,
-            since: Instant::now(),
             done,
-        };
-        state.pending.insert(ticket, pending);
-        drop(state);
-        self.tell(Outgoing::Present(ticket));
+        });
+    }
+
+    fn lend(&self, wanted: Chunk, done: LendCallback) {
+        self.ask(Wanted::Lent {
+            chunk: wanted,
+            done,
+        });
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::os::fd::AsFd;
+
     use super::*;
     use crate::ipc::Listener;
 
@@ -366,6 +433,60 @@ mod tests {
                 received(&agent),
                 AgentRequest::Release { device: (0, 7) }
             ));
+        }
+    }
+
+    #[test]
+    fn what_the_agent_lends_is_taken_only_if_it_is_the_chunk_and_sealed() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("agent.sock");
+        let listener = Listener::bind(&path).unwrap();
+        let link = AgentLink::start(path).unwrap();
+        let agent = listener.accept().unwrap();
+        agent.set_receive_timeout(Some(DEADLINE)).unwrap();
+        let layer = DiffId::of(b"layer");
+        let chunk = Chunk {
+            layer,
+            number: 7,
+            bytes: 10,
+        };
+        let sealed = |bytes: &[u8]| {
+            let lent = LentChunk::seal(layer, 7, bytes).unwrap();
+            lent.as_fd().try_clone_to_owned().unwrap()
+        };
+        let on_disk = tempfile::tempfile().unwrap();
+        on_disk.set_len(10).unwrap();
+        let full = PresentError::NoSpace { path: "/c".into() };
+        for (fd, outcome, expected) in [
+            (Some(sealed(b"0123456789")), Ok(()), "0123456789"),
+            (
+                Some(sealed(b"012345678")),
+                Ok(()),
+                "9 bytes, the chunk has 10",
+            ),
+            (Some(on_disk.into()), Ok(()), "it can still be changed"),
+            (None, Ok(()), "no descriptor came"),
+            (None, Err(full), "cache disk /c is full"),
+        ] {
+            let (sender, lent) = mpsc::channel();
+            link.lend(chunk, Box::new(move |it| sender.send(it).unwrap()));
+            let AgentRequest::Lend { ticket, wanted } = received(&agent) else {
+                panic!("a chunk is asked for");
+            };
+            assert_eq!(wanted, chunk);
+            let fd: Option<OwnedFd> = fd;
+            let reply = AgentReply::Lent { ticket, outcome };
+            agent.send(&reply, fd.as_ref().map(AsFd::as_fd)).unwrap();
+            let found = match lent.recv_timeout(DEADLINE).unwrap() {
+                Ok(lent) => {
+                    assert!(lent.is(layer, 7));
+                    let mut bytes = [0; 10];
+                    lent.read_at(&mut bytes, 0).unwrap();
+                    String::from_utf8(bytes.to_vec()).unwrap()
+                }
+                Err(err) => err.to_string(),
+            };
+            assert!(found.contains(expected), "{found}");
         }
     }
 }

@@ -126,7 +126,7 @@ fn converse(
         match channel.receive()? {
             Some((AgentReply::Progress(phrase), _)) => progress.set_phase(phrase),
             Some((AgentReply::Prepared(outcome), _)) => return Ok((outcome, channel)),
-            Some((AgentReply::Present { .. }, _)) => {}
+            Some((AgentReply::Present { .. } | AgentReply::Lent { .. }, _)) => {}
             None => return Err(io::ErrorKind::ConnectionReset.into()),
         }
     }

@@ -3,7 +3,7 @@
 //! | who asks | whom | what |
 //! |---|---|---|
 //! | node | agent | [`AgentRequest::Prepare`] |
-//! | server | agent | [`AgentRequest::Adopt`], [`AgentRequest::Release`], [`AgentRequest::Present`] |
+//! | server | agent | [`AgentRequest::Adopt`], [`AgentRequest::Release`], [`AgentRequest::Present`], [`AgentRequest::Lend`] |
 //! | node | server | [`ServeRequest::Serve`], [`ServeRequest::List`] |
 //! | server | its predecessor | [`ServeRequest::HandOver`], [`ServeRequest::Quit`] |
 //! | agent | both others | `Status` |
@@ -16,7 +16,7 @@ use crate::{
     digest::{DiffId, ManifestDigest},
     fuse::takeover::KernelOffer,
     mount::{ImageRequest, PrepareError},
-    tier::PresentError,
+    tier::{Chunk, PresentError},
 };
 
 /// Names a source mount: the device number of its file system, which is no other's for as long as
@@ -65,6 +65,13 @@ pub enum AgentRequest {
         /// Its chunks.
         chunks: Range<u32>,
     },
+    /// Give the bytes of a chunk past the disk. Answered by [`AgentReply::Lent`].
+    Lend {
+        /// Chosen by who asks, and given back.
+        ticket: u64,
+        /// The chunk.
+        wanted: Chunk,
+    },
 }
 
 /// Said by the agent.
@@ -79,6 +86,13 @@ pub enum AgentReply {
         /// As in the request.
         ticket: u64,
         /// Why they are not.
+        outcome: Result<(), PresentError>,
+    },
+    /// The chunk's bytes, whose descriptor comes with this.
+    Lent {
+        /// As in the request.
+        ticket: u64,
+        /// Why there is no descriptor.
         outcome: Result<(), PresentError>,
     },
 }

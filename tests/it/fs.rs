@@ -46,6 +46,10 @@ impl LayerData for Fake {
         self.diff_id
     }
 
+    fn layer_bytes(&self) -> u64 {
+        self.bytes.len() as u64
+    }
+
     fn has(&self, chunks: Range<u32>) -> bool {
         self.absent.lock().unwrap().range(chunks).next().is_none()
     }

@@ -2,6 +2,8 @@
 
 #![expect(clippy::unwrap_used, reason = "helpers of tests fail the test")]
 
+#[path = "fuse/through.rs"]
+mod through;
 #[path = "fuse/tree.rs"]
 mod tree;
 

@@ -30,7 +30,7 @@ use clip_csi::{
     },
     metrics::Metrics,
     tar::{TarEntry, TarExtent, TarKind},
-    tier::{MakePresent, PresentCallback, PresentError},
+    tier::{Chunk, LendCallback, MakePresent, PresentCallback, PresentError, lent::LentChunk},
 };
 
 /// Longer than anything in these tests takes, on any machine.
@@ -109,6 +109,8 @@ pub(crate) enum Mode {
     Hold,
     /// Says that the origin failed.
     Fail,
+    /// Says that the disk is full, and lends what is asked for after a while.
+    Full,
     /// Says that it has filled, but has not: as if it were evicted at once.
     Vanish,
     /// Panics when it is asked what is present.
@@ -129,6 +131,17 @@ pub(crate) struct FakeLayer {
     changed: Condvar,
     /// Whether a read always has to wait for the disk.
     pub(crate) on_disk: AtomicBool,
+    /// Whether a read of what is present fails.
+    pub(crate) is_broken: AtomicBool,
+    /// How often chunks were asked to be lent, how many are just now, and how many were at most.
+    pub(crate) lendings: Mutex<Lendings>,
+}
+
+#[derive(Debug, Default)]
+pub(crate) struct Lendings {
+    pub(crate) n: u32,
+    n_now: u32,
+    pub(crate) n_at_once: u32,
 }
 
 impl FakeLayer {
@@ -144,6 +157,16 @@ impl FakeLayer {
     /// Makes all chunks present.
     pub(crate) fn fill_all(&self) {
         self.present.lock().unwrap().extend(0..self.n_chunks());
+    }
+
+    /// Makes one chunk present.
+    pub(crate) fn fill(&self, chunk: u32) {
+        self.present.lock().unwrap().insert(chunk);
+    }
+
+    /// How many chunks are present.
+    pub(crate) fn n_present(&self) -> usize {
+        self.present.lock().unwrap().len()
     }
 
     /// Does what the mode says, on the thread of this layer.
@@ -162,6 +185,10 @@ impl FakeLayer {
                     waited: Duration::from_secs(1),
                 });
             }
+            Mode::Full => {
+                let path = "/cache".into();
+                return Err(PresentError::NoSpace { path });
+            }
             Mode::Vanish => return Ok(()),
             Mode::Slow(delay) => thread::sleep(delay),
             Mode::Fill | Mode::Hold | Mode::Panic => {}
@@ -173,11 +200,37 @@ impl FakeLayer {
         }
         Ok(())
     }
+
+    /// Lends a chunk, which takes a while; one that is present and cannot be read is forgotten.
+    fn lend(&self, wanted: Chunk) -> Result<LentChunk, PresentError> {
+        {
+            let mut lendings = self.lendings.lock().unwrap();
+            lendings.n += 1;
+            lendings.n_now += 1;
+            lendings.n_at_once = lendings.n_at_once.max(lendings.n_now);
+        }
+        thread::sleep(Duration::from_millis(20));
+        self.lendings.lock().unwrap().n_now -= 1;
+        if *self.mode.lock().unwrap() == Mode::Fail {
+            return Err(PresentError::Unknown {
+                layer: self.diff_id,
+            });
+        }
+        self.present.lock().unwrap().remove(&wanted.number);
+        let range = chunk::byte_range(wanted.number, self.bytes.len() as u64);
+        let bytes = &self.bytes[range.start as usize..range.end as usize];
+        assert_eq!(wanted.bytes, bytes.len() as u64);
+        Ok(LentChunk::seal(self.diff_id, wanted.number, bytes).unwrap())
+    }
 }
 
 impl LayerData for FakeLayer {
     fn diff_id(&self) -> DiffId {
         self.diff_id
+    }
+
+    fn layer_bytes(&self) -> u64 {
+        self.bytes.len() as u64
     }
 
     fn has(&self, mut chunks: Range<u32>) -> bool {
@@ -190,6 +243,9 @@ impl LayerData for FakeLayer {
     fn read_at(&self, buf: &mut [u8], offset: u64, wait: Wait) -> io::Result<bool> {
         if wait == Wait::Never && self.on_disk.load(Ordering::Relaxed) {
             return Ok(false);
+        }
+        if self.is_broken.load(Ordering::Relaxed) {
+            return Err(io::Error::from_raw_os_error(libc::EIO));
         }
         let start = usize::try_from(offset).unwrap();
         let found = self.bytes.get(start..start + buf.len());
@@ -235,6 +291,13 @@ impl MakePresent for FakeProvider {
         *fake.n_requests.lock().unwrap() += 1;
         orders.send((chunks, done)).unwrap();
     }
+
+    fn lend(&self, wanted: Chunk, done: LendCallback) {
+        let (fake, _) = &self.layers[&wanted.layer];
+        let fake = fake.clone();
+        // One each, so that nothing here bounds how many there are.
+        thread::spawn(move || done(fake.lend(wanted)));
+    }
 }
 
 /// Builds the index of an image, and its layers, of which nothing is present.
@@ -262,6 +325,8 @@ pub(crate) fn build(layers: Vec<LayerText>) -> (Vec<u8>, Vec<Arc<FakeLayer>>) {
             mode: Mutex::new(Mode::Fill),
             changed: Condvar::new(),
             on_disk: AtomicBool::new(false),
+            is_broken: AtomicBool::new(false),
+            lendings: Mutex::default(),
         }));
     }
     (merge.finish(ManifestDigest::of(b"")).unwrap(), fakes)

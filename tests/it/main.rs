@@ -16,6 +16,7 @@ mod csi;
 mod eviction;
 mod flipped_bits;
 mod fs;
+mod full_disk;
 mod fuse;
 mod fuse_fakes;
 #[path = "support/http_server.rs"]
