@@ -53,7 +53,7 @@ EVERYTHING = {
     "agent": {"env": [{"name": "HTTPS_PROXY", "value": "http://proxy:3128"}], "envFrom": [{"configMapRef": {"name": "e"}}]},
     "cache": {"hostPath": "/data/cache", "maxBytes": 200 << 30, "highWatermarkPercent": 85, "lowWatermarkPercent": 70, "minFreeBytes": 1 << 30,
               "maxLayerBytes": 1 << 40, "maxLayerEntries": 1000, "maxLayerIndexBytes": 1 << 20, "maxIndexNodes": 1000, "maxDecompressions": 2,
-              "stallTimeoutSeconds": 30},
+              "stallTimeoutSeconds": 30, "prefetch": "all"},
     "remote": {"kind": "redis", "url": "redis://reader@redis.cache:6379/1", "existingSecret": {"name": "remote", "passwordKey": "password"},
                "chunkTtlSeconds": 0, "connectTimeoutMs": 100, "requestTimeoutMs": 200, "maxIndexBytes": 1 << 20, "uploadQueueLayers": 4, "uploadAttempts": 2,
                "leaseWaitSeconds": 30},
@@ -90,6 +90,7 @@ COMBINATIONS = {
 
 # What somebody may write by mistake, and a word of the answer.
 MISTAKES = [
+    ({"cache": {"prefetch": "everything"}}, "prefetch"),
     ({"remote": {"kind": "memcached"}}, "kind"),
     ({"remote": {"kind": "redis"}}, "url"),
     ({"remote": {"kind": "dir"}}, "path"),

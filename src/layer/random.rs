@@ -336,7 +336,22 @@ impl Inner {
 
 #[cfg(test)]
 mod tests {
+    use futures_util::FutureExt;
+
     use super::*;
+
+    #[tokio::test]
+    async fn readers_are_let_pass_but_not_for_ever() {
+        let demand = Demand::default();
+        assert_eq!(demand.let_pass().now_or_never(), Some(()));
+        let reader = demand.enter();
+        assert_eq!(demand.let_pass().now_or_never(), None);
+        let since = Instant::now();
+        demand.let_pass().await;
+        assert!(MAX_PAUSE <= since.elapsed());
+        drop(reader);
+        assert_eq!(demand.let_pass().now_or_never(), Some(()));
+    }
 
     #[test]
     fn a_reader_in_order_is_given_more_each_time() {

@@ -13,6 +13,7 @@ use std::{
 };
 
 use futures_util::{TryStreamExt, stream};
+use tokio::sync::SemaphorePermit;
 use tracing::info;
 
 use super::{
@@ -65,6 +66,14 @@ impl Stop {
             Self::Failed(err) => error_chain(err),
         }
     }
+}
+
+/// Leave to read a part of a layer out of the registry.
+#[derive(Debug)]
+struct ByParts<'a> {
+    run: Range<u32>,
+    /// Had from when it is first needed until the run has come.
+    turn: Option<SemaphorePermit<'a>>,
 }
 
 /// Counts what came.
@@ -169,8 +178,12 @@ impl Inner {
             let chunks = run.clone();
             chunks.map(|it| layer.file.has(it..it + 1)).collect()
         };
-        for (chunk, was_there) in run.clone().zip(was_there) {
-            let brought = match self.bring(layer, chunk, Some(&run)).await? {
+        let mut by_parts = ByParts {
+            run: run.clone(),
+            turn: None,
+        };
+        for (chunk, was_there) in run.zip(was_there) {
+            let brought = match self.bring(layer, chunk, Some(&mut by_parts)).await? {
                 Brought::Present if !was_there => Brought::Fetched,
                 brought => brought,
             };
@@ -194,6 +207,7 @@ impl Inner {
             return Err(Stop::NoRoom);
         }
         if self.remote.is_some() {
+            // One by one: readers have the rest of what the remote gives at once.
             let mut n_lost = 0;
             for chunk in 0..file.n_chunks() {
                 let brought = self.bring(weak, chunk, None).await?;
@@ -224,13 +238,13 @@ impl Inner {
         }
     }
 
-    /// Brings a chunk without a stream: from the remote content cache, or, with the `run` that it is
-    /// a part of, from the registry.
-    async fn bring(
-        self: &Arc<Self>,
+    /// Brings a chunk without a stream: from the remote content cache, or else, with the rest of the
+    /// run that it is in, from the registry.
+    async fn bring<'a>(
+        self: &'a Arc<Self>,
         layer: &Weak<Layer>,
         chunk: u32,
-        run: Option<&Range<u32>>,
+        by_parts: Option<&mut ByParts<'a>>,
     ) -> Result<Brought, Stop> {
         self.demand.let_pass().await;
         let layer = &layer.upgrade().ok_or(Stop::Unused)?;
@@ -242,9 +256,10 @@ impl Inner {
         if self.waits_for_stream(layer, chunk).await {
             return Ok(Brought::Skipped);
         }
-        let coming_bytes = run.map_or(file.chunk_bytes(chunk), |run| {
-            run.clone().map(|it| file.chunk_bytes(it)).sum()
-        });
+        let coming_bytes = match &by_parts {
+            Some(it) => it.run.clone().map(|it| file.chunk_bytes(it)).sum(),
+            None => file.chunk_bytes(chunk),
+        };
         if !self.room.has_spare(coming_bytes) {
             return Err(Stop::NoRoom);
         }
@@ -255,17 +270,19 @@ impl Inner {
         if self.fetch_chunk(layer, chunk).await.map_err(Stop::Failed)? {
             return Ok(Brought::Fetched);
         }
-        let (Some(run), Some(access)) = (run, self.access(layer).await) else {
+        let (Some(by_parts), Some(access)) = (by_parts, self.access(layer).await) else {
             return Ok(Brought::Skipped);
         };
         // A reader of the chunk does not wait until others have been read for nobody.
         drop(flight);
-        let _turn = self.images.random_reads.acquire().await;
+        if by_parts.turn.is_none() {
+            by_parts.turn = self.images.random_reads.acquire().await.ok();
+        }
         let _flight = self.chunk_flights.join((file.diff_id(), chunk)).await;
         if is_present() {
             return Ok(Brought::Present);
         }
-        let window = Window::Exactly(run.clone());
+        let window = Window::Exactly(by_parts.run.clone());
         if !self.read_random(layer, &access, chunk, window).await {
             return Ok(Brought::Skipped);
         }
