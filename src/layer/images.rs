@@ -13,7 +13,10 @@ use std::{
     collections::HashMap,
     fs::File,
     io::{self, Read},
-    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError, Weak,
+        atomic::{AtomicU64, Ordering},
+    },
     time::Duration,
 };
 
@@ -48,6 +51,21 @@ pub(super) struct Images {
     is_stopping: watch::Sender<bool>,
     /// Parts of layers that are read at random for nobody: one at a time leaves readers the other.
     pub(super) random_reads: Semaphore,
+    /// What is being fetched for nobody, and may not be written yet.
+    coming_bytes: AtomicU64,
+}
+
+/// A part of what is coming.
+#[derive(Debug)]
+pub(super) struct Coming<'a> {
+    coming_bytes: &'a AtomicU64,
+    bytes: u64,
+}
+
+impl Drop for Coming<'_> {
+    fn drop(&mut self) {
+        self.coming_bytes.fetch_sub(self.bytes, Ordering::Relaxed);
+    }
 }
 
 impl Default for Images {
@@ -57,6 +75,7 @@ impl Default for Images {
             tasks: Mutex::default(),
             is_stopping: watch::Sender::new(false),
             random_reads: Semaphore::new(1),
+            coming_bytes: AtomicU64::new(0),
         }
     }
 }
@@ -141,6 +160,7 @@ impl LayerStore {
             let image = Image {
                 manifest,
                 layers: layers.iter().map(Arc::downgrade).collect(),
+                n_chunks: layers.iter().map(|it| it.file.n_chunks()).collect(),
                 wants: open.wants.subscribe(),
                 recording: Arc::clone(&open.recording),
             };
@@ -167,6 +187,8 @@ impl LayerStore {
 pub(super) struct Image {
     pub(super) manifest: ManifestDigest,
     pub(super) layers: Vec<Weak<Layer>>,
+    /// Of each layer.
+    n_chunks: Vec<u32>,
     wants: watch::Receiver<Prefetch>,
     recording: Arc<Recording>,
 }
@@ -199,51 +221,65 @@ impl Inner {
             }
         };
         tokio::pin!(ended);
-        let found = async {
-            image.wanted(Prefetch::Recorded).await;
-            self.profile(&image).await
+        let is_wanted = tokio::select! {
+            // In this order, for images that are in use for a moment only.
+            biased;
+            () = image.wanted(Prefetch::Recorded) => true,
+            () = &mut ended => false,
         };
-        let found = tokio::select! {
-            () = &mut ended => None,
-            found = found => Some(found),
-        };
-        // Whoever was too short for a look knows nothing that is worth more than what there may be.
-        let Some(found) = found else { return };
-        let known = found.unwrap_or_default();
-        let fetch = async {
+        if !is_wanted {
+            return;
+        }
+        // To the end in any case: what is recorded is added to what is known.
+        let known = self.profile(&image).await.unwrap_or_default();
+        let mut fetch = Box::pin(async {
             if !known.touches.is_empty() {
                 self.replay(&image, &known.touches).await;
             }
             image.wanted(Prefetch::All).await;
             self.complete(&image).await;
             std::future::pending::<()>().await;
-        };
-        tokio::pin!(fetch);
-        let mut is_unused = false;
+        });
         if !known.is_whole {
-            is_unused = tokio::select! {
+            let is_unused = tokio::select! {
                 () = &mut ended => true,
                 () = image.recording.over() => false,
                 () = &mut fetch => false,
             };
-            self.keep_recording(&image, &known).await;
-        }
-        drop(image.recording.end());
-        if !is_unused {
+            if is_unused {
+                // First, because readers of other images may wait for what it has in hand.
+                drop(fetch);
+                return self.keep_recording(&image, &known).await;
+            }
             tokio::select! {
-                () = &mut ended => {}
+                () = self.keep_recording(&image, &known) => {}
                 () = &mut fetch => {}
             }
         }
+        drop(image.recording.end());
+        tokio::select! {
+            () = &mut ended => {}
+            () = &mut fetch => {}
+        }
+    }
+
+    /// Says that so many bytes are coming for nobody, if the cache has room for them and all others
+    /// that are.
+    pub(super) fn announce(&self, bytes: u64) -> Option<Coming<'_>> {
+        let coming_bytes = &self.images.coming_bytes;
+        let others = coming_bytes.fetch_add(bytes, Ordering::Relaxed);
+        let coming = Coming {
+            coming_bytes,
+            bytes,
+        };
+        self.room
+            .has_spare(others.saturating_add(bytes))
+            .then_some(coming)
     }
 
     /// The image's profile: the one on disk, or the one in the remote content cache.
     async fn profile(&self, image: &Image) -> Option<Profile> {
         let manifest = image.manifest;
-        let layers = image.layers.iter().map(Weak::upgrade);
-        let n_chunks: Option<Vec<u32>> = layers.map(|it| Some(it?.file.n_chunks())).collect();
-        // Without its layers it is not in use any more.
-        let n_chunks = n_chunks?;
         let path = self.paths.profile(manifest);
         let read = {
             let path = path.clone();
@@ -256,7 +292,7 @@ impl Inner {
                 "profile of an image is unusable, recording it anew");
         };
         match read.await {
-            Ok(Ok(content)) => match profile::decode(&content, manifest, &n_chunks) {
+            Ok(Ok(content)) => match profile::decode(&content, manifest, &image.n_chunks) {
                 Ok(profile) => return Some(profile),
                 Err(err) => {
                     wrong(Tier::Disk, &err);
@@ -272,7 +308,7 @@ impl Inner {
         }
         let cache = &self.remote.as_ref()?.cache;
         let content = cache.profile(&manifest, MAX_PROFILE_BYTES).await?;
-        match profile::decode(&content, manifest, &n_chunks) {
+        match profile::decode(&content, manifest, &image.n_chunks) {
             Ok(profile) => {
                 self.keep_on_disk(manifest, content.into()).await;
                 Some(profile)

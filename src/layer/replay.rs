@@ -256,13 +256,12 @@ impl Inner {
         if self.waits_for_stream(layer, chunk).await {
             return Ok(Brought::Skipped);
         }
-        let coming_bytes = match &by_parts {
-            Some(it) => it.run.clone().map(|it| file.chunk_bytes(it)).sum(),
-            None => file.chunk_bytes(chunk),
-        };
-        if !self.room.has_spare(coming_bytes) {
-            return Err(Stop::NoRoom);
-        }
+        let coming = by_parts
+            .as_ref()
+            .map_or(chunk..chunk + 1, |it| it.run.clone());
+        let missing = coming.filter(|it| !file.has(*it..*it + 1));
+        let coming_bytes = missing.map(|it| file.chunk_bytes(it)).sum();
+        let _coming = self.announce(coming_bytes).ok_or(Stop::NoRoom)?;
         let flight = self.chunk_flights.join((file.diff_id(), chunk)).await;
         if is_present() || self.adopt(layer, chunk).await.map_err(Stop::Failed)? {
             return Ok(Brought::Present);
