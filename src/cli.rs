@@ -234,6 +234,10 @@ pub struct MountArgs {
     /// if it cannot be had.
     #[arg(long, value_name = "DIGEST")]
     pub index_digest: Option<String>,
+    /// What to fetch of the image before anybody reads it: `none`, `recorded` (what was read first when
+    /// it was mounted before) or `all`; as configured if absent.
+    #[arg(long, value_name = "WHAT")]
+    pub prefetch: Option<String>,
     /// Serve in the foreground until the mount ends, instead of in the background.
     #[arg(long)]
     pub foreground: bool,

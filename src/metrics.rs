@@ -97,6 +97,8 @@ pub struct Metrics {
     pub layer_random_reads: IntCounterVec,
     /// Chunks given to readers past the local disk, by what was wrong with that.
     pub chunks_served_through: IntCounterVec,
+    /// Chunks of images that were to be fetched before anybody asks, by what became of it.
+    pub prefetch_chunks: IntCounterVec,
     /// Bytes that decompression produced.
     pub layer_decompressed_bytes: IntCounter,
     /// Waiters that joined a layer's fill instead of starting their own.
@@ -212,6 +214,7 @@ impl Metrics {
             layer_decompressed_bytes: make.counter("layer_decompressed_bytes_total", "Bytes that decompression produced."),
             layer_random_reads: make.counters("layer_random_reads_total", "Parts of layers read at random from the registry, by outcome.", &["outcome"]),
             chunks_served_through: make.counters("chunks_served_through_total", "Chunks given to readers past the local disk, by what was wrong with that.", &["reason"]),
+            prefetch_chunks: make.counters("prefetch_chunks_total", "Chunks that were to be fetched before anybody asks, by what became of it.", &["outcome"]),
             single_flight_followers: make.counter("single_flight_followers_total", "Waiters that joined a layer's fill instead of starting their own."),
             layer_cache_bytes: make.int_gauge("layer_cache_bytes", "Bytes that the local disk cache takes on disk."),
             layer_cache_capacity_bytes: make.int_gauge("layer_cache_capacity_bytes", "Bytes that the local disk cache may take (cache.max_bytes), 0 if the disk alone is the bound."),
@@ -269,6 +272,9 @@ impl Metrics {
             metrics.layer_decompressions.with_label_values(&[outcome]);
             metrics.layer_random_reads.with_label_values(&[outcome]);
             metrics.remote_uploads.with_label_values(&[outcome]);
+        }
+        for outcome in ["fetched", "present", "skipped", "no_room", "error"] {
+            metrics.prefetch_chunks.with_label_values(&[outcome]);
         }
         for outcome in ["hit", "miss", "untrusted", "error"] {
             metrics.pushed_index_lookups.with_label_values(&[outcome]);

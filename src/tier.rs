@@ -21,7 +21,7 @@ use futures_util::Stream;
 use serde::{Deserialize, Serialize};
 
 use self::lent::LentChunk;
-use crate::digest::{BlobDigest, DiffId};
+use crate::digest::{BlobDigest, DiffId, ManifestDigest};
 
 /// A boxed future, as object-safe async traits need it.
 pub type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
@@ -38,6 +38,48 @@ pub struct LayerDesc {
     pub blob: BlobDigest,
     /// Size of the blob in the registry.
     pub blob_bytes: u64,
+}
+
+/// What is fetched of a mounted image before anybody asks for it. The later ones want more.
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize,
+)]
+#[serde(rename_all = "lowercase")]
+pub enum Prefetch {
+    /// Nothing.
+    None,
+    /// What its readers wanted first when the image was mounted before, here or on another node.
+    #[default]
+    Recorded,
+    /// That, then all the rest.
+    All,
+}
+
+impl Prefetch {
+    /// Its name in configurations and volume attributes.
+    pub const fn label(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::Recorded => "recorded",
+            Self::All => "all",
+        }
+    }
+}
+
+/// Says that a text is no [`Prefetch`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("must be none, recorded or all")]
+pub struct NoPrefetch;
+
+impl FromStr for Prefetch {
+    type Err = NoPrefetch;
+
+    fn from_str(text: &str) -> Result<Self, NoPrefetch> {
+        let all = [Self::None, Self::Recorded, Self::All];
+        all.into_iter()
+            .find(|it| it.label() == text)
+            .ok_or(NoPrefetch)
+    }
 }
 
 /// Called once, with the outcome, from any thread.
@@ -320,6 +362,8 @@ pub enum CacheKey {
     AccessMap(DiffId, BlobDigest),
     /// Who makes the layer from the registry just now; only for [`LayerCache::lease`].
     Lease(DiffId),
+    /// Which chunks of the image were touched first.
+    Profile(ManifestDigest),
 }
 
 impl fmt::Display for CacheKey {
@@ -332,6 +376,7 @@ impl fmt::Display for CacheKey {
                 write!(f, "clip:oci:layer:decompressed:{layer}:access:{blob}")
             }
             Self::Lease(layer) => write!(f, "clip:oci:layer:decompressed:{layer}:lease"),
+            Self::Profile(image) => write!(f, "clip:oci:image:profile:{image}"),
         }
     }
 }
@@ -488,6 +533,24 @@ mod tests {
             format!("{base}:access:{blob}")
         );
         assert_eq!(CacheKey::Lease(layer).to_string(), format!("{base}:lease"));
+        let image = ManifestDigest::of(b"");
+        assert_eq!(
+            CacheKey::Profile(image).to_string(),
+            format!("clip:oci:image:profile:{image}")
+        );
+    }
+
+    #[test]
+    fn prefetches_have_one_name_everywhere_and_an_order() {
+        let all = [Prefetch::None, Prefetch::Recorded, Prefetch::All];
+        assert!(all.is_sorted());
+        for prefetch in all {
+            let label = prefetch.label();
+            assert_eq!(label.parse(), Ok(prefetch));
+            let json = serde_json::to_string(&prefetch).unwrap();
+            assert_eq!(json, format!("{label:?}"));
+        }
+        assert_eq!("All".parse::<Prefetch>(), Err(NoPrefetch));
     }
 
     #[test]

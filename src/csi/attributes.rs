@@ -21,6 +21,7 @@ use crate::{
     mount::{MountError, PullCredentials},
     pb::v1::{VolumeCapability, volume_capability::AccessType},
     secret::Secret,
+    tier::Prefetch,
 };
 
 /// The attribute that names the image.
@@ -32,8 +33,11 @@ const PLATFORM: &str = "platform";
 /// The attribute that pins the index that was pushed beside the image.
 const INDEX_DIGEST: &str = "indexDigest";
 
+/// The attribute that says what is fetched of the image before anybody asks.
+const PREFETCH: &str = "prefetch";
+
 /// The attributes, as messages list them.
-const KNOWN_ATTRIBUTES: &str = "image, platform, indexDigest";
+const KNOWN_ATTRIBUTES: &str = "image, platform, indexDigest, prefetch";
 
 /// What kubelet adds on its own: `podInfoOnMount`, service account tokens.
 const KUBERNETES_PREFIX: &str = "csi.storage.k8s.io/";
@@ -72,6 +76,8 @@ pub struct Attributes {
     pub platform: Option<String>,
     /// The pushed index that is to be used.
     pub index_digest: Option<ManifestDigest>,
+    /// What is fetched ahead; as the node is configured if absent.
+    pub prefetch: Option<Prefetch>,
 }
 
 impl Attributes {
@@ -83,6 +89,7 @@ impl Attributes {
         let mut image = None;
         let mut platform = None;
         let mut index_digest = None;
+        let mut prefetch = None;
         for (key, value) in volume_context {
             match key.as_str() {
                 IMAGE => image = Some(bounded(IMAGE, value, MAX_IMAGE_BYTES)?),
@@ -93,6 +100,10 @@ impl Attributes {
                     let digest = text.parse();
                     index_digest =
                         Some(digest.map_err(|err| invalid(INDEX_DIGEST, format!("{err}")))?);
+                }
+                PREFETCH => {
+                    let wanted = value.parse::<Prefetch>();
+                    prefetch = Some(wanted.map_err(|err| invalid(PREFETCH, format!("{err}")))?);
                 }
                 key if key.starts_with(KUBERNETES_PREFIX) => {}
                 key => {
@@ -116,6 +127,7 @@ impl Attributes {
             image,
             platform,
             index_digest,
+            prefetch,
         })
     }
 }
@@ -270,6 +282,7 @@ mod tests {
             ("image", "registry.example/app:1"),
             ("platform", "linux/arm64"),
             ("indexDigest", DIGEST),
+            ("prefetch", "all"),
             ("csi.storage.k8s.io/ephemeral", "true"),
             ("csi.storage.k8s.io/pod.name", "web-0"),
             ("csi.storage.k8s.io/serviceAccount.tokens", "{}"),
@@ -278,10 +291,12 @@ mod tests {
             image: "registry.example/app:1".to_owned(),
             platform: Some("linux/arm64".to_owned()),
             index_digest: Some(ManifestDigest::of(b"")),
+            prefetch: Some(Prefetch::All),
         };
         assert_eq!(parsed.unwrap(), want);
         let parsed = Attributes::parse(&map(&[("image", "app")])).unwrap();
         assert_eq!((parsed.platform, parsed.index_digest), (None, None));
+        assert_eq!(parsed.prefetch, None);
     }
 
     #[test]
@@ -314,12 +329,16 @@ mod tests {
                 "indexDigest: has 1025 bytes, 256 are allowed",
             ),
             (
+                &[("image", "a"), ("prefetch", "ALL")],
+                "prefetch: must be none, recorded or all",
+            ),
+            (
                 &[("image", "a"), ("Image", "b")],
-                "volumeAttributes: unknown attribute \"Image\": the known ones are image, platform, indexDigest",
+                "volumeAttributes: unknown attribute \"Image\": the known ones are image, platform, indexDigest, prefetch",
             ),
             (
                 &[("image", "a"), ("x\n", "b")],
-                "volumeAttributes: unknown attribute \"x\\n\": the known ones are image, platform, indexDigest",
+                "volumeAttributes: unknown attribute \"x\\n\": the known ones are image, platform, indexDigest, prefetch",
             ),
         ] {
             let err = Attributes::parse(&map(pairs)).unwrap_err();

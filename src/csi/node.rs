@@ -51,6 +51,7 @@ fn parse_publish(request: &NodePublishVolumeRequest) -> Result<PublishRequest, M
         image,
         platform,
         index_digest,
+        prefetch,
     } = Attributes::parse(&request.volume_context)?;
     let credentials = credentials(&request.secrets)?;
     Ok(PublishRequest {
@@ -60,6 +61,7 @@ fn parse_publish(request: &NodePublishVolumeRequest) -> Result<PublishRequest, M
             image,
             platform,
             index_digest,
+            prefetch,
             credentials,
         },
     })

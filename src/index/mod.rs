@@ -7,13 +7,16 @@
 //! - [`image`]: the tree that the layers make together ([`merge`] applies them as the OCI image
 //!   specification says), as a `.clip` file that is served from a memory map with no decoding.
 //!
-//! Both formats are described in `docs/INDEX_FORMAT.md`; golden-bytes tests keep them.
+//! Beside them, [`profile`]: in which order an image's chunks were touched first.
+//!
+//! All formats are described in `docs/INDEX_FORMAT.md`; golden-bytes tests keep them.
 //! Invariant: a byte of foreign origin can cause an [`IndexError`], never a panic.
 
 pub mod image;
 pub mod layer_index;
 pub mod merge;
 pub mod path;
+pub mod profile;
 pub mod source;
 
 pub(crate) mod wire;

@@ -11,7 +11,7 @@ use std::{
 };
 
 use super::{
-    disk::{ASIDE_SUFFIX, CachePaths, DATA, IMAGE_SUFFIX, LayerFile},
+    disk::{ASIDE_SUFFIX, CachePaths, DATA, IMAGE_SUFFIX, LayerFile, PROFILE_SUFFIX},
     evict::{Item, ItemId},
     lock,
 };
@@ -87,6 +87,9 @@ pub(super) fn measure(paths: &CachePaths) -> io::Result<Contents> {
             last_use: last_use(&path)?,
         });
         contents.used_bytes += bytes;
+    }
+    for path in profiles(paths)? {
+        contents.used_bytes += file_bytes(&path)?;
     }
     for name in names(paths.temporary())? {
         // What was set aside is about to be gone.
@@ -236,15 +239,37 @@ pub(super) fn remove_orphaned_images(paths: &CachePaths) -> io::Result<()> {
     Ok(())
 }
 
-/// Removes the image indexes; they are made anew from the layers' indexes when they are wanted.
+/// Removes the profiles of images that were used least recently, if there are more than `max`.
+///
+/// One outlives its image's index: it is for the day when the image's layers have to come again.
+///
+/// # Errors
+/// Those of the file system.
+pub(super) fn remove_surplus_profiles(paths: &CachePaths, max: usize) -> io::Result<()> {
+    let profiles = profiles(paths)?;
+    let n_surplus = profiles.len().saturating_sub(max);
+    if n_surplus == 0 {
+        return Ok(());
+    }
+    let dated = profiles.into_iter().map(|it| Ok((last_use(&it)?, it)));
+    let mut dated = dated.collect::<io::Result<Vec<_>>>()?;
+    dated.sort_unstable();
+    for (_, path) in dated.into_iter().take(n_surplus) {
+        found(fs::remove_file(path))?;
+    }
+    Ok(())
+}
+
+/// Removes the image indexes and profiles, and returns how many indexes; they are made anew from the
+/// layers' indexes when they are wanted.
 ///
 /// # Errors
 /// Those of the file system.
 pub fn remove_images(paths: &CachePaths) -> io::Result<u64> {
     let mut n_removed = 0;
     for name in names(paths.images())? {
-        fs::remove_file(paths.images().join(name))?;
-        n_removed += 1;
+        fs::remove_file(paths.images().join(&name))?;
+        n_removed += u64::from(name.ends_with(IMAGE_SUFFIX));
     }
     Ok(n_removed)
 }
@@ -306,6 +331,13 @@ fn images(paths: &CachePaths) -> io::Result<Vec<(ManifestDigest, PathBuf)>> {
         Some((image, paths.images().join(name)))
     });
     Ok(images.collect())
+}
+
+/// The profiles of images.
+fn profiles(paths: &CachePaths) -> io::Result<Vec<PathBuf>> {
+    let names = names(paths.images())?;
+    let names = names.iter().filter(|it| it.ends_with(PROFILE_SUFFIX));
+    Ok(names.map(|it| paths.images().join(it)).collect())
 }
 
 /// The names in a directory; none if it does not exist.

@@ -66,7 +66,7 @@ impl CachePaths {
         self.layer(layer).join(ACCESS)
     }
 
-    /// Holds one index file per image.
+    /// Holds one index file per image, and one profile.
     pub fn images(&self) -> PathBuf {
         self.root.join("images")
     }
@@ -74,6 +74,12 @@ impl CachePaths {
     /// The index of one image.
     pub fn image(&self, image: ManifestDigest) -> PathBuf {
         self.images().join(format!("{}{IMAGE_SUFFIX}", image.hex()))
+    }
+
+    /// Which chunks of an image were touched first, if that was recorded.
+    pub fn profile(&self, image: ManifestDigest) -> PathBuf {
+        let name = format!("{}{PROFILE_SUFFIX}", image.hex());
+        self.images().join(name)
     }
 
     /// Opens the index of an image and keeps it from being removed for as long as the file is open.
@@ -124,6 +130,9 @@ impl CachePaths {
 
 /// Suffix of an image index's file name.
 pub(super) const IMAGE_SUFFIX: &str = ".clip";
+
+/// Suffix of the file name of an image's profile.
+pub(super) const PROFILE_SUFFIX: &str = ".profile";
 
 /// Part of the names of directories that were set aside, as opposed to fills under way.
 pub(super) const ASIDE_SUFFIX: &str = ".aside";

@@ -10,6 +10,7 @@
 //! layers/<diffid-hex>/access   where the layer's blob can be entered in its middle (codec::access_map)
 //! layers/<diffid-hex>/upload   there while the remote content cache lacks the layer
 //! images/<manifest-hex>.clip   an image's index (indexer); mtime: its last use
+//! images/<manifest-hex>.profile  what was read first of the image (index::profile); mtime: its last use
 //! locks/<diffid-hex>           flock: held by the process that fills or removes the layer
 //! tmp/*.tmp                    first fills under way, and layers on their way out; what a crash
 //!                              leaves is removed at start
@@ -34,6 +35,7 @@
 
 pub mod catalog;
 pub mod disk;
+pub mod images;
 pub mod reader;
 pub mod store;
 
@@ -49,6 +51,8 @@ mod pipeline;
 mod present;
 mod pushed;
 mod random;
+mod recording;
+mod replay;
 mod room;
 mod seek;
 mod span;
@@ -60,7 +64,7 @@ use std::{ops::Range, path::PathBuf};
 
 use serde::Deserialize;
 
-use crate::{index::source::IndexBytes, sys::MappedFile};
+use crate::{index::source::IndexBytes, sys::MappedFile, tier::Prefetch};
 
 impl IndexBytes for MappedFile {
     fn will_read(&self, range: Range<usize>) {
@@ -96,8 +100,11 @@ pub struct CacheConfig {
     pub min_free_bytes: u64,
     /// How many layers are decompressed at once.
     pub max_decompressions: usize,
-    /// Whether a layer that was read at random is fetched whole, beside its readers.
+    /// Whether a layer that was read at random is fetched whole, beside its readers; for images of
+    /// which what was recorded is wanted.
     pub complete_layers: bool,
+    /// What is fetched ahead of an image for volumes that do not say.
+    pub prefetch: Prefetch,
     /// How long a reader waits for a layer that makes no progress, in seconds.
     pub stall_timeout_seconds: u64,
 }
@@ -118,6 +125,7 @@ impl Default for CacheConfig {
             min_free_bytes: 256 << 20,
             max_decompressions: default_decompressions(),
             complete_layers: true,
+            prefetch: Prefetch::default(),
             stall_timeout_seconds: 60,
         }
     }

@@ -15,6 +15,7 @@ use super::{
     access::{Access, Span},
     feed, fill,
     parallel::{self, Ran, SpanSink},
+    random::Window,
     span::{self, SpanError},
     store::{Inner, Layer, OTHER_PROCESS_POLL, RefillState, crashed},
 };
@@ -22,11 +23,11 @@ use crate::{
     metrics::{Outcome, Tier},
     remote::Repair,
     telemetry::error_chain,
-    tier::PresentError,
+    tier::{Prefetch, PresentError},
 };
 
 /// Parts of a layer that the remote content cache lacked, from which on the layer is streamed whole.
-const LOST_CHUNKS: u32 = 8;
+pub(super) const LOST_CHUNKS: u32 = 8;
 
 /// Who holds a layer for its refill's sake: its task and its blocking thread.
 const REFILL_HOLDS: usize = 2;
@@ -42,6 +43,7 @@ impl Inner {
         chunks: Range<u32>,
     ) -> Result<(), PresentError> {
         let started = Instant::now();
+        layer.note_wanted(chunks.clone());
         let mut deepest = Tier::Disk;
         for chunk in chunks {
             if !layer.file.has(chunk..chunk + 1) {
@@ -115,7 +117,9 @@ impl Inner {
                     return Ok(Tier::ContentCache);
                 }
                 if let Some(access) = self.access(layer).await
-                    && self.read_random(layer, &access, chunk).await?
+                    && self
+                        .read_random(layer, &access, chunk, Window::Likely)
+                        .await?
                 {
                     if file.is_complete() {
                         self.completed(layer);
@@ -158,7 +162,7 @@ impl Inner {
 
     /// Whether the stream under way is the way to `chunk`: it is about to pass it, or passes all and
     /// there is no other way than it.
-    async fn waits_for_stream(&self, layer: &Arc<Layer>, chunk: u32) -> bool {
+    pub(super) async fn waits_for_stream(&self, layer: &Arc<Layer>, chunk: u32) -> bool {
         layer.is_passing(chunk) || (layer.is_refilling() && self.access(layer).await.is_none())
     }
 
@@ -176,7 +180,12 @@ impl Inner {
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .n_spans();
-        if self.config.complete_layers && from <= n_spans && !layer.is_refilling() {
+        let completes = match layer.users.wants().unwrap_or(self.config.prefetch) {
+            Prefetch::None => false,
+            Prefetch::Recorded => self.config.complete_layers,
+            Prefetch::All => true,
+        };
+        if completes && from <= n_spans && !layer.is_refilling() {
             self.start_refill(layer);
         }
     }
@@ -201,7 +210,7 @@ impl Inner {
     }
 
     /// Takes the chunk from the remote content cache; `false` if that does not have it.
-    async fn fetch_chunk(
+    pub(super) async fn fetch_chunk(
         self: &Arc<Self>,
         layer: &Arc<Layer>,
         chunk: u32,
@@ -284,7 +293,10 @@ impl Inner {
     }
 
     /// Joins the refill under way, or starts one.
-    fn start_refill(self: &Arc<Self>, layer: &Arc<Layer>) -> watch::Receiver<RefillState> {
+    pub(super) fn start_refill(
+        self: &Arc<Self>,
+        layer: &Arc<Layer>,
+    ) -> watch::Receiver<RefillState> {
         let mut refill = layer.refill.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(progress) = &*refill {
             self.metrics.single_flight_followers.inc();
@@ -358,7 +370,7 @@ impl Inner {
 
     /// Has a layer that became complete flushed, and what the remote content cache lacked of it put
     /// there.
-    fn completed(self: &Arc<Self>, layer: &Arc<Layer>) {
+    pub(super) fn completed(self: &Arc<Self>, layer: &Arc<Layer>) {
         let file = &layer.file;
         info!(layer.diff_id = %file.diff_id(), bytes = file.layer_bytes(),
             path = %file.dir().display(), "layer cached to disk");

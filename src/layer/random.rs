@@ -48,6 +48,14 @@ impl Demand {
         Demanded(self)
     }
 
+    /// As [`make_way`](Self::make_way), for a task.
+    pub(super) async fn let_pass(&self) {
+        let since = Instant::now();
+        while 0 < self.0.load(Ordering::Relaxed) && since.elapsed() < MAX_PAUSE {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    }
+
     /// Waits until nobody is left, or it has taken too long.
     ///
     /// # Blocking
@@ -58,6 +66,15 @@ impl Demand {
             std::thread::sleep(Duration::from_millis(1));
         }
     }
+}
+
+/// How much is fetched with a chunk.
+#[derive(Debug, Clone)]
+pub(super) enum Window {
+    /// What its reader is likely to want next.
+    Likely,
+    /// These chunks, which are for nobody yet.
+    Exactly(Range<u32>),
 }
 
 impl Drop for Demanded<'_> {
@@ -115,11 +132,16 @@ impl Inner {
         layer: &Arc<Layer>,
         access: &Arc<Access>,
         chunk: u32,
+        window: Window,
     ) -> Result<bool, PresentError> {
-        let _demanded = self.demand.enter();
+        let _demanded = match window {
+            Window::Likely => Some(self.demand.enter()),
+            Window::Exactly(_) => None,
+        };
         let is_present = || layer.file.has(chunk..chunk + 1);
         loop {
-            let Some((mut progress, is_own)) = self.start_span(layer, access, chunk) else {
+            let Some((mut progress, is_own)) = self.start_span(layer, access, chunk, &window)
+            else {
                 return Ok(false);
             };
             let ended = self.ride_span(&mut progress, is_present).await;
@@ -160,13 +182,17 @@ impl Inner {
         layer: &Arc<Layer>,
         access: &Arc<Access>,
         chunk: u32,
+        window: &Window,
     ) -> Option<(watch::Receiver<RefillState>, bool)> {
         let file = &layer.file;
         let mut random = layer.random.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(progress) = random.joining(chunk) {
             return Some((progress, false));
         }
-        let mut chunks = random.window(chunk, file.n_chunks());
+        let mut chunks = match window {
+            Window::Likely => random.window(chunk, file.n_chunks()),
+            Window::Exactly(chunks) => chunks.clone(),
+        };
         // What is there at either end is not decompressed again.
         while chunks.start < chunk && file.has(chunks.start..chunks.start + 1) {
             chunks.start += 1;
@@ -336,7 +362,22 @@ fn parts_are_not_to_be_had(err: &PresentError) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use futures_util::FutureExt;
+
     use super::*;
+
+    #[tokio::test]
+    async fn readers_are_let_pass_but_not_for_ever() {
+        let demand = Demand::default();
+        assert_eq!(demand.let_pass().now_or_never(), Some(()));
+        let reader = demand.enter();
+        assert_eq!(demand.let_pass().now_or_never(), None);
+        let since = Instant::now();
+        demand.let_pass().await;
+        assert!(MAX_PAUSE <= since.elapsed());
+        drop(reader);
+        assert_eq!(demand.let_pass().now_or_never(), Some(()));
+    }
 
     #[test]
     fn a_reader_in_order_is_given_more_each_time() {

@@ -157,6 +157,13 @@ impl Room {
         verdict(self.evict(coming_bytes))
     }
 
+    /// Whether so many bytes may come without a bound broken or anything evicted.
+    pub(super) fn has_spare(&self, coming_bytes: u64) -> bool {
+        let level = self.level();
+        self.bounds.need(level, coming_bytes).bytes() == 0
+            && self.bounds.broken_by(level, coming_bytes).is_none()
+    }
+
     /// Writes; if the disk is full all of a sudden, makes room and tries once more.
     ///
     /// # Errors

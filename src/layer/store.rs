@@ -28,6 +28,7 @@ use super::{
     disk::{ACCESS, CachePaths, LayerFile},
     fill::Blame,
     flight::Flights,
+    images::{Images, Users},
     lock::{self, FillLock},
     random::{Demand, RandomReads},
     room::{Claim, Room},
@@ -79,6 +80,7 @@ pub(super) struct Inner {
     pub(super) random_reads: Semaphore,
     pub(super) demand: Demand,
     pub(super) through: Through,
+    pub(super) images: Images,
     /// std Mutex: held to add or reap a task, never across an await.
     pub(super) tasks: Mutex<JoinSet<()>>,
 }
@@ -110,6 +112,8 @@ pub struct Layer {
     pub(super) random: Mutex<RandomReads>,
     /// std Mutex: held to copy or replace it, never across an await.
     access: Mutex<AccessState>,
+    /// The images in use that have it.
+    pub(super) users: Users,
 }
 
 /// What is known of where a layer's blob can be entered.
@@ -195,6 +199,14 @@ impl Layer {
         self.is_refilling() && at <= chunk && chunk - at < RIDE_CHUNKS
     }
 
+    /// Notes for the images in use which of `chunks` are not there and wanted.
+    pub(super) fn note_wanted(&self, chunks: Range<u32>) {
+        let missing = chunks.start..chunks.end.min(self.file.n_chunks());
+        missing
+            .filter(|it| !self.file.has(*it..*it + 1))
+            .for_each(|it| self.users.touched(it));
+    }
+
     /// Reads no part of the blob any more: what is known of it is wrong.
     pub(super) fn forget_access(&self) {
         self.set_access(AccessState::Nowhere);
@@ -263,6 +275,7 @@ impl LayerStore {
             random_reads: Semaphore::new(RANDOM_READS),
             demand: Demand::default(),
             through: Through::default(),
+            images: Images::default(),
             config,
             remote,
             metrics,
@@ -320,6 +333,10 @@ impl LayerStore {
         Ok(layer)
     }
 
+    pub(super) fn inner(&self) -> &Arc<Inner> {
+        &self.0
+    }
+
     /// Has the cache looked at, and what is too much evicted, beside all else: something was added.
     pub fn sweep_soon(&self) {
         self.0.room.sweep_soon();
@@ -330,8 +347,10 @@ impl LayerStore {
         self.0.room.settle().await;
     }
 
-    /// Waits for the uploads under way, at most until `deadline`, then stops all work.
+    /// Ends what is done for images, waits for the uploads under way, at most until `deadline` each,
+    /// then stops all work.
     pub async fn shutdown(&self, deadline: Duration) {
+        self.0.images.stop(deadline).await;
         if let Some(remote) = &self.0.remote {
             remote.uploader.drain(deadline).await;
         }
@@ -455,6 +474,7 @@ impl Inner {
             refill_at: AtomicU32::new(0),
             random: Mutex::default(),
             access: Mutex::default(),
+            users: Users::default(),
         });
         layers.retain(|_, it| 0 < it.strong_count());
         layers.insert(diff_id, Arc::downgrade(&layer));

@@ -17,7 +17,7 @@ use super::{Device, PrepareError, lock};
 use crate::{
     digest::ManifestDigest,
     secret::{Secret, exposed},
-    tier::BoxFuture,
+    tier::{BoxFuture, Prefetch},
 };
 
 /// Makes images ready and mounts them.
@@ -93,6 +93,11 @@ pub struct ImageRequest {
     /// Left out if absent: a process of another release may read it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub index_digest: Option<ManifestDigest>,
+    /// What is fetched of it ahead; what is configured if absent.
+    ///
+    /// Left out if absent: a process of another release may read it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub prefetch: Option<Prefetch>,
     /// How to authenticate to the registry.
     pub credentials: PullCredentials,
 }
@@ -117,7 +122,8 @@ pub enum PullCredentials {
 impl ImageRequest {
     /// Names what is mounted: equal for two requests that want the same, whoever asks.
     ///
-    /// Credentials are no part of it, since they may be renewed while a volume is published.
+    /// Credentials are no part of it, since they may be renewed while a volume is published, nor is
+    /// what is fetched ahead, which changes nothing of what is seen.
     pub(super) fn attributes(&self) -> [u8; 32] {
         let mut hash = Sha256::new();
         field(&mut hash, self.image.as_bytes());
@@ -137,6 +143,11 @@ impl ImageRequest {
     pub(super) fn work(&self) -> [u8; 32] {
         let mut hash = Sha256::new();
         hash.update(self.attributes());
+        // Whoever asks for an image that is mounted already may want more of it.
+        field(
+            &mut hash,
+            self.prefetch.map_or("", Prefetch::label).as_bytes(),
+        );
         match &self.credentials {
             PullCredentials::None => field(&mut hash, b"none"),
             PullCredentials::Basic { username, password } => {
@@ -226,6 +237,7 @@ mod tests {
             image: image.to_owned(),
             platform: platform.map(str::to_owned),
             index_digest: None,
+            prefetch: None,
             credentials,
         }
     }
@@ -233,6 +245,13 @@ mod tests {
     fn pinned(image: &str) -> ImageRequest {
         ImageRequest {
             index_digest: Some(ManifestDigest::of(b"index")),
+            ..request(image, None, PullCredentials::None)
+        }
+    }
+
+    fn ahead(image: &str, prefetch: Prefetch) -> ImageRequest {
+        ImageRequest {
+            prefetch: Some(prefetch),
             ..request(image, None, PullCredentials::None)
         }
     }
@@ -251,6 +270,8 @@ mod tests {
             request("a", Some("linux/arm64"), PullCredentials::None),
             request("b", None, PullCredentials::None),
             pinned("a"),
+            ahead("a", Prefetch::None),
+            ahead("a", Prefetch::All),
             request("a", None, basic("u", "p")),
             request("a", None, basic("up", "")),
             request("a", None, basic("u", "q")),
@@ -269,20 +290,23 @@ mod tests {
                 );
             }
         }
+        // The same volume, whatever is fetched ahead, and whoever asks.
         assert_eq!(requests[0].attributes(), requests[4].attributes());
+        assert_eq!(requests[0].attributes(), requests[6].attributes());
         assert_ne!(requests[0].attributes(), requests[1].attributes());
         assert_ne!(requests[0].attributes(), requests[3].attributes());
     }
 
     #[test]
-    fn a_release_without_pins_reads_requests_and_writes_them() {
+    fn a_release_that_knows_less_reads_requests_and_writes_them() {
         let plain = request("a", None, PullCredentials::None);
         let json = r#"{"image":"a","platform":null,"credentials":"None"}"#;
         assert_eq!(serde_json::to_string(&plain).unwrap(), json);
         assert_eq!(serde_json::from_str::<ImageRequest>(json).unwrap(), plain);
-        let pinned = pinned("a");
-        let json = serde_json::to_string(&pinned).unwrap();
-        assert_eq!(serde_json::from_str::<ImageRequest>(&json).unwrap(), pinned);
+        for more in [pinned("a"), ahead("a", Prefetch::Recorded)] {
+            let json = serde_json::to_string(&more).unwrap();
+            assert_eq!(serde_json::from_str::<ImageRequest>(&json).unwrap(), more);
+        }
     }
 
     #[test]

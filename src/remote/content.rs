@@ -14,10 +14,10 @@ use tracing::{debug, info, warn};
 
 use crate::{
     clock::Clock,
-    digest::{BlobDigest, ChunkDigest, DiffId},
+    digest::{BlobDigest, ChunkDigest, DiffId, ManifestDigest},
     integrity::IntegrityKey,
     metrics::{Metrics, Tier},
-    tier::{CacheKey, LayerCache},
+    tier::{CacheKey, LayerCache, Put},
 };
 
 use super::{
@@ -199,6 +199,42 @@ impl ContentCache {
         self.delete(key).await;
     }
 
+    /// Fetches the profile of an image, as [`put_profile`](Self::put_profile) was given it; one of
+    /// more than `max_bytes` is a miss.
+    ///
+    /// With a key configured, one that is not authenticated by it is a miss, too. Its reader checks
+    /// its form: a wrong one is replaced by who records the next.
+    ///
+    /// # Cancellation
+    /// Safe.
+    pub async fn profile(&self, image: &ManifestDigest, max_bytes: usize) -> Option<Bytes> {
+        let key = CacheKey::Profile(*image);
+        let this = Arc::clone(&self.0);
+        let decode = move |value| format::decode_profile(value, this.options.key.as_ref());
+        let max_bytes = max_bytes.saturating_add(format::PROFILE_TAG_BYTES);
+        match self.0.gate.get(key, max_bytes, decode).await {
+            Ok(found) => found,
+            Err(refusal) => {
+                self.missed(key, refusal);
+                None
+            }
+        }
+    }
+
+    /// Stores the profile of an image, in place of another one; whether the store took it.
+    pub async fn put_profile(&self, image: &ManifestDigest, profile: &[u8]) -> bool {
+        let key = CacheKey::Profile(*image);
+        let value = format::encode_profile(profile, self.key());
+        match self.0.gate.put(key, value.into(), Put::Replace).await {
+            Ok(()) => true,
+            // The next node records one of its own.
+            Err(refusal) => {
+                debug!(%key, ?refusal, "profile of an image was not stored in remote cache");
+                false
+            }
+        }
+    }
+
     /// Takes a layer's manifest out of the store, because its chunks turned out not to be the
     /// layer: for callers who were given a [`Trust::Unverified`] one.
     pub async fn reject(&self, diff_id: &DiffId) {
@@ -281,11 +317,15 @@ impl ContentCache {
     }
 
     /// Whether a wrong value at `key` is to be logged: manifests once per layer, because they stay
-    /// until somebody uploads the layer; others always, because they are deleted.
+    /// until somebody uploads the layer; others always, because they are deleted, or
+    /// are asked for once in a mount.
     fn is_news(&self, key: CacheKey) -> bool {
         let layer = match key {
             CacheKey::Manifest(layer) | CacheKey::Index(layer) => layer,
-            CacheKey::Chunk(..) | CacheKey::AccessMap(..) | CacheKey::Lease(_) => return true,
+            CacheKey::Chunk(..)
+            | CacheKey::AccessMap(..)
+            | CacheKey::Lease(_)
+            | CacheKey::Profile(_) => return true,
         };
         // Nothing panics with the lock held.
         let mut warned = self.0.warned.lock().unwrap_or_else(PoisonError::into_inner);

@@ -7,6 +7,7 @@
 //!                                                           access-<64 hex digits of the blob>
 //!                                                           lease                who makes the layer
 //!                                                           *.tmp                not published
+//! <root>/<first 2 hex digits>/<64 hex digits of an image's manifest>/profile
 //! ```
 //! A value is written under a temporary name and then linked or renamed, so that a reader sees all
 //! of it or none. Nothing is synced: a value that a crash of the machine tore does not match its
@@ -70,16 +71,15 @@ impl DirCache {
     }
 
     fn path(&self, key: CacheKey) -> PathBuf {
-        let layer = |layer: DiffId| {
-            let hex = layer.hex();
-            self.root.join(&hex[..2]).join(&hex)
-        };
+        let place = |hex: String| self.root.join(&hex[..2]).join(&hex);
+        let layer = |layer: DiffId| place(layer.hex());
         match key {
             CacheKey::Manifest(id) => layer(id).join("manifest"),
             CacheKey::Index(id) => layer(id).join("index"),
             CacheKey::Chunk(id, n) => layer(id).join(format!("o-{n}")),
             CacheKey::AccessMap(id, blob) => layer(id).join(format!("access-{}", blob.hex())),
             CacheKey::Lease(id) => layer(id).join("lease"),
+            CacheKey::Profile(image) => place(image.hex()).join("profile"),
         }
     }
 
@@ -277,7 +277,7 @@ fn tier_error(doing: &str, path: &Path, error: &io::Error) -> TierError {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::digest::BlobDigest;
+    use crate::digest::{BlobDigest, ManifestDigest};
 
     fn cache(root: &Path) -> DirCache {
         DirCache::new(root, Duration::from_secs(30))
@@ -295,6 +295,7 @@ mod tests {
             CacheKey::Index(layer),
             CacheKey::Chunk(layer, 17),
             CacheKey::AccessMap(layer, BlobDigest::of(b"")),
+            CacheKey::Profile(ManifestDigest::of(b"")),
         ] {
             for put in [Put::IfAbsent, Put::Replace] {
                 cache
@@ -319,7 +320,8 @@ mod tests {
                 "index",
                 "lease",
                 "manifest",
-                "o-17"
+                "o-17",
+                "profile"
             ]
         );
     }

@@ -6,6 +6,7 @@
 mod lease;
 mod manifest;
 mod packed;
+mod profile;
 
 pub(super) use lease::LeaseRecord;
 pub(super) use manifest::{MAX_MANIFEST_BYTES, RemoteLayer};
@@ -13,6 +14,7 @@ pub use manifest::{RemoteManifest, Trust};
 pub(super) use packed::{
     INDEX_HEADER_BYTES, decode_chunk, decode_index, encode_chunk, encode_index,
 };
+pub(super) use profile::{PROFILE_TAG_BYTES, decode_profile, encode_profile};
 
 /// Bytes of an access map at most: as many are held in memory.
 const MAX_ACCESS_MAP_BYTES: usize = 64 << 20;
@@ -58,9 +60,9 @@ pub(crate) enum FormatError {
         value: u64,
         max: u64,
     },
-    /// The manifest's authentication code is wrong or missing.
+    /// The authentication code is wrong or missing.
     #[error(
-        "manifest is not authenticated by this installation's key: \
+        "it is not authenticated by this installation's key: \
          all nodes that share the store must have the same key"
     )]
     Unauthenticated,

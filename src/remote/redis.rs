@@ -308,10 +308,11 @@ impl LayerCache for RedisCache {
             Put::Replace => {}
         }
         match (key, self.options.chunk_ttl) {
-            (CacheKey::Chunk(..), Some(ttl)) => {
+            // An image's profile lives as long as what it is for.
+            (CacheKey::Chunk(..) | CacheKey::Profile(_), Some(ttl)) => {
                 command.arg("EX").arg(ttl.as_secs().max(1));
             }
-            (CacheKey::Chunk(..), None)
+            (CacheKey::Chunk(..) | CacheKey::Profile(_), None)
             | (
                 CacheKey::Manifest(_)
                 | CacheKey::Index(_)

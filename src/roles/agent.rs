@@ -23,7 +23,10 @@ use super::protocol::{AgentReply, AgentRequest, MountKey};
 use crate::{
     digest::ManifestDigest,
     ipc::{Channel, Listener},
-    layer::store::{Layer, LayerStore},
+    layer::{
+        images::ImageUse,
+        store::{Layer, LayerStore},
+    },
     mount::{ImageRequest, PrepareError, Progress},
     telemetry::error_chain,
     tier::{BoxFuture, MakePresent as _, PresentError, lent::LentChunk},
@@ -38,8 +41,15 @@ const STACK_BYTES: usize = 256 << 10;
 /// How long to wait when no connection can be accepted: usually all file descriptors are in use.
 const ACCEPT_BACKOFF: Duration = Duration::from_millis(100);
 
-/// What keeps an image's layers in the cache: dropped, they may be evicted.
-pub type Held = Vec<Arc<Layer>>;
+/// What keeps an image's layers in the cache, and its fetching ahead going: dropped, they may be
+/// evicted, and it ends.
+#[derive(Debug, Default)]
+pub struct Held {
+    /// The layers.
+    pub layers: Vec<Arc<Layer>>,
+    /// Says that the image is in use.
+    pub image: Option<ImageUse>,
+}
 
 /// Opens images: the seam to registry and index.
 pub trait Images: Send + Sync + fmt::Debug {
@@ -184,7 +194,7 @@ impl Agent {
         // The process ends if the work does not answer: its task was dropped.
         let (held, answer) = match outcome.recv().ok()? {
             Ok((manifest, held)) => (held, Ok(manifest)),
-            Err(err) => (Held::new(), Err(err)),
+            Err(err) => (Held::default(), Err(err)),
         };
         channel.send(&AgentReply::Prepared(answer), None).ok()?;
         Some(held)
@@ -200,11 +210,11 @@ impl Agent {
             } => {
                 let (images, adopted) = (Arc::clone(&self.images), Arc::clone(adopted));
                 // Known from now on, so that a release is not overtaken.
-                lock(&adopted).insert(device, Held::new());
+                lock(&adopted).insert(device, Held::default());
                 self.runtime.spawn(async move {
                     match images.adopt(manifest, &request).await {
                         Ok(held) => {
-                            info!(image.manifest = %manifest, layers = held.len(), "ready for the chunks of a mount");
+                            info!(image.manifest = %manifest, layers = held.layers.len(), "ready for the chunks of a mount");
                             if let Some(place) = lock(&adopted).get_mut(&device) {
                                 *place = held;
                             }

@@ -390,6 +390,7 @@ mod tests {
             image: "r.x/app".to_owned(),
             platform: None,
             index_digest: None,
+            prefetch: None,
             credentials: crate::mount::PullCredentials::None,
         };
         link.adopt((0, 7), manifest, request);

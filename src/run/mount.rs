@@ -37,8 +37,13 @@ pub(super) async fn serve(args: MountArgs, mut config: Config) -> anyhow::Result
         // Who names it vouches for it, and the cache is theirs.
         config.registry.trust_pinned_indexes = true;
     }
+    let prefetch = args.prefetch.as_deref().map(str::parse).transpose();
+    let prefetch = prefetch.context("--prefetch")?;
     let engine = Engine::start(&config, Metrics::new())?;
-    let (_, opened) = engine.open(&wanted).await?;
+    let (resolved, opened) = engine.open(&wanted).await?;
+    let image = engine
+        .store
+        .use_image(resolved.manifest, &opened.layers, prefetch);
     let mounter = InProcess::new(engine, config.fuse.clone())?;
     let fs = mounter.file_system(opened)?;
     let mount = Arc::new(mounter.serve(&fs, &dir)?);
@@ -60,6 +65,7 @@ pub(super) async fn serve(args: MountArgs, mut config: Config) -> anyhow::Result
         _ = terminate.recv() => detach(&dir)?,
         _ = interrupt.recv() => detach(&dir)?,
     }
+    drop(image);
     let drain = Duration::from_secs(config.node.drain_seconds);
     mounter.engine().stop(drain).await;
     Ok(ExitCode::SUCCESS)

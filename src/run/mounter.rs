@@ -11,7 +11,7 @@ use crate::{
         session::{self, FuseMount, MountOptions},
     },
     indexer::OpenImage,
-    layer::store::LayerStore,
+    layer::{images::ImageUse, store::LayerStore},
     mount::{
         ImageMounter, ImageRequest, PrepareError, PreparedImage, Progress, SOURCE_NAME,
         SourceMount, Survivor,
@@ -80,6 +80,13 @@ impl InProcess {
 /// An image's file system.
 pub(super) type Servable = ClipFs<MappedFile>;
 
+/// An image that is ready to be mounted.
+#[derive(Debug)]
+struct Prepared {
+    fs: Arc<Servable>,
+    image: ImageUse,
+}
+
 impl ImageMounter for InProcess {
     fn prepare<'a>(
         &'a self,
@@ -88,6 +95,8 @@ impl ImageMounter for InProcess {
     ) -> BoxFuture<'a, Result<PreparedImage, PrepareError>> {
         Box::pin(async move {
             let (manifest, opened) = self.opener.open(request, progress).await?;
+            let store = &self.engine().store;
+            let image = store.use_image(manifest, &opened.layers, request.prefetch);
             let fs = self
                 .file_system(opened)
                 .map_err(|err| PrepareError::Internal {
@@ -95,17 +104,20 @@ impl ImageMounter for InProcess {
                 })?;
             Ok(PreparedImage {
                 manifest,
-                token: fs,
+                token: Arc::new(Prepared { fs, image }),
             })
         })
     }
 
     fn mount(&self, image: &PreparedImage, dir: &Path) -> io::Result<Box<dyn SourceMount>> {
         let token: Arc<dyn Any + Send + Sync> = Arc::clone(&image.token);
-        let fs: Arc<Servable> = token
+        let prepared: Arc<Prepared> = token
             .downcast()
             .map_err(|_| io::Error::other("the image was prepared by somebody else"))?;
-        Ok(Box::new(Served(self.serve(&fs, dir)?)))
+        Ok(Box::new(Served {
+            mount: self.serve(&prepared.fs, dir)?,
+            _image: prepared.image.clone(),
+        }))
     }
 
     fn survivors(&self) -> Vec<Survivor> {
@@ -116,16 +128,20 @@ impl ImageMounter for InProcess {
 
 /// A source mount that this process serves.
 #[derive(Debug)]
-struct Served(FuseMount);
+struct Served {
+    mount: FuseMount,
+    /// What is fetched ahead is so until it is unmounted.
+    _image: ImageUse,
+}
 
 impl SourceMount for Served {
     fn is_alive(&self) -> bool {
-        !self.0.has_ended()
+        !self.mount.has_ended()
     }
 
     fn unmount(self: Box<Self>, _: &Path) -> io::Result<()> {
         // A source that is still bound somewhere is served until that bind goes.
-        let _ = self.0.unmount();
+        let _ = self.mount.unmount();
         Ok(())
     }
 }

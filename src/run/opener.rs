@@ -10,6 +10,7 @@ use crate::{
     digest::ManifestDigest,
     index::image::ImageIndex,
     indexer::{IndexerError, OpenImage},
+    layer::store::Layer,
     mount::{ImageRequest, PrepareError, Progress, PullCredentials},
     registry::{Credentials, DockerConfig, ImageRef, Platform},
     roles::agent::{Held, Images},
@@ -92,7 +93,7 @@ impl Opener {
             manifest,
             wanted.index_digest,
         );
-        let mut held = Held::new();
+        let mut layers = Vec::new();
         for at in 0..index.n_layers() {
             let layer = index.layer(at).ok_or_else(|| unusable(&"it is damaged"))?;
             let desc = LayerDesc {
@@ -100,9 +101,26 @@ impl Opener {
                 blob: layer.blob,
                 blob_bytes: layer.blob_bytes,
             };
-            held.push(self.engine.store.layer(&desc, Arc::clone(&source)).await?);
+            layers.push(self.engine.store.layer(&desc, Arc::clone(&source)).await?);
         }
-        Ok(held)
+        Ok(self.hold(manifest, request, layers))
+    }
+
+    /// Keeps the layers of an image, and has fetched ahead what the request wants of it.
+    fn hold(
+        &self,
+        manifest: ManifestDigest,
+        request: &ImageRequest,
+        layers: Vec<Arc<Layer>>,
+    ) -> Held {
+        let image = self
+            .engine
+            .store
+            .use_image(manifest, &layers, request.prefetch);
+        Held {
+            layers,
+            image: Some(image),
+        }
     }
 
     /// Parses what a pod asks for. A secret of its own counts alone, the node's otherwise.
@@ -148,7 +166,7 @@ impl Images for Opener {
     ) -> BoxFuture<'a, Result<(ManifestDigest, Held), PrepareError>> {
         Box::pin(async move {
             let (manifest, opened) = self.open(request, progress).await?;
-            Ok((manifest, opened.layers))
+            Ok((manifest, self.hold(manifest, request, opened.layers)))
         })
     }
 

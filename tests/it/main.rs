@@ -33,6 +33,7 @@ mod mount;
 mod mount_fixture;
 mod node_taint;
 mod pb;
+mod prefetch;
 mod random_access;
 mod registration;
 mod registry;

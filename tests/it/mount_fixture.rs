@@ -256,6 +256,7 @@ pub(crate) fn publish_request(volume: &str, target: &Path, image: &str) -> Publi
             image: image.to_owned(),
             platform: None,
             index_digest: None,
+            prefetch: None,
             credentials: PullCredentials::None,
         },
     }

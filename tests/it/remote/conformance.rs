@@ -7,7 +7,7 @@ use std::{
 
 use bytes::Bytes;
 use clip_csi::{
-    digest::{BlobDigest, DiffId},
+    digest::{BlobDigest, DiffId, ManifestDigest},
     remote::{RedisCache, RedisOptions},
     secret::Secret,
     tier::{CacheKey, LayerCache, LeaseHolder, Put, TierError},
@@ -35,7 +35,8 @@ async fn conforms(cache: &dyn LayerCache) {
 
 const MAX: usize = 8 << 20;
 
-fn keys(layer: &str) -> [CacheKey; 5] {
+fn keys(layer: &str) -> [CacheKey; 6] {
+    let image = ManifestDigest::of(layer.as_bytes());
     let layer = DiffId::of(layer.as_bytes());
     [
         CacheKey::Manifest(layer),
@@ -43,6 +44,7 @@ fn keys(layer: &str) -> [CacheKey; 5] {
         CacheKey::Chunk(layer, 0),
         CacheKey::Chunk(layer, u32::MAX),
         CacheKey::AccessMap(layer, BlobDigest::of(b"")),
+        CacheKey::Profile(image),
     ]
 }
 

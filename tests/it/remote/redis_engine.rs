@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use clip_csi::{
-    digest::DiffId,
+    digest::{DiffId, ManifestDigest},
     remote::RedisCache,
     secret::Secret,
     tier::{CacheKey, LayerCache, Put, TierError},
@@ -17,8 +17,8 @@ fn chunk() -> CacheKey {
 }
 
 #[tokio::test]
-async fn chunks_expire_and_manifests_do_not() {
-    let name = "chunks_expire_and_manifests_do_not";
+async fn chunks_and_profiles_expire_and_manifests_do_not() {
+    let name = "chunks_and_profiles_expire_and_manifests_do_not";
     let Some(server) = RedisServer::start(name, &[]).await else {
         return;
     };
@@ -29,6 +29,7 @@ async fn chunks_expire_and_manifests_do_not() {
             (CacheKey::Manifest(layer), -1..=-1),
             (CacheKey::Index(layer), -1..=-1),
             (CacheKey::Chunk(layer, 0), 900..=1000),
+            (CacheKey::Profile(ManifestDigest::of(b"image")), 900..=1000),
         ] {
             let value = Bytes::from_static(b"x");
             cache.put(key, value, put).await.unwrap();

@@ -35,6 +35,9 @@ dir = {{ .Values.cache.hostPath | toJson }}
 [cache]
 dir = {{ .Values.cache.hostPath | toJson }}
 {{- include "clip-csi.tomlIntegers" (dict "values" .Values.cache "keys" (list "maxBytes" "highWatermarkPercent" "lowWatermarkPercent" "minFreeBytes" "maxLayerBytes" "maxLayerEntries" "maxLayerIndexBytes" "maxIndexNodes" "maxDecompressions" "stallTimeoutSeconds")) }}
+{{- with .Values.cache.prefetch }}
+prefetch = {{ . | toJson }}
+{{- end }}
 
 [remote]
 kind = {{ .Values.remote.kind | toJson }}
