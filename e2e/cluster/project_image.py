@@ -113,11 +113,17 @@ def programs() -> pathlib.Path:
     directory = done.parent / f"{done.name}-programs"
     if not directory.exists():
         with tempfile.TemporaryDirectory(prefix=".new.", dir=done.parent) as new:
+            place = pathlib.Path(new) / "programs"
+            place.mkdir()
             [layer] = oci.Layout(done).layers(TAG)
             with tarfile.open(oci.Layout(done).blob(layer["digest"])) as tar:
-                members = [it for it in tar if it.isfile() and pathlib.PurePath(it.name).parent.name == "bin"]
-                tar.extractall(new, members, filter="data")
-            (pathlib.Path(new) / "usr/local/bin").rename(directory)
+                for it in tar:
+                    path = pathlib.PurePath(it.name)
+                    if it.isfile() and path.parent.name == "bin":
+                        (place / path.name).write_bytes(tar.extractfile(it).read())
+                        (place / path.name).chmod(0o755)
+            # At once: a directory under its name is whole.
+            place.rename(directory)
     return directory
 
 
