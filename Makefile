@@ -30,7 +30,7 @@ demo: ## Play the three stories on real services and print the table (root; inst
 	$(call say,Playing the three stories)
 	@CLIP_CSI_BIN=$${CLIP_CSI_BIN:-$(CURDIR)/target/dist/clip-csi} python3 e2e/demo.py
 
-bench: ## Measure against the best that could be, in ratios (root, idle machine; BENCH=name,name picks; about 15 minutes after builds)
+bench: ## Measure against the best that could be, in ratios (root, idle machine; BENCH=name,name picks; about 20 minutes after builds)
 	$(call say,Installing what is missing)
 	@./e2e/install.sh demo
 	$(call say,Building clip-csi and its inflater alone; the readers and the registry)
@@ -39,7 +39,7 @@ bench: ## Measure against the best that could be, in ratios (root, idle machine;
 	$(call say,Measuring)
 	@python3 e2e/bench/run.py "$(BENCH)"
 
-test: ## Everything that continuous integration runs (root; installs what is missing; about half an hour the first time)
+test: ## Everything that continuous integration runs (root; installs what is missing; 25 to 40 minutes, the longer the first time)
 	$(call say,1/3 Installing what is missing)
 	@$(MAKE) install
 	$(call say,2/3 Format; then end-to-end tests with a real registry, real images and a real Kubernetes)
@@ -72,7 +72,7 @@ unit: ## Unit and integration tests
 	./e2e/tools.sh s3 >/dev/null || true
 	cargo test $(CARGO_FLAGS)
 
-e2e: install ## End-to-end tests alone (root; CASES=name,name or E2E="-k NAME" picks some; cold about 25 minutes)
+e2e: install ## End-to-end tests alone (root; CASES=name,name or E2E="-k NAME" picks some; cold about 35 minutes)
 	@cargo fetch --quiet --locked
 	./e2e/tools.sh >/dev/null
 	# All, unless some cases are picked: those make what they need. The cluster's cases come last, and wait for the builds.

@@ -207,7 +207,7 @@ impl Metrics {
         };
         let metrics = Self {
             tier_reads: make.counters("tier_reads_total", "Reads by the tier that was asked and how it answered.", &["tier", "outcome"]),
-            tier_read_bytes: make.counters("tier_read_bytes_total", "Bytes that a tier delivered to readers.", &["tier"]),
+            tier_read_bytes: make.counters("tier_read_bytes_total", "Bytes that a tier delivered to readers, or ahead of them.", &["tier"]),
             tier_read_duration: make.histograms("tier_read_duration_seconds", "Time until a tier had delivered the bytes of a read.", &["tier"], READ_BUCKETS_SECONDS),
             fuse_requests: make.counters("fuse_requests_total", "FUSE requests by operation and outcome.", &["op", "outcome"]),
             layer_decompressions: make.counters("layer_decompressions_total", "Layers decompressed from the registry's bytes, by outcome.", &["outcome"]),
