@@ -72,15 +72,15 @@ unit: ## Unit and integration tests
 	./e2e/tools.sh s3 >/dev/null || true
 	cargo test $(CARGO_FLAGS)
 
-e2e: install ## End-to-end tests alone (root; CASES=name,name or E2E="-k NAME" picks some; cold about 35 minutes)
+e2e: install ## End-to-end tests alone (root; CASES=name,name or E2E="-k NAME" picks some; cold about 25 minutes)
 	@cargo fetch --quiet --locked
-	./e2e/tools.sh >/dev/null
-	# All, unless some cases are picked: those make what they need. The cluster's cases come last, and wait for the builds.
+	# All, unless some cases are picked: those make what they need.
 	if [ -z "$(CASES)$(E2E)" ]; then
-		python3 e2e/images.py build
-		nice $(MAKE) cluster-builds &
+		$(MAKE) cluster-builds &
 		trap 'wait' EXIT
+		nice python3 e2e/images.py build
 	fi
+	nice ./e2e/tools.sh >/dev/null
 	# What is tested is what ships: the programs of the project's image, unless others are named.
 	CLIP_CSI_BIN="$${CLIP_CSI_BIN:-$$(python3 e2e/cluster/project_image.py --programs | tail -n 1)/clip-csi}" python3 e2e/run.py --cases "$(CASES)" $(E2E)
 
@@ -89,6 +89,5 @@ cluster-builds:
 	@cargo fetch --quiet --locked
 	python3 e2e/cluster/project_image.py >/dev/null & image=$$!
 	trap 'wait' EXIT
-	./e2e/tools.sh s3 >/dev/null
-	nice ./e2e/tools.sh kubernetes >/dev/null
+	for it in csi kubernetes s3; do nice ./e2e/tools.sh $$it >/dev/null; done
 	wait $$image

@@ -88,17 +88,17 @@ class Chart(DriverCase):
 
     def test_monitoring(self):
         """A real Prometheus, configured by the chart's PodMonitor and PrometheusRule, scrapes real traffic; every panel of the dashboard has data."""
-        self.release.fresh()
+        self.release.empty_all()
         self.install_crds()
         self.release.upgrade({"cache": {"maxBytes": 300 << 20}, "metrics": {"grafanaDashboard": {"enabled": True}}})
-        monitors, rules = (self.cluster.get(f"{kind}.monitoring.coreos.com", "--namespace", NAMESPACE)["items"] for kind in ("podmonitors", "prometheusrules"))
+        monitors, rules = (self.cluster.get(f"apis/{MONITORING}/namespaces/{NAMESPACE}/{kind}")["items"] for kind in ("podmonitors", "prometheusrules"))
         prometheus = Prometheus(self.cluster, self.work, monitors, rules)
         self.addCleanup(prometheus.stop)
         process.wait_until(lambda: settled() and prometheus.targets_up() == len(NODES), "both nodes to be scraped", 60)
         groups = {it["name"] for it in prometheus.get("rules")["groups"]}
         self.assertEqual(groups, {group["name"] for it in rules for group in it["spec"]["groups"]})
         self.traffic()
-        board = json.loads(self.cluster.get("configmap", "--namespace", NAMESPACE, "--selector", "grafana_dashboard=1")["items"][0]["data"]["clip-csi.json"])
+        board = json.loads(self.cluster.get(f"api/v1/namespaces/{NAMESPACE}/configmaps", labelSelector="grafana_dashboard=1")["items"][0]["data"]["clip-csi.json"])
         self.assertEqual(board, dashboard.load())
         panels = dashboard.panels(board, rate_interval="20s", range_seconds=300)
         self.assertGreater(len(panels), 20)
@@ -139,7 +139,7 @@ class PodStart(DriverCase):
 
     def test_pod_start(self):
         """Beside a pod with the same files in a directory of the node, and one whose image containerd pulls and unpacks."""
-        self.release.fresh()
+        self.release.empty_all()
         # A source mount that is kept for the next pod would make every start but the first one warmer than warm.
         self.release.upgrade({"node": {"idleSourceSeconds": 0}})
         reference = self.warm(self.IMAGE, N1)
@@ -155,7 +155,7 @@ class PodStart(DriverCase):
             return stopwatch.time(pod(kind, **{"node": N2, "command": command, **settings}))
 
         def cold() -> float:
-            self.drop_layers(N2)
+            self.release.empty(N2)
             return started("cold", image=reference)
 
         def pulled() -> float:
@@ -206,10 +206,6 @@ class PodStart(DriverCase):
         process.run(paths.E2E / "truth.sh", f"{images.get(self.IMAGE).layout.directory}:{images.TAG}", self.work / "manifest", place)
         return "/var/lib/e2e/unpacked"
 
-    def drop_layers(self, node: str) -> None:
-        """Empties the driver's cache on a node."""
-        self.release.exec(node, "/usr/local/bin/clip-csi", "cache", "rm", "--all", "--config", "/etc/clip-csi/config.toml")
-
     def drop_image(self, node: str, reference: str) -> None:
         """Makes containerd forget an image and its layers."""
         ctr = self.cluster.nodes[node].ctr
@@ -246,7 +242,7 @@ class Registration(ClusterCase):
         node = self.cluster.nodes[N1]
         node.kubelet.kill()
         node.start_kubelet()
-        process.wait_until(lambda: condition(self.cluster.get("node", N1), "Ready"), "the node to be ready again", 60)
+        process.wait_until(lambda: condition(self.cluster.get(f"api/v1/nodes/{N1}"), "Ready"), "the node to be ready again", 60)
         self.check_pod(N1)
         self.release.uninstall()
         for name in NODES:

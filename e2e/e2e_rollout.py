@@ -13,7 +13,7 @@ import unittest
 
 import images
 from cluster import project_image
-from cluster.case import DriverCase
+from cluster.case import EVENTS, DriverCase
 from cluster.cluster import NODES, condition
 from cluster.pods import pod
 from cluster.reader_pods import ReaderPods
@@ -36,8 +36,7 @@ class Restart(DriverCase):
 
     def setUp(self):
         super().setUp()
-        # A pod that is not replaced anew by each case: its figures begin at zero.
-        self.release.fresh()
+        self.release.empty_all()
         self.readers = ReaderPods(self, IMAGE, NODES, self.seed)
         # Times on the clock of time.monotonic(): while something is replaced, and in between.
         self.windows: dict[str, list[tuple[float, float]]] = {}
@@ -111,7 +110,7 @@ class Restart(DriverCase):
             for component in CONTAINERS:
                 with self.window(f"pod of {component} deleted"):
                     self.release.delete_pod(node, component)
-                self.assert_pods_come_and_go(f"after-{component}-{number}", node, small)
+            self.assert_pods_come_and_go(f"after-{number}", node, small)
         self.verdict()
 
     def test_killed(self):
@@ -154,7 +153,7 @@ class Lost(DriverCase):
         """The pod's reads fail, an event of the node says so; without the pod all is as before."""
         process.wait_until(lambda: time.sleep(0.3) or self.metric(N1, "dead_volumes") == 1, "the dead volume to be counted", 60)
         self.assertRegex(self.exec("lost", "cat", f"/mnt/{self.second}", check=False), "Transport endpoint is not connected|Software caused connection abort")
-        events = lambda: [it["message"] for it in self.cluster.get("events", "--namespace", "default", "--field-selector", f"involvedObject.name={N1},reason={reason}")["items"]]
+        events = lambda: [it["message"] for it in self.cluster.get(EVENTS, fieldSelector=f"involvedObject.name={N1},reason={reason}")["items"]]
         process.wait_until(lambda: time.sleep(0.3) or events(), f"an event {reason} of {N1}", 30)
         say(f"event of node {N1}: {events()[-1]}")
 

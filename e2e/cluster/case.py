@@ -14,6 +14,7 @@ from .cluster import condition
 from .pods import pod
 
 PODS = "api/v1/namespaces/default/pods"
+EVENTS = "api/v1/namespaces/default/events"
 # Where kubelet has a pod's volume; `image` is its name in `pod`.
 TARGET = "/var/lib/kubelet/pods/{uid}/volumes/kubernetes.io~csi/image/mount"
 
@@ -64,7 +65,7 @@ class ClusterCase(Case):
 
     def events(self, name: str) -> list[str]:
         """The messages of a pod's warnings."""
-        return [it["message"] for it in self.cluster.get("events", "--field-selector", f"involvedObject.name={name},type=Warning")["items"]]
+        return [it["message"] for it in self.cluster.get(EVENTS, fieldSelector=f"involvedObject.name={name},type=Warning")["items"]]
 
     def wait_event(self, name: str, *words: str) -> str:
         """A warning that has these words."""

@@ -82,7 +82,7 @@ class Prometheus(Client):
     def discover(self) -> None:
         """Looks for pods, as Prometheus would all the time."""
         new = self.targets_file.with_suffix(".new")
-        new.write_text(json.dumps(targets(self.cluster.get("pods", "--all-namespaces")["items"])))
+        new.write_text(json.dumps(targets(self.cluster.get("api/v1/pods")["items"])))
         new.rename(self.targets_file)
 
     def get(self, path: str, **parameters):

@@ -10,7 +10,7 @@ import shutil
 import tempfile
 import time
 
-from harness import oci, paths, process, services
+from harness import driver, oci, paths, process, services
 
 from . import project_image
 from .cluster import ADDRESS, NODES, PRIVATE_REGISTRY, REGISTRY, Cluster, condition
@@ -115,18 +115,20 @@ class Release:
         if not self.installed:
             self.install()
 
-    def fresh(self) -> None:
-        """Installed with the plain values, with nothing in any cache."""
-        if self.installed:
-            self.uninstall()
-        for name in NODES:
-            self.cluster.nodes[name].machine.run("rm", "-rf", "--one-file-system", "/var/lib/clip-csi/cache")
+    def empty(self, *nodes: str) -> None:
+        """Nothing is left in the caches of these nodes, as an operator does it; what pods have mounted until now is let go first."""
+        for node in nodes:
+            process.wait_until(lambda node=node: time.sleep(0.3) or driver.metric(self.metrics(node), "mounts") == 0, f"the mounts of {node} to go", 30)
+            self.exec(node, "/usr/local/bin/clip-csi", "cache", "rm", "--all", "--config", "/etc/clip-csi/config.toml")
+
+    def empty_all(self) -> None:
+        """Nothing is in any cache, on the nodes or in Redis."""
+        self.empty(*NODES)
         self.cluster.redis.command("FLUSHALL")
-        self.install()
 
     def all_pods(self, component: str | None = None) -> list[dict]:
         which = f"app.kubernetes.io/component={component}" if component else f"app.kubernetes.io/component in ({NODE}, {FUSE})"
-        return self.cluster.get("pods", "--namespace", NAMESPACE, "--selector", which)["items"]
+        return self.cluster.get(f"api/v1/namespaces/{NAMESPACE}/pods", labelSelector=which)["items"]
 
     def pods(self, component: str = NODE) -> dict[str, dict]:
         """The pods of a DaemonSet by node; one that is ending only if there is no other."""
@@ -174,7 +176,7 @@ class Release:
         return "".join(self.cluster.kubectl("logs", name, "--namespace", NAMESPACE, "--all-containers", "--prefix", f"--tail={lines}", check=False).stdout for name in names)
 
     def registered(self, node: str) -> bool:
-        return any(it["name"] == DRIVER for it in self.cluster.get("csinode", node)["spec"].get("drivers") or [])
+        return any(it["name"] == DRIVER for it in self.cluster.get(f"apis/storage.k8s.io/v1/csinodes/{node}")["spec"].get("drivers") or [])
 
     def page(self, node: str, path: str = "/metrics") -> str:
         address = self.pods()[node]["status"]["podIP"]
