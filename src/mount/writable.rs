@@ -8,7 +8,9 @@
 use std::{fs, io, path::Path};
 
 use rustix::{
-    fs::{AtFlags, Gid, Mode, Uid, chmodat, chownat, fstat, mkdirat},
+    fs::{
+        AtFlags, Gid, Mode, Timespec, Timestamps, Uid, chmodat, chownat, fstat, mkdirat, utimensat,
+    },
     mount::{MountFlags, mount},
 };
 use tracing::warn;
@@ -18,6 +20,7 @@ use super::{
     target::remove,
     view::{open_own, path_of},
 };
+use crate::failpoint;
 
 /// Names in the tmpfs: what overlayfs wants.
 const UPPER: &str = "upper";
@@ -70,6 +73,7 @@ fn stage(
         nothing_special,
         size.as_c_str(),
     )?;
+    failpoint::reached("publish:staged");
     let tmpfs = open_own(staging)?;
     mkdirat(&tmpfs, UPPER, Mode::RWXU)?;
     mkdirat(&tmpfs, WORK, Mode::RWXU)?;
@@ -89,6 +93,11 @@ fn stage(
         Mode::from_raw_mode(root.st_mode),
         AtFlags::empty(),
     )?;
+    let times = Timestamps {
+        last_access: time(root.st_atime, root.st_atime_nsec),
+        last_modification: time(root.st_mtime, root.st_mtime_nsec),
+    };
+    utimensat(&tmpfs, UPPER, &times, AtFlags::SYMLINK_NOFOLLOW)?;
     // By descriptor: a path could have a character that overlayfs takes for its own.
     let (upper, lower) = (path_of(&tmpfs), path_of(lower));
     let options = format!(
@@ -105,6 +114,14 @@ fn stage(
         options.as_c_str(),
     )?;
     Ok(())
+}
+
+fn time(seconds: i64, nanoseconds: u64) -> Timespec {
+    Timespec {
+        tv_sec: seconds,
+        // Below a thousand million.
+        tv_nsec: i64::try_from(nanoseconds).unwrap_or(0),
+    }
 }
 
 /// Whether a mount is one that [`mount_over`] made.
