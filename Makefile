@@ -14,7 +14,7 @@ CARGO_FLAGS := --locked
 say = @printf '\n==> %s\n' "$(1)"
 
 .DEFAULT_GOAL := help
-.PHONY: help install build check unit e2e cluster-builds test demo bench
+.PHONY: help install build check unit sanity e2e cluster-builds test demo bench
 
 help: ## List these commands
 	@grep -hE '^[a-z0-9]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9]+):.*## /\1\t/' | while IFS=$$'\t' read -r name text; do printf '  make %-8s %s\n' "$$name" "$$text"; done
@@ -71,6 +71,9 @@ unit: ## Unit and integration tests
 	@# Without it the tests of S3 say that they are skipped.
 	./e2e/tools.sh s3 >/dev/null || true
 	cargo test $(CARGO_FLAGS)
+
+sanity: ## csi-sanity, unfiltered, on real mounts; also while agent and serve are killed every second (root; part of e2e)
+	@$(MAKE) e2e CASES=csi-sanity,csi-sanity-while-agent-and-serve-are-killed
 
 e2e: install ## End-to-end tests alone (root; CASES=name,name or E2E="-k NAME" picks some; cold about 25 minutes)
 	@cargo fetch --quiet --locked

@@ -5,13 +5,19 @@ import json
 import os
 import pathlib
 import re
+import stat
 import subprocess
+import threading
 import urllib.error
 import urllib.request
 
 import images
 from harness import driver, paths, process, services
 from harness.environment import Case
+
+
+# While csi-sanity runs: as many as make it run several times.
+SANITY_KILLS = 10
 
 
 def docker_config(host: str, user: str, password: str) -> str:
@@ -22,10 +28,40 @@ def docker_config(host: str, user: str, password: str) -> str:
 class Sanity(Case):
     def test_csi_sanity(self):
         worker = self.worker()
-        done = process.run(paths.E2E / "sanity.sh", worker.socket, self.env.push("small"), check=False, timeout=300)
-        print(done.stdout.strip().splitlines()[-1] if done.stdout else done.stderr)
+        done = process.run(paths.E2E / "sanity.py", worker.socket, self.env.push("small"), check=False, timeout=300)
+        print(done.stdout or done.stderr)
         self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
         self.assertEqual(worker.left_behind(), [])
+
+    def test_csi_sanity_while_agent_and_serve_are_killed(self):
+        """Three roles and a controller of its own; every second agent or serve dies, and comes back."""
+        node, image = self.trio(), self.env.push("small")
+        node.must_publish("warm-up", image)
+        node.must_unpublish("warm-up")
+        socket = self.work / "controller.sock"
+        controller = process.Server([self.env.binary(), "controller", "--endpoint", f"unix://{socket}"], stdout=self.work / "log.controller")
+        self.addCleanup(controller.stop)
+        controller.wait_ready(socket.exists, "clip-csi controller")
+        done, kills = threading.Event(), []
+
+        def kill():
+            while not done.wait(1):
+                role = "agent" if len(kills) % 2 else "serve"
+                node.restart(role, wait=False)
+                kills.append(role)
+
+        killer = threading.Thread(target=kill)
+        killer.start()
+        try:
+            while len(kills) < SANITY_KILLS:
+                run = process.run(paths.E2E / "sanity.py", node.socket, image, "--controller", socket, check=False, timeout=300)
+                self.assertEqual(run.returncode, 0, run.stdout + run.stderr)
+        finally:
+            done.set()
+            killer.join()
+        print(f"{len(kills)} kills; {run.stdout.splitlines()[-1]}")
+        process.wait_until(lambda: node.answers("agent") and node.answers("serve"), "both to be back")
+        self.assertEqual([it for it in node.left_behind() if "open" not in it and "sources" not in it], [])
 
 
 class Publish(Case):
@@ -65,12 +101,20 @@ class Publish(Case):
     def test_volume_stats(self):
         worker = self.worker()
         worker.must_publish("v", self.env.push("small"))
-        caps = worker.csi("caps")
-        if "GET_VOLUME_STATS" not in caps.message:
-            self.skipTest("the driver does not offer GET_VOLUME_STATS")
+        self.assertIn("GET_VOLUME_STATS", worker.csi("caps").message)
         reply = worker.csi("stats", "v", worker.target("v"))
         self.assertEqual(reply.code, "OK", reply)
+        stats = {it.get("unit", "BYTES"): it for it in json.loads(reply.message)["usage"]}
+        # Every name of the tree but those that are hard links to another one.
+        inodes = {(it.st_dev, it.st_ino): it for it in map(os.lstat, [worker.target("v"), *worker.target("v").rglob("*")])}
+        self.assertEqual(int(stats["INODES"]["total"]), len(inodes))
+        self.assertEqual(int(stats["BYTES"]["total"]), sum(it.st_size for it in inodes.values() if stat.S_ISREG(it.st_mode)))
         self.assertEqual(worker.csi("stats", "other", worker.target("v")).code, "NOT_FOUND")
+        self.assertEqual(worker.csi("stats", "v", worker.target("v").parent).code, "NOT_FOUND")
+        # Nobody is asked who might not answer.
+        worker.kill()
+        worker.start()
+        self.assertEqual(worker.csi("stats", "v", worker.target("v")).message, reply.message)
 
     def test_socket_is_private_and_a_stale_one_is_replaced(self):
         worker = self.worker()

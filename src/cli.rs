@@ -52,12 +52,14 @@ pub enum LogFormat {
 /// What to do.
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Serve CSI Identity and Node on a Unix socket, and mount what `serve` serves.
+    /// Serve CSI on a Unix socket, and mount what `serve` serves.
     Node(NodeArgs),
     /// Fetch what the mounts of a node need, keep its cache, and serve /metrics for all its processes.
     Agent(AgentArgs),
     /// Serve the mounts of a node.
     Serve(ServeArgs),
+    /// Serve CSI Identity and Controller on a Unix socket: volumes for PersistentVolumeClaims.
+    Controller(ControllerArgs),
     /// Give directories to a user, all that is in them included: for an init container.
     Own(OwnArgs),
     /// Say whether a process of the node answers: exit code 0 if it does.
@@ -127,6 +129,24 @@ pub struct ServeArgs {
     /// Where the processes of this node meet.
     #[command(flatten)]
     pub run: RunDirArgs,
+}
+
+/// Settings of `clip-csi controller`.
+#[derive(Debug, Args)]
+pub struct ControllerArgs {
+    /// Socket to serve CSI on.
+    #[arg(
+        long,
+        env = "CSI_ENDPOINT",
+        default_value = "unix:///run/clip-csi/csi.sock"
+    )]
+    pub endpoint: String,
+    /// Name of the driver in Kubernetes.
+    #[arg(long, env = "CLIP_CSI_DRIVER_NAME", default_value = "csi.clip-csi.dev")]
+    pub driver_name: String,
+    /// Address of /metrics, /healthz and /readyz; none are served without it.
+    #[arg(long, env = "CLIP_CSI_METRICS_ADDR", value_name = "ADDRESS:PORT")]
+    pub metrics_addr: Option<SocketAddr>,
 }
 
 /// Settings of `clip-csi own`.

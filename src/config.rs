@@ -95,6 +95,15 @@ pub struct NodeConfig {
     /// How long the end waits for uploads under way, in seconds; what is left is uploaded by the
     /// next start.
     pub drain_seconds: u64,
+    /// How many bytes a pod may write to one volume; 0: no volume can be written to.
+    ///
+    /// It is memory, and accounted to the pod.
+    pub max_writable_bytes: u64,
+    /// How many volumes Kubernetes is to place on the node; 0: as many as memory and file descriptors of the
+    /// node service allow.
+    pub max_volumes: u32,
+    /// How many volumes may be published in a second, beyond a burst of 512; 0: any number.
+    pub publishes_per_second: u32,
 }
 
 impl Default for NodeConfig {
@@ -106,6 +115,11 @@ impl Default for NodeConfig {
             // A pod that is restarted finds it.
             idle_source_seconds: 60,
             drain_seconds: 5,
+            // Whoever runs the node decides about its memory.
+            max_writable_bytes: 0,
+            max_volumes: 0,
+            // A new mount takes a few milliseconds, a question to a registry some tens.
+            publishes_per_second: 20,
         }
     }
 }

@@ -7,19 +7,20 @@
 //!     image: registry.example/team/app:1.2   # required
 //!     platform: linux/arm64                  # the node's own if absent
 //!     indexDigest: sha256:…                  # the pushed index to use; any that is trusted if absent
+//!     path: usr/share/models                 # the directory that is seen; all of it if absent
 //!   nodePublishSecretRef:
 //!     name: pull-secret   # of type kubernetes.io/basic-auth or kubernetes.io/dockerconfigjson
 //! ```
 //!
-//! An unknown key is refused by name, because a misspelt one that is ignored is found late. A
+//! docs/VOLUMES.md has all of them. An unknown key is refused by name, because a misspelt one that is ignored is found late. A
 //! secret's value is never part of a message.
 
 use std::collections::BTreeMap;
 
+use super::quantity;
 use crate::{
     digest::ManifestDigest,
-    mount::{MountError, PullCredentials},
-    pb::v1::{VolumeCapability, volume_capability::AccessType},
+    mount::{MountError, PullCredentials, PullPolicy, SubPath},
     secret::Secret,
     tier::Prefetch,
 };
@@ -36,11 +37,39 @@ const INDEX_DIGEST: &str = "indexDigest";
 /// The attribute that says what is fetched of the image before anybody asks.
 const PREFETCH: &str = "prefetch";
 
-/// The attributes, as messages list them.
-const KNOWN_ATTRIBUTES: &str = "image, platform, indexDigest, prefetch";
+/// The attribute that says whether the registry is asked what a tag means.
+const PULL_POLICY: &str = "pullPolicy";
+
+/// The attribute that names the directory of the image that is seen.
+const PATH: &str = "path";
+
+/// The attribute that has the registry spoken to without TLS.
+const INSECURE: &str = "insecure";
+
+/// The attribute that lays a layer over the image that can be written.
+const WRITABLE: &str = "writable";
+
+/// The attribute that says how large that layer may become.
+const WRITABLE_SIZE: &str = "writableSize";
+
+/// The attributes that a volume may have, which are also the parameters of a StorageClass.
+pub const ATTRIBUTES: &[&str] = &[
+    IMAGE,
+    PLATFORM,
+    INDEX_DIGEST,
+    PREFETCH,
+    PULL_POLICY,
+    PATH,
+    INSECURE,
+    WRITABLE,
+    WRITABLE_SIZE,
+];
+
+/// What kubelet says of an inline volume.
+const EPHEMERAL: &str = "csi.storage.k8s.io/ephemeral";
 
 /// What kubelet adds on its own: `podInfoOnMount`, service account tokens.
-const KUBERNETES_PREFIX: &str = "csi.storage.k8s.io/";
+pub(super) const KUBERNETES_PREFIX: &str = "csi.storage.k8s.io/";
 
 /// Keys of a secret of type `kubernetes.io/basic-auth`.
 const USERNAME: &str = "username";
@@ -52,6 +81,12 @@ const DOCKER_CONFIG: &str = ".dockerconfigjson";
 /// Longest image reference: host and name of 255 bytes each, tag of 128, digest of 71, rounded up.
 const MAX_IMAGE_BYTES: usize = 1024;
 
+/// Most bytes of all attributes and their values (CSI spec v1.12, "Size Limits"), less what kubelet adds.
+const MAX_ATTRIBUTES_BYTES: usize = 4096;
+
+/// Longest size; 20 digits and a suffix.
+const MAX_SIZE_BYTES: usize = 32;
+
 /// Longest platform; `linux/ppc64le` is usual, variants and versions are a few bytes more.
 const MAX_PLATFORM_BYTES: usize = 128;
 
@@ -60,9 +95,6 @@ const MAX_DIGEST_BYTES: usize = 256;
 
 /// Longest secret value: Kubernetes takes secrets up to 1 MiB.
 const MAX_SECRET_BYTES: usize = 1 << 20;
-
-/// Mount options that say what is so anyway.
-const KNOWN_MOUNT_FLAGS: &[&str] = &["ro"];
 
 /// How much of a key that somebody made up is repeated in a message.
 const MAX_SHOWN_CHARS: usize = 64;
@@ -78,6 +110,18 @@ pub struct Attributes {
     pub index_digest: Option<ManifestDigest>,
     /// What is fetched ahead; as the node is configured if absent.
     pub prefetch: Option<Prefetch>,
+    /// Who says what a tag means; the registry if absent.
+    pub pull_policy: Option<PullPolicy>,
+    /// The directory of the image that is seen; all of it if absent.
+    pub path: Option<SubPath>,
+    /// Whether the registry is to be spoken to without TLS.
+    pub insecure: bool,
+    /// Whether the volume is to be written to.
+    pub writable: bool,
+    /// How many bytes may be written; as many as the node allows if absent.
+    pub writable_size_bytes: Option<u64>,
+    /// Whether the volume is part of a pod, and ends with it.
+    is_ephemeral: bool,
 }
 
 impl Attributes {
@@ -90,6 +134,11 @@ impl Attributes {
         let mut platform = None;
         let mut index_digest = None;
         let mut prefetch = None;
+        let mut pull_policy = None;
+        let mut path = None;
+        let (mut insecure, mut writable) = (false, false);
+        let mut writable_size_bytes = None;
+        check_size(volume_context)?;
         for (key, value) in volume_context {
             match key.as_str() {
                 IMAGE => image = Some(bounded(IMAGE, value, MAX_IMAGE_BYTES)?),
@@ -105,13 +154,32 @@ impl Attributes {
                     let wanted = value.parse::<Prefetch>();
                     prefetch = Some(wanted.map_err(|err| invalid(PREFETCH, format!("{err}")))?);
                 }
+                PULL_POLICY => {
+                    let wanted = value.parse::<PullPolicy>();
+                    pull_policy =
+                        Some(wanted.map_err(|err| invalid(PULL_POLICY, err.to_string()))?);
+                }
+                PATH => path = Some(SubPath::parse(value)?),
+                INSECURE => insecure = parse_bool(INSECURE, value)?,
+                WRITABLE => writable = parse_bool(WRITABLE, value)?,
+                WRITABLE_SIZE => {
+                    let text = bounded(WRITABLE_SIZE, value, MAX_SIZE_BYTES)?;
+                    let bytes = quantity::parse_bytes(&text).filter(|it| 0 < *it);
+                    writable_size_bytes = Some(bytes.ok_or_else(|| {
+                        invalid(
+                            WRITABLE_SIZE,
+                            format!("{text:?} is no size, such as 64Mi or 1G"),
+                        )
+                    })?);
+                }
                 key if key.starts_with(KUBERNETES_PREFIX) => {}
                 key => {
                     return Err(invalid(
                         "volumeAttributes",
                         format!(
-                            "unknown attribute {:?}: the known ones are {KNOWN_ATTRIBUTES}",
-                            shown(key)
+                            "unknown attribute {:?}: the known ones are {}",
+                            shown(key),
+                            ATTRIBUTES.join(", ")
                         ),
                     ));
                 }
@@ -123,12 +191,86 @@ impl Attributes {
                 "the attribute is required, such as image: registry.example/team/app:1.2",
             )
         })?;
+        if writable_size_bytes.is_some() && !writable {
+            return Err(invalid(
+                WRITABLE_SIZE,
+                "says nothing without writable: \"true\"",
+            ));
+        }
         Ok(Self {
             image,
             platform,
             index_digest,
             prefetch,
+            pull_policy,
+            path,
+            insecure,
+            writable,
+            writable_size_bytes,
+            is_ephemeral: volume_context.get(EPHEMERAL).is_some_and(|it| it == "true"),
         })
+    }
+
+    /// How many bytes may be written to the volume, of `max_bytes` that the node allows; `None` if it is
+    /// read-only.
+    ///
+    /// # Errors
+    /// [`MountError::Invalid`] if it cannot be written to, or not as much.
+    pub fn writable_bytes(&self, max_bytes: u64) -> Result<Option<u64>, MountError> {
+        if !self.writable {
+            return Ok(None);
+        }
+        if !self.is_ephemeral {
+            return Err(invalid(
+                WRITABLE,
+                "is for inline volumes of pods, because what is written ends with the pod",
+            ));
+        }
+        if max_bytes == 0 {
+            return Err(invalid(
+                WRITABLE,
+                "is not allowed on this node: its operator sets node.max_writable_bytes",
+            ));
+        }
+        match self.writable_size_bytes {
+            Some(bytes) if max_bytes < bytes => Err(invalid(
+                WRITABLE_SIZE,
+                format!("is {bytes} bytes, this node allows {max_bytes} (node.max_writable_bytes)"),
+            )),
+            size => Ok(Some(size.unwrap_or(max_bytes))),
+        }
+    }
+
+    /// Checks that a volume with these attributes may outlive the pods that use it.
+    ///
+    /// # Errors
+    /// [`MountError::Invalid`] if not.
+    pub(super) fn check_persistent(&self) -> Result<(), MountError> {
+        // Whatever nodes allow.
+        self.writable_bytes(u64::MAX).map(drop)
+    }
+}
+
+/// Refuses more than the specification lets a map hold.
+fn check_size(attributes: &BTreeMap<String, String>) -> Result<(), MountError> {
+    let own = attributes
+        .iter()
+        .filter(|(key, _)| !key.starts_with(KUBERNETES_PREFIX));
+    let n_bytes: usize = own.map(|(key, value)| key.len() + value.len()).sum();
+    if MAX_ATTRIBUTES_BYTES < n_bytes {
+        return Err(invalid(
+            "volumeAttributes",
+            format!("have {n_bytes} bytes in all, {MAX_ATTRIBUTES_BYTES} are allowed"),
+        ));
+    }
+    Ok(())
+}
+
+fn parse_bool(field: &'static str, value: &str) -> Result<bool, MountError> {
+    match value {
+        "true" => Ok(true),
+        "false" => Ok(false),
+        _ => Err(invalid(field, "must be \"true\" or \"false\"")),
     }
 }
 
@@ -183,61 +325,6 @@ pub fn credentials(secrets: &BTreeMap<String, String>) -> Result<PullCredentials
     }
 }
 
-/// Checks that the volume is wanted as a file system, without options that it cannot have.
-///
-/// All access modes are accepted, and `readonly: false` too: kubelet passes on what the pod says,
-/// and the mount is read-only in any case.
-///
-/// # Errors
-/// [`MountError::Invalid`], naming the field.
-pub(super) fn check_capability(capability: Option<&VolumeCapability>) -> Result<(), MountError> {
-    let Some(capability) = capability else {
-        return Err(invalid("volume_capability", "is required"));
-    };
-    let mount = match &capability.access_type {
-        Some(AccessType::Mount(mount)) => mount,
-        Some(AccessType::Block(_)) => {
-            return Err(invalid(
-                "volume_capability",
-                "an image cannot be a block device: use volumeMode: Filesystem",
-            ));
-        }
-        None => {
-            return Err(invalid("volume_capability", "the access type is required"));
-        }
-    };
-    if !mount.fs_type.is_empty() {
-        return Err(invalid(
-            "fsType",
-            format!(
-                "an image has no {:?}: leave it empty",
-                shown(&mount.fs_type)
-            ),
-        ));
-    }
-    if !mount.volume_mount_group.is_empty() {
-        return Err(invalid(
-            "volume_mount_group",
-            "owners are those of the image: set fsGroupPolicy: None in the CSIDriver",
-        ));
-    }
-    match mount
-        .mount_flags
-        .iter()
-        .find(|it| !KNOWN_MOUNT_FLAGS.contains(&it.as_str()))
-    {
-        None => Ok(()),
-        Some(flag) => Err(invalid(
-            "mountOptions",
-            format!(
-                "{:?} is not supported: the known ones are {}",
-                shown(flag),
-                KNOWN_MOUNT_FLAGS.join(", ")
-            ),
-        )),
-    }
-}
-
 fn bounded(field: &'static str, value: &str, max: usize) -> Result<String, MountError> {
     if value.is_empty() {
         Err(invalid(field, "is empty"))
@@ -251,11 +338,12 @@ fn bounded(field: &'static str, value: &str, max: usize) -> Result<String, Mount
     }
 }
 
-fn shown(text: &str) -> String {
+/// What of a text that somebody made up is repeated in a message.
+pub(super) fn shown(text: &str) -> String {
     text.chars().take(MAX_SHOWN_CHARS).collect()
 }
 
-fn invalid(field: &'static str, reason: impl Into<String>) -> MountError {
+pub(super) fn invalid(field: &'static str, reason: impl Into<String>) -> MountError {
     MountError::Invalid {
         field: field.into(),
         reason: reason.into(),
@@ -265,7 +353,6 @@ fn invalid(field: &'static str, reason: impl Into<String>) -> MountError {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::pb::v1::volume_capability::{BlockVolume, MountVolume};
 
     const DIGEST: &str = "sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
 
@@ -283,6 +370,11 @@ mod tests {
             ("platform", "linux/arm64"),
             ("indexDigest", DIGEST),
             ("prefetch", "all"),
+            ("pullPolicy", "Never"),
+            ("path", "usr/share"),
+            ("insecure", "true"),
+            ("writable", "true"),
+            ("writableSize", "64Mi"),
             ("csi.storage.k8s.io/ephemeral", "true"),
             ("csi.storage.k8s.io/pod.name", "web-0"),
             ("csi.storage.k8s.io/serviceAccount.tokens", "{}"),
@@ -292,16 +384,25 @@ mod tests {
             platform: Some("linux/arm64".to_owned()),
             index_digest: Some(ManifestDigest::of(b"")),
             prefetch: Some(Prefetch::All),
+            pull_policy: Some(PullPolicy::Never),
+            path: Some(SubPath::parse("usr/share").unwrap()),
+            insecure: true,
+            writable: true,
+            writable_size_bytes: Some(64 << 20),
+            is_ephemeral: true,
         };
         assert_eq!(parsed.unwrap(), want);
         let parsed = Attributes::parse(&map(&[("image", "app")])).unwrap();
         assert_eq!((parsed.platform, parsed.index_digest), (None, None));
         assert_eq!(parsed.prefetch, None);
+        assert_eq!((parsed.pull_policy, parsed.path), (None, None));
+        assert!(!parsed.insecure && !parsed.writable && !parsed.is_ephemeral);
     }
 
     #[test]
     fn wrong_attributes_are_named() {
         let long = "a".repeat(1025);
+        let many = "a".repeat(4096);
         for (pairs, want) in [
             (
                 &[][..],
@@ -333,19 +434,93 @@ mod tests {
                 "prefetch: must be none, recorded or all",
             ),
             (
+                &[("image", "a"), ("pullPolicy", "always")],
+                "pullPolicy: must be Always, IfNotPresent or Never",
+            ),
+            (
+                &[("image", "a"), ("path", "/usr")],
+                "path: must be relative to the image's root and have neither \".\" nor \"..\", such as usr/share",
+            ),
+            (
+                &[("image", "a"), ("insecure", "yes")],
+                "insecure: must be \"true\" or \"false\"",
+            ),
+            (
+                &[("image", "a"), ("writable", "1")],
+                "writable: must be \"true\" or \"false\"",
+            ),
+            (
+                &[
+                    ("image", "a"),
+                    ("writable", "true"),
+                    ("writableSize", "1.5Gi"),
+                ],
+                "writableSize: \"1.5Gi\" is no size, such as 64Mi or 1G",
+            ),
+            (
+                &[("image", "a"), ("writable", "true"), ("writableSize", "0")],
+                "writableSize: \"0\" is no size, such as 64Mi or 1G",
+            ),
+            (
+                &[("image", "a"), ("writableSize", "1")],
+                "writableSize: says nothing without writable: \"true\"",
+            ),
+            (
+                &[("image", "a"), (&many, "b")],
+                "volumeAttributes: have 4103 bytes in all, 4096 are allowed",
+            ),
+            (
                 &[("image", "a"), ("Image", "b")],
-                "volumeAttributes: unknown attribute \"Image\": the known ones are image, platform, indexDigest, prefetch",
+                "volumeAttributes: unknown attribute \"Image\": the known ones are image, platform, indexDigest, prefetch, pullPolicy, path, insecure, writable, writableSize",
             ),
             (
                 &[("image", "a"), ("x\n", "b")],
-                "volumeAttributes: unknown attribute \"x\\n\": the known ones are image, platform, indexDigest, prefetch",
+                "volumeAttributes: unknown attribute \"x\\n\": the known ones are image, platform, indexDigest, prefetch, pullPolicy, path, insecure, writable, writableSize",
             ),
         ] {
             let err = Attributes::parse(&map(pairs)).unwrap_err();
             assert_eq!(err.to_string(), want);
         }
         let err = Attributes::parse(&map(&[(&long, "a")])).unwrap_err();
-        assert!(err.to_string().len() < 200, "{err}");
+        assert!(err.to_string().len() < 300, "{err}");
+    }
+
+    #[test]
+    fn only_volumes_of_a_pod_are_written_to_and_only_as_far_as_the_node_allows() {
+        let inline = ("csi.storage.k8s.io/ephemeral", "true");
+        let bytes = |pairs: &[(&str, &str)], max_bytes| {
+            let all: Vec<_> = [&[("image", "a")], pairs].concat();
+            let parsed = Attributes::parse(&map(&all)).unwrap();
+            parsed
+                .writable_bytes(max_bytes)
+                .map_err(|err| err.to_string())
+        };
+        assert_eq!(bytes(&[], 0), Ok(None));
+        assert_eq!(bytes(&[("writable", "false"), inline], 5), Ok(None));
+        assert_eq!(bytes(&[("writable", "true"), inline], 5), Ok(Some(5)));
+        let four = [("writable", "true"), ("writableSize", "4"), inline];
+        assert_eq!(bytes(&four, 5), Ok(Some(4)));
+        assert_eq!(bytes(&four, 4), Ok(Some(4)));
+        assert_eq!(
+            bytes(&four, 3).unwrap_err(),
+            "writableSize: is 4 bytes, this node allows 3 (node.max_writable_bytes)"
+        );
+        assert_eq!(
+            bytes(&four, 0).unwrap_err(),
+            "writable: is not allowed on this node: its operator sets node.max_writable_bytes"
+        );
+        for persistent in [
+            &[("writable", "true")][..],
+            &[
+                ("writable", "true"),
+                ("csi.storage.k8s.io/ephemeral", "false"),
+            ],
+        ] {
+            assert_eq!(
+                bytes(persistent, 5).unwrap_err(),
+                "writable: is for inline volumes of pods, because what is written ends with the pod"
+            );
+        }
     }
 
     #[test]
@@ -396,59 +571,6 @@ mod tests {
             let debug = format!("{err:?} {err}");
             assert!(debug.contains(want), "{debug} lacks {want}");
             assert!(!debug.contains("hunter2"), "{debug}");
-        }
-    }
-
-    #[test]
-    fn only_a_plain_file_system_can_be_had() {
-        let mount = |mount: MountVolume| {
-            Some(VolumeCapability {
-                access_mode: None,
-                access_type: Some(AccessType::Mount(mount)),
-            })
-        };
-        let ok = MountVolume {
-            mount_flags: vec!["ro".to_owned()],
-            ..MountVolume::default()
-        };
-        check_capability(mount(ok).as_ref()).unwrap();
-        for (capability, want) in [
-            (None, "volume_capability: is required"),
-            (
-                Some(VolumeCapability::default()),
-                "volume_capability: the access type is required",
-            ),
-            (
-                Some(VolumeCapability {
-                    access_mode: None,
-                    access_type: Some(AccessType::Block(BlockVolume {})),
-                }),
-                "volume_capability: an image cannot be a block device: use volumeMode: Filesystem",
-            ),
-            (
-                mount(MountVolume {
-                    fs_type: "ext4".to_owned(),
-                    ..MountVolume::default()
-                }),
-                "fsType: an image has no \"ext4\": leave it empty",
-            ),
-            (
-                mount(MountVolume {
-                    mount_flags: vec!["ro".to_owned(), "suid".to_owned()],
-                    ..MountVolume::default()
-                }),
-                "mountOptions: \"suid\" is not supported: the known ones are ro",
-            ),
-            (
-                mount(MountVolume {
-                    volume_mount_group: "1000".to_owned(),
-                    ..MountVolume::default()
-                }),
-                "volume_mount_group: owners are those of the image: set fsGroupPolicy: None in the CSIDriver",
-            ),
-        ] {
-            let err = check_capability(capability.as_ref()).unwrap_err();
-            assert_eq!(err.to_string(), want);
         }
     }
 }

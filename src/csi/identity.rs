@@ -7,7 +7,8 @@ use tonic::{Request, Response, Status};
 use super::observe::Observer;
 use crate::pb::v1::{
     GetPluginCapabilitiesRequest, GetPluginCapabilitiesResponse, GetPluginInfoRequest,
-    GetPluginInfoResponse, ProbeRequest, ProbeResponse, identity_server,
+    GetPluginInfoResponse, PluginCapability, ProbeRequest, ProbeResponse, identity_server,
+    plugin_capability::{self, Service, service},
 };
 
 /// The name under which pods know the driver, if the configuration says nothing else.
@@ -89,8 +90,13 @@ impl identity_server::Identity for IdentityService {
         &self,
         _: Request<GetPluginCapabilitiesRequest>,
     ) -> Result<Response<GetPluginCapabilitiesResponse>, Status> {
+        let controller = Service {
+            r#type: service::Type::ControllerService.into(),
+        };
         let answer = GetPluginCapabilitiesResponse {
-            capabilities: Vec::new(),
+            capabilities: vec![PluginCapability {
+                r#type: Some(plugin_capability::Type::Service(controller)),
+            }],
         };
         self.observer.quiet("GetPluginCapabilities", answer)
     }

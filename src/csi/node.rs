@@ -1,37 +1,73 @@
-//! The Node service: publishes volumes on this node and takes them back.
+//! The Node service: publishes volumes on this node, measures them, and takes them back.
+
+use std::time::Instant;
 
 use prometheus::IntGauge;
 use tonic::{Request, Response, Status};
 
 use super::{
-    attributes::{Attributes, check_capability, credentials},
+    attributes::{Attributes, credentials, invalid},
+    capability,
     observe::Observer,
+    rate::Rate,
 };
 use crate::{
+    metrics::Metrics,
     mount::{
-        ImageRequest, MountError, MountTable, PublishRequest, TargetPath, UnpublishRequest,
-        VolumeId,
+        ImageRequest, MountError, MountTable, PublishRequest, Space, TargetPath, UnpublishRequest,
+        View, VolumeId,
     },
     pb::v1::{
         NodeExpandVolumeRequest, NodeExpandVolumeResponse, NodeGetCapabilitiesRequest,
         NodeGetCapabilitiesResponse, NodeGetInfoRequest, NodeGetInfoResponse,
         NodeGetVolumeStatsRequest, NodeGetVolumeStatsResponse, NodePublishVolumeRequest,
-        NodePublishVolumeResponse, NodeStageVolumeRequest, NodeStageVolumeResponse,
-        NodeUnpublishVolumeRequest, NodeUnpublishVolumeResponse, NodeUnstageVolumeRequest,
-        NodeUnstageVolumeResponse, node_server,
+        NodePublishVolumeResponse, NodeServiceCapability, NodeStageVolumeRequest,
+        NodeStageVolumeResponse, NodeUnpublishVolumeRequest, NodeUnpublishVolumeResponse,
+        NodeUnstageVolumeRequest, NodeUnstageVolumeResponse, VolumeUsage, node_server,
+        node_service_capability::{Rpc, Type, rpc},
+        volume_usage::Unit,
     },
 };
 
 /// The Node service.
 #[derive(Debug)]
 pub(super) struct NodeService {
-    pub(super) node_id: String,
-    pub(super) table: MountTable,
-    pub(super) registered: IntGauge,
-    pub(super) observer: Observer,
+    node_id: String,
+    limits: VolumeLimits,
+    table: MountTable,
+    rate: Rate,
+    registered: IntGauge,
+    observer: Observer,
+}
+
+/// What volumes may be on this node, and how many.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct VolumeLimits {
+    /// How many bytes may be written to one volume; 0 if none may be written to.
+    pub max_writable_bytes: u64,
+    /// How many volumes Kubernetes is to place here; 0 for any number.
+    pub max_volumes: u32,
+    /// How many may be published in a second; 0 for any number.
+    pub publishes_per_second: u32,
 }
 
 impl NodeService {
+    pub(super) fn new(
+        node_id: String,
+        limits: VolumeLimits,
+        table: MountTable,
+        metrics: &Metrics,
+    ) -> Self {
+        Self {
+            node_id,
+            limits,
+            table,
+            rate: Rate::new(limits.publishes_per_second, Instant::now()),
+            registered: metrics.registered.clone(),
+            observer: Observer::new(metrics.clone()),
+        }
+    }
+
     /// Takes note that kubelet knows the driver: nobody else calls the Node service.
     ///
     /// NodeGetInfo is asked once per registration; the other calls count as well, because a
@@ -41,18 +77,33 @@ impl NodeService {
     }
 }
 
-/// Reads a publish. `publish_context`, `staging_target_path` and `readonly` say nothing here:
-/// there is no controller, no stage, and no other mount than a read-only one.
-fn parse_publish(request: &NodePublishVolumeRequest) -> Result<PublishRequest, MountError> {
+/// Reads a publish. `publish_context` and `staging_target_path` say nothing here: there is neither attaching
+/// nor staging.
+fn parse_publish(
+    request: &NodePublishVolumeRequest,
+    limits: VolumeLimits,
+) -> Result<PublishRequest, MountError> {
     let volume = VolumeId::parse(&request.volume_id)?;
     let target = TargetPath::parse(&request.target_path)?;
-    check_capability(request.volume_capability.as_ref())?;
+    let sharing = capability::check(request.volume_capability.as_ref())?;
+    let attributes = Attributes::parse(&request.volume_context)?;
+    let writable_bytes = attributes.writable_bytes(limits.max_writable_bytes)?;
+    if writable_bytes.is_some() && request.readonly {
+        return Err(invalid(
+            "writable",
+            "the pod says readOnly: true: leave one of the two out",
+        ));
+    }
     let Attributes {
         image,
         platform,
         index_digest,
         prefetch,
-    } = Attributes::parse(&request.volume_context)?;
+        pull_policy,
+        path,
+        insecure,
+        ..
+    } = attributes;
     let credentials = credentials(&request.secrets)?;
     Ok(PublishRequest {
         volume,
@@ -62,9 +113,26 @@ fn parse_publish(request: &NodePublishVolumeRequest) -> Result<PublishRequest, M
             platform,
             index_digest,
             prefetch,
+            pull_policy,
+            insecure,
             credentials,
         },
+        view: View {
+            path,
+            writable_bytes,
+        },
+        sharing,
     })
+}
+
+fn usage(unit: Unit, space: Space) -> VolumeUsage {
+    let signed = |it| i64::try_from(it).unwrap_or(i64::MAX);
+    VolumeUsage {
+        total: signed(space.total),
+        used: signed(space.used),
+        available: signed(space.available),
+        unit: unit.into(),
+    }
 }
 
 #[tonic::async_trait]
@@ -76,7 +144,11 @@ impl node_server::Node for NodeService {
         self.note_registered();
         let request = request.into_inner();
         let work = async {
-            self.table.publish(parse_publish(&request)?).await?;
+            let publish = parse_publish(&request, self.limits)?;
+            self.rate
+                .take(Instant::now())
+                .map_err(|per_second| MountError::RateLimited { per_second })?;
+            self.table.publish(publish).await?;
             Ok(NodePublishVolumeResponse {})
         };
         self.observer
@@ -107,8 +179,14 @@ impl node_server::Node for NodeService {
         _: Request<NodeGetCapabilitiesRequest>,
     ) -> Result<Response<NodeGetCapabilitiesResponse>, Status> {
         self.note_registered();
+        // The second one: a volume that is for one pod is given to one pod.
+        let types = [rpc::Type::GetVolumeStats, rpc::Type::SingleNodeMultiWriter];
         let answer = NodeGetCapabilitiesResponse {
-            capabilities: Vec::new(),
+            capabilities: types
+                .map(|it| NodeServiceCapability {
+                    r#type: Some(Type::Rpc(Rpc { r#type: it.into() })),
+                })
+                .into(),
         };
         self.observer.quiet("NodeGetCapabilities", answer)
     }
@@ -120,8 +198,7 @@ impl node_server::Node for NodeService {
         self.note_registered();
         let answer = NodeGetInfoResponse {
             node_id: self.node_id.clone(),
-            // No limit: a volume of an image that is mounted costs a bind.
-            max_volumes_per_node: 0,
+            max_volumes_per_node: self.limits.max_volumes.into(),
             // Images are reachable from everywhere.
             accessible_topology: None,
         };
@@ -144,9 +221,25 @@ impl node_server::Node for NodeService {
 
     async fn node_get_volume_stats(
         &self,
-        _: Request<NodeGetVolumeStatsRequest>,
+        request: Request<NodeGetVolumeStatsRequest>,
     ) -> Result<Response<NodeGetVolumeStatsResponse>, Status> {
-        self.observer.unimplemented("NodeGetVolumeStats")
+        self.note_registered();
+        let request = request.into_inner();
+        let work = async {
+            let (volume, path) = (&request.volume_id, &request.volume_path);
+            let stats = self.table.stats(volume, path).await?;
+            Ok(NodeGetVolumeStatsResponse {
+                usage: vec![
+                    usage(Unit::Bytes, stats.bytes),
+                    usage(Unit::Inodes, stats.inodes),
+                ],
+                // On its way out of the specification; /metrics and Events tell of dead mounts.
+                volume_condition: None,
+            })
+        };
+        self.observer
+            .call_often("NodeGetVolumeStats", &request.volume_id, work)
+            .await
     }
 
     async fn node_expand_volume(

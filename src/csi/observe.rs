@@ -32,6 +32,32 @@ impl Observer {
         volume: &str,
         work: impl Future<Output = Result<T, MountError>>,
     ) -> Result<Response<T>, Status> {
+        self.watch(rpc, volume, work, |took| {
+            info!(seconds = took.as_secs_f64(), "call succeeded");
+        })
+        .await
+    }
+
+    /// As [`Self::call`], for one that comes every minute: its success is no news.
+    pub(super) async fn call_often<T>(
+        &self,
+        rpc: &'static str,
+        volume: &str,
+        work: impl Future<Output = Result<T, MountError>>,
+    ) -> Result<Response<T>, Status> {
+        self.watch(rpc, volume, work, |took| {
+            debug!(seconds = took.as_secs_f64(), "call succeeded");
+        })
+        .await
+    }
+
+    async fn watch<T>(
+        &self,
+        rpc: &'static str,
+        volume: &str,
+        work: impl Future<Output = Result<T, MountError>>,
+        succeeded: impl FnOnce(Duration),
+    ) -> Result<Response<T>, Status> {
         let shown = &volume[..volume.floor_char_boundary(MAX_SHOWN_BYTES)];
         let span = info_span!("csi", rpc, volume.id = shown);
         let pending = Pending::new(self, rpc);
@@ -39,7 +65,7 @@ impl Observer {
             let outcome = work.await.map_err(|err| status::status(&err));
             let (code, took) = pending.done(&outcome);
             match &outcome {
-                Ok(_) => info!(seconds = took.as_secs_f64(), "call succeeded"),
+                Ok(_) => succeeded(took),
                 Err(answer) => warn!(
                     code,
                     error = answer.message(),

@@ -1,4 +1,4 @@
-//! The gRPC server: both services on one socket, until it is told to stop.
+//! The gRPC server: all services on one socket, until it is told to stop.
 
 use std::{future::Future, time::Duration};
 
@@ -7,12 +7,16 @@ use tokio_stream::wrappers::UnixListenerStream;
 use tonic::transport::Server as Transport;
 
 use super::{
-    PluginName, PrivateSocket, identity::IdentityService, node::NodeService, observe::Observer,
+    PluginName, PrivateSocket, VolumeLimits, controller::ControllerService,
+    identity::IdentityService, node::NodeService, observe::Observer,
 };
 use crate::{
     metrics::Metrics,
     mount::MountTable,
-    pb::v1::{identity_server::IdentityServer, node_server::NodeServer},
+    pb::v1::{
+        controller_server::ControllerServer, identity_server::IdentityServer,
+        node_server::NodeServer,
+    },
 };
 
 /// Largest request: a secret of 1 MiB, the most that Kubernetes takes, and the rest.
@@ -37,13 +41,17 @@ pub struct CsiConfig {
     pub plugin_name: PluginName,
     /// This node's name in Kubernetes.
     pub node_id: String,
+    /// What volumes may be.
+    pub limits: VolumeLimits,
 }
 
 /// The CSI server.
 #[derive(Debug)]
 pub struct Server {
     identity: IdentityService,
-    node: NodeService,
+    controller: ControllerService,
+    /// Only on a node.
+    node: Option<NodeService>,
 }
 
 impl Server {
@@ -55,12 +63,26 @@ impl Server {
                 name: config.plugin_name,
                 observer: observer.clone(),
             },
-            node: NodeService {
-                node_id: config.node_id,
+            controller: ControllerService::new(observer.clone()),
+            node: Some(NodeService::new(
+                config.node_id,
+                config.limits,
                 table,
-                registered: metrics.registered.clone(),
-                observer,
+                metrics,
+            )),
+        }
+    }
+
+    /// Makes a server that makes volumes and mounts none: of a controller.
+    pub fn controller(plugin_name: PluginName, metrics: &Metrics) -> Self {
+        let observer = Observer::new(metrics.clone());
+        Self {
+            identity: IdentityService {
+                name: plugin_name,
+                observer: observer.clone(),
             },
+            controller: ControllerService::new(observer),
+            node: None,
         }
     }
 
@@ -76,11 +98,13 @@ impl Server {
     ) -> Result<(), ServeError> {
         let (listener, _file) = socket.into_parts();
         let (stopping, stopped) = oneshot::channel();
+        let identity = IdentityServer::new(self.identity);
+        let controller = ControllerServer::new(self.controller);
+        let node = self.node.map(NodeServer::new);
         let serving = Transport::builder()
-            .add_service(
-                IdentityServer::new(self.identity).max_decoding_message_size(MAX_REQUEST_BYTES),
-            )
-            .add_service(NodeServer::new(self.node).max_decoding_message_size(MAX_REQUEST_BYTES))
+            .add_service(identity.max_decoding_message_size(MAX_REQUEST_BYTES))
+            .add_service(controller.max_decoding_message_size(MAX_REQUEST_BYTES))
+            .add_optional_service(node.map(|it| it.max_decoding_message_size(MAX_REQUEST_BYTES)))
             .serve_with_incoming_shutdown(UnixListenerStream::new(listener), async {
                 shutdown.await;
                 // Nobody listens only when serving has ended.

@@ -27,8 +27,14 @@ pub(super) fn code(err: &MountError) -> Code {
         MountError::Preparing { .. } => Code::Aborted,
         // Not final: there is room again when other images are ready.
         MountError::Overloaded { .. } => Code::ResourceExhausted,
+        // Not final: there is room again in a moment.
+        MountError::RateLimited { .. } => Code::ResourceExhausted,
         // Final: the volume is there, as something else.
-        MountError::AlreadyExists { .. } => Code::AlreadyExists,
+        MountError::AlreadyExists { .. } | MountError::NameTaken { .. } => Code::AlreadyExists,
+        // Final: nothing of that name is here.
+        MountError::VolumeNotFound { .. } => Code::NotFound,
+        // Final, as the specification has it (NodePublishVolume, "Exceeds capabilities").
+        MountError::InUse { .. } => Code::FailedPrecondition,
         // Final: somebody has to push the image, for this platform, or correct the name.
         MountError::ImageNotFound { .. } => Code::NotFound,
         // Final: somebody has to give credentials, or right ones.
@@ -318,6 +324,23 @@ mod tests {
                 Code::Aborted,
             ),
             (MountError::Overloaded { max: 1 }, Code::ResourceExhausted),
+            (
+                MountError::RateLimited { per_second: 1 },
+                Code::ResourceExhausted,
+            ),
+            (MountError::NameTaken { name: image() }, Code::AlreadyExists),
+            (MountError::VolumeNotFound { what: image() }, Code::NotFound),
+            (
+                MountError::InUse {
+                    volume: image(),
+                    path: PathBuf::new(),
+                },
+                Code::FailedPrecondition,
+            ),
+            (
+                MountError::of_image("app", PrepareError::NotPresent),
+                Code::NotFound,
+            ),
             (
                 MountError::AlreadyExists {
                     volume: image(),

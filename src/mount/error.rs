@@ -28,6 +28,11 @@ pub enum PrepareError {
     /// The bytes failed, or the disk they go to.
     #[error(transparent)]
     Present(#[from] PresentError),
+    /// The node does not know the image, and the registry is not to be asked.
+    #[error(
+        "this node has not mounted it before, and pullPolicy is Never: mount it here once with another pullPolicy"
+    )]
+    NotPresent,
     /// The image exceeds a configured limit.
     #[error("it exceeds {limit} = {max}: raise the limit if the image is trusted")]
     Limit {
@@ -93,6 +98,34 @@ pub enum MountError {
     Overloaded {
         /// How many may be at once.
         max: usize,
+    },
+    /// Volumes are published faster than the node is meant to.
+    #[error(
+        "more than {per_second} volumes a second are being published on this node: this one has to wait its turn"
+    )]
+    RateLimited {
+        /// How many may be.
+        per_second: u32,
+    },
+    /// A volume of this name was made with other parameters.
+    #[error("volume {name} was made with other parameters or another size: delete it first")]
+    NameTaken {
+        /// The name.
+        name: String,
+    },
+    /// There is no such volume.
+    #[error("{what} is not known here")]
+    VolumeNotFound {
+        /// The volume, and where it was looked for.
+        what: String,
+    },
+    /// A volume that may be at one target is at another one.
+    #[error("volume {volume} may be used by one pod, and is published at {} already", .path.display())]
+    InUse {
+        /// The volume.
+        volume: String,
+        /// Where it is.
+        path: PathBuf,
     },
     /// The volume is published at the target with other attributes.
     #[error(
@@ -210,12 +243,16 @@ impl MountError {
             Self::Busy { .. }
             | Self::Preparing { .. }
             | Self::Overloaded { .. }
+            | Self::RateLimited { .. }
             | Self::Unavailable { .. }
             | Self::NoServer { .. }
             | Self::NoSpace { .. }
             | Self::CacheFull { .. } => true,
             Self::Invalid { .. }
             | Self::AlreadyExists { .. }
+            | Self::NameTaken { .. }
+            | Self::VolumeNotFound { .. }
+            | Self::InUse { .. }
             | Self::ImageNotFound { .. }
             | Self::Unauthorized { .. }
             | Self::Forbidden { .. }
@@ -237,6 +274,7 @@ impl MountError {
                     reason: reason.clone(),
                 };
             }
+            PrepareError::NotPresent => return Self::ImageNotFound { image, cause },
             PrepareError::Limit { .. } => return Self::Limit { image, cause },
             PrepareError::Refused { .. } => return Self::Refused { image, cause },
             PrepareError::Away { .. } => return Self::Unavailable { image, cause },

@@ -4,6 +4,7 @@ use std::{
     any::Any,
     fmt, io,
     path::Path,
+    str::FromStr,
     sync::{
         Arc, Mutex,
         atomic::{AtomicU64, Ordering},
@@ -13,7 +14,7 @@ use std::{
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use super::{Device, PrepareError, lock};
+use super::{Device, PrepareError, View, lock};
 use crate::{
     digest::ManifestDigest,
     secret::{Secret, exposed},
@@ -98,8 +99,58 @@ pub struct ImageRequest {
     /// Left out if absent: a process of another release may read it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub prefetch: Option<Prefetch>,
+    /// Whether the registry says what a tag means; [`PullPolicy::Always`] if absent.
+    ///
+    /// Left out if absent: a process of another release may read it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pull_policy: Option<PullPolicy>,
+    /// Whether the registry is to be spoken to without TLS, which the configuration must allow.
+    ///
+    /// Left out if false: a process of another release may read it.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub insecure: bool,
     /// How to authenticate to the registry.
     pub credentials: PullCredentials,
+}
+
+/// Whether the registry says what a tag means, or the node, where the image was mounted before.
+///
+/// As kubelet has it for containers, `imagePullPolicy`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum PullPolicy {
+    /// The registry.
+    Always,
+    /// The node, if it knows the image.
+    IfNotPresent,
+    /// The node, and an image that it does not know is refused.
+    Never,
+}
+
+impl PullPolicy {
+    /// Its name in volume attributes.
+    pub const fn label(self) -> &'static str {
+        match self {
+            Self::Always => "Always",
+            Self::IfNotPresent => "IfNotPresent",
+            Self::Never => "Never",
+        }
+    }
+}
+
+/// Says that a text is no [`PullPolicy`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("must be Always, IfNotPresent or Never")]
+pub struct NoPullPolicy;
+
+impl FromStr for PullPolicy {
+    type Err = NoPullPolicy;
+
+    fn from_str(text: &str) -> Result<Self, NoPullPolicy> {
+        let all = [Self::Always, Self::IfNotPresent, Self::Never];
+        all.into_iter()
+            .find(|it| it.label() == text)
+            .ok_or(NoPullPolicy)
+    }
 }
 
 /// How to authenticate to a registry.
@@ -123,8 +174,8 @@ impl ImageRequest {
     /// Names what is mounted: equal for two requests that want the same, whoever asks.
     ///
     /// Credentials are no part of it, since they may be renewed while a volume is published, nor is
-    /// what is fetched ahead, which changes nothing of what is seen.
-    pub(super) fn attributes(&self) -> [u8; 32] {
+    /// how it is fetched, which changes nothing of what is seen.
+    pub(super) fn attributes(&self, view: &View) -> [u8; 32] {
         let mut hash = Sha256::new();
         field(&mut hash, self.image.as_bytes());
         // No platform is the empty one: what cannot be written is no third case.
@@ -133,6 +184,7 @@ impl ImageRequest {
         if let Some(index_digest) = &self.index_digest {
             field(&mut hash, index_digest.as_bytes());
         }
+        view.hash(&mut hash);
         hash.finalize().into()
     }
 
@@ -142,12 +194,15 @@ impl ImageRequest {
     /// may have.
     pub(super) fn work(&self) -> [u8; 32] {
         let mut hash = Sha256::new();
-        hash.update(self.attributes());
+        hash.update(self.attributes(&View::default()));
         // Whoever asks for an image that is mounted already may want more of it.
         field(
             &mut hash,
             self.prefetch.map_or("", Prefetch::label).as_bytes(),
         );
+        let policy = self.pull_policy.unwrap_or(PullPolicy::Always);
+        field(&mut hash, policy.label().as_bytes());
+        field(&mut hash, &[u8::from(self.insecure)]);
         match &self.credentials {
             PullCredentials::None => field(&mut hash, b"none"),
             PullCredentials::Basic { username, password } => {
@@ -170,11 +225,23 @@ pub(super) fn field(hash: &mut Sha256, bytes: &[u8]) {
     hash.update(bytes);
 }
 
+/// How much an image holds, as its index says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Usage {
+    /// Of all files.
+    pub bytes: u64,
+    /// Files, directories and links.
+    pub inodes: u64,
+}
+
 /// An image that can be mounted.
 #[derive(Clone)]
 pub struct PreparedImage {
     /// The manifest that the reference meant when it was resolved.
     pub manifest: ManifestDigest,
+    /// How much it holds.
+    pub usage: Usage,
     /// What the [`ImageMounter`] needs to mount it; opaque here.
     pub token: Arc<dyn Any + Send + Sync>,
 }
@@ -238,6 +305,8 @@ mod tests {
             platform: platform.map(str::to_owned),
             index_digest: None,
             prefetch: None,
+            pull_policy: None,
+            insecure: false,
             credentials,
         }
     }
@@ -252,6 +321,20 @@ mod tests {
     fn ahead(image: &str, prefetch: Prefetch) -> ImageRequest {
         ImageRequest {
             prefetch: Some(prefetch),
+            ..request(image, None, PullCredentials::None)
+        }
+    }
+
+    fn insecure(image: &str) -> ImageRequest {
+        ImageRequest {
+            insecure: true,
+            ..request(image, None, PullCredentials::None)
+        }
+    }
+
+    fn never(image: &str) -> ImageRequest {
+        ImageRequest {
+            pull_policy: Some(PullPolicy::Never),
             ..request(image, None, PullCredentials::None)
         }
     }
@@ -272,6 +355,8 @@ mod tests {
             pinned("a"),
             ahead("a", Prefetch::None),
             ahead("a", Prefetch::All),
+            insecure("a"),
+            never("a"),
             request("a", None, basic("u", "p")),
             request("a", None, basic("up", "")),
             request("a", None, basic("u", "q")),
@@ -291,10 +376,12 @@ mod tests {
             }
         }
         // The same volume, whatever is fetched ahead, and whoever asks.
-        assert_eq!(requests[0].attributes(), requests[4].attributes());
-        assert_eq!(requests[0].attributes(), requests[6].attributes());
-        assert_ne!(requests[0].attributes(), requests[1].attributes());
-        assert_ne!(requests[0].attributes(), requests[3].attributes());
+        let attributes = |at: usize| requests[at].attributes(&View::default());
+        for same in 4..9 {
+            assert_eq!(attributes(0), attributes(same), "{same}");
+        }
+        assert_ne!(attributes(0), attributes(1));
+        assert_ne!(attributes(0), attributes(3));
     }
 
     #[test]
@@ -303,7 +390,12 @@ mod tests {
         let json = r#"{"image":"a","platform":null,"credentials":"None"}"#;
         assert_eq!(serde_json::to_string(&plain).unwrap(), json);
         assert_eq!(serde_json::from_str::<ImageRequest>(json).unwrap(), plain);
-        for more in [pinned("a"), ahead("a", Prefetch::Recorded)] {
+        for more in [
+            pinned("a"),
+            ahead("a", Prefetch::Recorded),
+            insecure("a"),
+            never("a"),
+        ] {
             let json = serde_json::to_string(&more).unwrap();
             assert_eq!(serde_json::from_str::<ImageRequest>(&json).unwrap(), more);
         }

@@ -4,7 +4,11 @@ use std::{fs, io, path::Path};
 
 use tracing::{info, warn};
 
-use super::{MountTable, recover::LOCK_FILE, target::remove};
+use super::{
+    MountTable,
+    recover::{LOCK_FILE, WRITABLE_DIR},
+    target::remove,
+};
 
 impl MountTable {
     /// Removes the state directory if it holds no records and no mounts, as after the last
@@ -34,7 +38,7 @@ impl MountTable {
 
 /// Removes what an unused state directory consists of, and nothing that it does not know.
 fn remove_state(dir: &Path) -> io::Result<bool> {
-    for part in ["volumes", "sources"] {
+    for part in ["volumes", "sources", WRITABLE_DIR] {
         if !remove_empty(&dir.join(part))? {
             return Ok(false);
         }

@@ -1,12 +1,13 @@
 //! Knows what is mounted where, and binds sources to targets.
 //!
 //! [`MountTable`] is what the rest uses. It holds one *source mount* per image, below its state
-//! directory, and binds it read-only to each *target path*; a source without targets is kept for a
-//! while, then unmounted.
+//! directory, and binds it read-only to each *target path*, or lays a layer over it there that can be
+//! written; a source without targets is kept for a while, then unmounted.
 //!
 //! ```text
 //! <state-dir>/lock                       held while a process uses the directory
 //! <state-dir>/sources/<manifest>/mnt     a source mount
+//! <state-dir>/writable/<publication>     a layer to be written, for the moment in which it is mounted
 //! <state-dir>/volumes/<publication>.json what is published: one record per volume and target
 //! <state-dir>/volumes/<publication>.json.bad   a record that could not be read, put aside
 //! ```
@@ -39,18 +40,24 @@ mod preparations;
 mod record;
 mod recover;
 mod sources;
+mod stats;
 mod table;
 mod target;
+mod view;
+mod writable;
 
 pub use error::{MountError, PrepareError};
 pub use image::{
-    ImageMounter, ImageRequest, PreparedImage, Progress, PullCredentials, SourceMount, Survivor,
+    ImageMounter, ImageRequest, PreparedImage, Progress, PullCredentials, PullPolicy, SourceMount,
+    Survivor, Usage,
 };
 pub use mountinfo::{Device, MountEntry, MountInfo, MountInfoError};
-pub use record::{RecordError, VolumeRecord};
+pub use record::{RecordError, VolumeRecord, WrittenOver};
 pub use recover::Recovered;
+pub use stats::{Space, VolumeStats};
 pub use table::{MountTable, MountTableConfig, PublishRequest, UnpublishRequest};
 pub use target::{TargetPath, VolumeId};
+pub use view::{Sharing, SubPath, View};
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 

@@ -1,6 +1,6 @@
 //! Remembers what is published, across restarts: one small JSON file per volume and target.
 //!
-//! Layout: `<state-dir>/volumes/<publication>.json`, written whole or not at all. A file that
+//! Layout: `<state-dir>/volumes/<publication>.json`, version 2 (version 1 is read, too), written whole or not at all. A file that
 //! cannot be read is renamed to `….json.bad`, once, and stands in nobody's way: unpublish knows
 //! the driver's mounts without it.
 
@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use tracing::warn;
 
 use super::{
-    MountError, TargetPath, VolumeId,
+    Device, MountError, TargetPath, Usage, VolumeId,
     target::{PublicationId, remove},
 };
 use crate::{
@@ -23,8 +23,11 @@ use crate::{
     disk,
 };
 
-/// The format that is written.
-const RECORD_VERSION: u32 = 1;
+/// The format that is written. Version 1 had neither `usage` nor `written_over`.
+const RECORD_VERSION: u32 = 2;
+
+/// The oldest format that is read.
+const OLDEST_VERSION: u32 = 1;
 
 /// Longest file that is read: a record is a path and some names, 6 KiB at most.
 const MAX_RECORD_BYTES: u64 = 64 << 10;
@@ -36,7 +39,7 @@ pub enum RecordError {
     #[error("not a volume record")]
     Json(#[from] serde_json::Error),
     /// Another release wrote it.
-    #[error("record version {found}, this release reads {RECORD_VERSION}")]
+    #[error("record version {found}, this release reads {OLDEST_VERSION} to {RECORD_VERSION}")]
     Version {
         /// The version in the file.
         found: u32,
@@ -62,6 +65,20 @@ pub struct VolumeRecord {
     pub manifest: ManifestDigest,
     /// Digest of what was asked for: tells a repeated call from another one.
     pub attributes: [u8; 32],
+    /// How much it holds; unknown in a record of an earlier release.
+    pub usage: Option<Usage>,
+    /// What lies below the layer that can be written, if there is one.
+    pub written_over: Option<WrittenOver>,
+}
+
+/// The source mount below a layer that can be written: the volume is alive for as long as that is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct WrittenOver {
+    /// Its file system's major number.
+    pub major: u32,
+    /// Its file system's minor number.
+    pub minor: u32,
 }
 
 /// The record as JSON has it.
@@ -74,6 +91,23 @@ struct Wire {
     image: String,
     manifest: String,
     attributes: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    usage: Option<Usage>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    written_over: Option<WrittenOver>,
+}
+
+impl From<Device> for WrittenOver {
+    fn from(Device { major, minor }: Device) -> Self {
+        Self { major, minor }
+    }
+}
+
+impl WrittenOver {
+    pub(super) fn device(self) -> Device {
+        let Self { major, minor } = self;
+        Device { major, minor }
+    }
 }
 
 impl VolumeRecord {
@@ -88,7 +122,7 @@ impl VolumeRecord {
             version: u32,
         }
         let Versioned { version } = serde_json::from_slice(content)?;
-        if version != RECORD_VERSION {
+        if !(OLDEST_VERSION..=RECORD_VERSION).contains(&version) {
             return Err(RecordError::Version { found: version });
         }
         let wire: Wire = serde_json::from_slice(content)?;
@@ -99,6 +133,8 @@ impl VolumeRecord {
             image: wire.image,
             manifest: wire.manifest.parse().map_err(|_| field("manifest"))?,
             attributes: from_hex(&wire.attributes).ok_or(field("attributes"))?,
+            usage: wire.usage,
+            written_over: wire.written_over,
         })
     }
 
@@ -114,6 +150,8 @@ impl VolumeRecord {
             image: self.image.clone(),
             manifest: self.manifest.to_string(),
             attributes: to_hex(&self.attributes),
+            usage: self.usage,
+            written_over: self.written_over,
         })?;
         content.push(b'\n');
         Ok(content)
@@ -264,8 +302,12 @@ fn put_aside(path: &Path, err: &RecordError) {
 mod tests {
     use super::*;
 
-    /// The bytes of version 1: a change of them is a new version.
-    const GOLDEN: &str = "{\"version\":1,\"volume_id\":\"csi-1\",\"target_path\":\"/pods/a b/mount\",\"image\":\"registry.example/app:1\",\"manifest\":\"sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855\",\"attributes\":\"0707070707070707070707070707070707070707070707070707070707070707\"}\n";
+    /// The bytes of version 2: a change of them is a new version.
+    const GOLDEN: &str = "{\"version\":2,\"volume_id\":\"csi-1\",\"target_path\":\"/pods/a b/mount\",\"image\":\"registry.example/app:1\",\"manifest\":\"sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855\",\"attributes\":\"0707070707070707070707070707070707070707070707070707070707070707\",\"usage\":{\"bytes\":5,\"inodes\":2},\"written_over\":{\"major\":0,\"minor\":53}}\n";
+
+    /// The end of the bytes of version 1.
+    const MORE: &str =
+        ",\"usage\":{\"bytes\":5,\"inodes\":2},\"written_over\":{\"major\":0,\"minor\":53}";
 
     fn record() -> VolumeRecord {
         VolumeRecord {
@@ -274,29 +316,46 @@ mod tests {
             image: "registry.example/app:1".to_owned(),
             manifest: ManifestDigest::of(b""),
             attributes: [7; 32],
+            usage: Some(Usage {
+                bytes: 5,
+                inodes: 2,
+            }),
+            written_over: Some(WrittenOver {
+                major: 0,
+                minor: 53,
+            }),
         }
     }
 
     #[test]
-    fn golden_bytes_of_version_1() {
+    fn golden_bytes_of_both_versions() {
         assert_eq!(
             String::from_utf8(record().encode().unwrap()).unwrap(),
             GOLDEN
         );
         assert_eq!(VolumeRecord::parse(GOLDEN.as_bytes()).unwrap(), record());
+        let first = GOLDEN
+            .replace(MORE, "")
+            .replace("\"version\":2", "\"version\":1");
+        let known = VolumeRecord {
+            usage: None,
+            written_over: None,
+            ..record()
+        };
+        assert_eq!(VolumeRecord::parse(first.as_bytes()).unwrap(), known);
     }
 
     #[test]
     fn what_is_not_a_record_is_told_why() {
         for (from, to, want) in [
             (
-                "\"version\":1",
-                "\"version\":2,\"new\":0",
-                "record version 2, this release reads 1",
+                "\"version\":2",
+                "\"version\":3,\"new\":0",
+                "record version 3, this release reads 1 to 2",
             ),
             (
-                "\"version\":1",
-                "\"version\":1,\"new\":0",
+                "\"version\":2",
+                "\"version\":2,\"new\":0",
                 "not a volume record",
             ),
             ("\"csi-1\"", "\"\"", "field volume_id is malformed"),
@@ -304,7 +363,8 @@ mod tests {
             ("sha256:e3", "sha256:e", "field manifest is malformed"),
             ("\"0707", "\"070", "field attributes is malformed"),
             ("\"image\"", "\"img\"", "not a volume record"),
-            ("}", "", "not a volume record"),
+            ("}}", "}", "not a volume record"),
+            ("\"inodes\":2", "\"inodes\":-2", "not a volume record"),
         ] {
             let changed = GOLDEN.replace(from, to);
             assert_ne!(changed, GOLDEN, "{from} is not in the record");

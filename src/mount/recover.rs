@@ -17,11 +17,15 @@ use super::{
     sources::{self, Sources},
     table::{Published, Recovery, mounts},
     target::PublicationId,
+    writable,
 };
 use crate::metrics::Metrics;
 
 /// Name of the file whose lock says that a process uses the directory.
 pub(super) const LOCK_FILE: &str = "lock";
+
+/// Name of the directory where layers that can be written are, while they are mounted.
+pub(super) const WRITABLE_DIR: &str = "writable";
 
 /// What was found at start.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -56,12 +60,15 @@ impl MountTable {
         let state_dir = make_dir(&config.state_dir)?;
         let sources_dir = make_dir(&state_dir.join("sources"))?;
         let volumes_dir = make_dir(&state_dir.join("volumes"))?;
+        let writable_dir = make_dir(&state_dir.join(WRITABLE_DIR))?;
         // Before anything is touched: the mounts of a living process are not stale.
         let lock = lock_dir(&state_dir)?;
         let survivors = mounter.survivors();
         let alive = survivors.iter().map(|it| it.device).collect();
         let stale_sources = sources::clear_stale(&sources_dir, &alive)
             .map_err(|err| MountError::system("clearing", &sources_dir, err))?;
+        writable::clear_stale(&writable_dir)
+            .map_err(|err| MountError::system("clearing", &writable_dir, err))?;
         let sources = Sources::new(
             sources_dir,
             Arc::clone(&mounter),
@@ -119,13 +126,16 @@ fn sort_volumes(
         let Some(path) = record.target.resolve().ok().flatten() else {
             continue;
         };
-        let Some(device) = info.at(&path).last().map(|it| it.device) else {
+        let Some(seen) = info.at(&path).last() else {
             continue;
         };
         let id = record.id();
-        if sources.rejoin(record.manifest, device, id) {
-            let manifest = record.manifest;
-            live.push((id, Published { manifest, path }));
+        let source = match record.written_over {
+            Some(below) => writable::is_writable(seen).then(|| below.device()),
+            None => Some(seen.device),
+        };
+        if source.is_some_and(|it| sources.rejoin(record.manifest, it, id)) {
+            live.push((id, Published::of(record, path)));
         } else {
             dead.push(id);
         }

@@ -143,7 +143,7 @@ impl Sources {
         &self,
         image: &PreparedImage,
         user: PublicationId,
-        bind: impl FnOnce(&Path) -> Result<(), MountError>,
+        bind: impl FnOnce(&Path, Device) -> Result<(), MountError>,
     ) -> Result<(), MountError> {
         let manifest = image.manifest;
         loop {
@@ -159,7 +159,7 @@ impl Sources {
                 SlotState::Mounted(_) | SlotState::Vacant => {}
             }
             let outcome = self.mounted(image, &mut state).and_then(|source| {
-                bind(&self.mount_point(manifest))?;
+                bind(&self.mount_point(manifest), source.device)?;
                 source.users.insert(user);
                 source.idle_since = None;
                 Ok(())

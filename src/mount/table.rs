@@ -14,15 +14,16 @@ use tracing::{info, warn};
 
 use super::{
     ImageMounter, ImageRequest, MountEntry, MountError, MountInfo, PreparedImage, SOURCE_NAME,
-    TargetPath, VolumeId, VolumeRecord, bind,
+    Sharing, TargetPath, View, VolumeId, VolumeRecord, bind,
     dead::DeadVolumes,
     lock,
     operations::Operations,
     preparations::Preparations,
     record::Records,
-    recover::LiveVolumes,
+    recover::{LiveVolumes, WRITABLE_DIR},
     sources::Sources,
     target::{self, PublicationId, TargetDir},
+    view, writable,
 };
 use crate::{digest::ManifestDigest, failpoint};
 
@@ -52,6 +53,10 @@ pub struct PublishRequest {
     pub target: TargetPath,
     /// The image, and the rights to it.
     pub image: ImageRequest,
+    /// How it is shown there.
+    pub view: View,
+    /// Whether it may be at other targets as well.
+    pub sharing: Sharing,
 }
 
 /// What is to be taken back.
@@ -99,8 +104,22 @@ pub(super) struct Recovery {
 
 #[derive(Debug, Clone)]
 pub(super) struct Published {
-    pub(super) manifest: ManifestDigest,
-    pub(super) path: PathBuf,
+    volume: VolumeId,
+    manifest: ManifestDigest,
+    path: PathBuf,
+    /// Whether what is at the path is a layer over the source, and not the source itself.
+    is_written_over: bool,
+}
+
+impl Published {
+    pub(super) fn of(record: &VolumeRecord, path: PathBuf) -> Self {
+        Self {
+            volume: record.volume.clone(),
+            manifest: record.manifest,
+            path,
+            is_written_over: record.written_over.is_some(),
+        }
+    }
 }
 
 /// What [`Inner::examine`] found.
@@ -167,11 +186,15 @@ impl MountTable {
         self.inner.sources.retire_idle(Duration::ZERO);
     }
 
+    pub(super) fn record(&self, id: PublicationId) -> Result<Option<VolumeRecord>, MountError> {
+        self.inner.records.load(id)
+    }
+
     pub(super) fn state_dir(&self) -> &Path {
         &self.inner.config.state_dir
     }
 
-    /// Mounts the image read-only at the target path.
+    /// Mounts the image at the target path.
     ///
     /// A repeated call finds the volume and succeeds at once. A volume that a former process
     /// published, or whose source died, is mounted anew.
@@ -187,6 +210,8 @@ impl MountTable {
             volume,
             target,
             image,
+            view,
+            sharing,
         } = request;
         let operation = self.inner.operations.begin(&volume, &target)?;
         let mut record = VolumeRecord {
@@ -195,10 +220,12 @@ impl MountTable {
             image: image.image.clone(),
             // Known once the image is resolved.
             manifest: ManifestDigest::from_bytes([0; 32]),
-            attributes: image.attributes(),
+            attributes: image.attributes(&view),
+            usage: None,
+            written_over: None,
         };
         let (inner, wanted) = (Arc::clone(&self.inner), record.clone());
-        match on_blocking_pool(move || inner.examine(&wanted)).await? {
+        match on_blocking_pool(move || inner.examine(&wanted, sharing)).await? {
             Found::Live => return Ok(()),
             Found::NotLive => {}
         }
@@ -211,7 +238,8 @@ impl MountTable {
             match prepared {
                 Ok(prepared) => {
                     record.manifest = prepared.manifest;
-                    inner.mount(&record, &prepared)
+                    record.usage = Some(prepared.usage);
+                    inner.mount(record, &view, &prepared)
                 }
                 Err(err) => {
                     if !err.is_transient() {
@@ -251,7 +279,7 @@ impl Inner {
     ///
     /// # Errors
     /// Whatever will not be better once the image is ready.
-    fn examine(&self, wanted: &VolumeRecord) -> Result<Found, MountError> {
+    fn examine(&self, wanted: &VolumeRecord, sharing: Sharing) -> Result<Found, MountError> {
         let id = wanted.id();
         let path = resolve_for_publish(&wanted.target)?;
         let record = self.records.load(id)?;
@@ -267,12 +295,34 @@ impl Inner {
         if record.is_some() && self.is_live(id, &path)? {
             return Ok(Found::Live);
         }
+        if sharing == Sharing::One
+            && let Some(path) = self.elsewhere(id, &wanted.volume)
+        {
+            return Err(MountError::InUse {
+                volume: wanted.volume.to_string(),
+                path,
+            });
+        }
         self.check_target(id, &path, record.is_some())?;
         Ok(Found::NotLive)
     }
 
+    /// Another target where the volume is.
+    fn elsewhere(&self, id: PublicationId, volume: &VolumeId) -> Option<PathBuf> {
+        let published = lock(&self.published);
+        let mut others = published.iter().filter(|(other, _)| **other != id);
+        others
+            .find(|(_, it)| it.volume == *volume)
+            .map(|(_, it)| it.path.clone())
+    }
+
     /// Mounts what is prepared; undoes everything it did on an error.
-    fn mount(&self, record: &VolumeRecord, image: &PreparedImage) -> Result<(), MountError> {
+    fn mount(
+        &self,
+        mut record: VolumeRecord,
+        view: &View,
+        image: &PreparedImage,
+    ) -> Result<(), MountError> {
         let id = record.id();
         let path = resolve_for_publish(&record.target)?;
         let has_record = self.records.load(id)?.is_some();
@@ -283,11 +333,11 @@ impl Inner {
         self.forget(id);
         // Where a former life of the volume left a record, the directory is from it too.
         let ours = target::make(&path)? == TargetDir::Absent || has_record;
-        let attached = self.sources.attach(image, id, |source| {
-            self.records.store(record)?;
+        let attached = self.sources.attach(image, id, |source, device| {
+            record.written_over = view.writable_bytes.map(|_| device.into());
+            self.records.store(&record)?;
             failpoint::reached("publish:recorded");
-            bind::bind_read_only(source, &path)
-                .map_err(|err| MountError::system("binding the image to", &path, err))?;
+            self.show(id, view, source, &path)?;
             failpoint::reached("publish:bound");
             Ok(())
         });
@@ -304,10 +354,7 @@ impl Inner {
             }
             return Err(err);
         }
-        let published = Published {
-            manifest: image.manifest,
-            path: path.clone(),
-        };
+        let published = Published::of(&record, path.clone());
         lock(&self.published).insert(id, published);
         self.gauge.inc();
         info!(
@@ -318,6 +365,25 @@ impl Inner {
             "published volume"
         );
         Ok(())
+    }
+
+    /// Shows the source at `target`, as the view has it.
+    fn show(
+        &self,
+        id: PublicationId,
+        view: &View,
+        source: &Path,
+        target: &Path,
+    ) -> Result<(), MountError> {
+        let bound = match (&view.path, view.writable_bytes) {
+            (None, None) => bind::bind_read_only(source, target),
+            (Some(_), None) => bind::bind_read_only(&view::path_of(&view.open(source)?), target),
+            (_, Some(bytes)) => {
+                let staging = self.config.state_dir.join(WRITABLE_DIR).join(id.hex());
+                writable::mount_over(&view.open(source)?, bytes, &staging, target)
+            }
+        };
+        bound.map_err(|err| MountError::system("mounting the image at", target, err))
     }
 
     /// Undoes what a former life of the volume left, when it cannot be mounted anew: kubelet may
@@ -369,7 +435,13 @@ impl Inner {
             return Ok(false);
         };
         let info = mounts()?;
-        Ok(info.at(path).last().is_some_and(|it| it.device == device))
+        Ok(info.at(path).last().is_some_and(|it| {
+            if published.is_written_over {
+                writable::is_writable(it)
+            } else {
+                it.device == device
+            }
+        }))
     }
 
     /// Refuses a target that is not there to be mounted over.
@@ -434,9 +506,9 @@ impl Inner {
     }
 }
 
-/// Whether a mount carries the name that this driver gives to its sources.
+/// Whether a mount carries the name that this driver gives to what it mounts.
 fn is_source(entry: &MountEntry) -> bool {
-    entry.source == SOURCE_NAME && entry.fs_type.starts_with("fuse")
+    entry.source == SOURCE_NAME && entry.fs_type.starts_with("fuse") || writable::is_writable(entry)
 }
 
 pub(super) fn mounts() -> Result<MountInfo, MountError> {

@@ -36,6 +36,10 @@ pub struct RegistryConfig {
     ///
     /// Layers are shared by all volumes of a node, and so is what such an index says of them.
     pub trust_pinned_indexes: bool,
+    /// Hosts to which plain http is spoken for volumes that say so: `host[:port]`.
+    pub insecure_hosts: Vec<String>,
+    /// Do not ask the registry for volumes that say `pullPolicy: Never`, not even for the right to pull.
+    pub trust_pull_policy_never: bool,
 }
 
 /// How one host is reached.
@@ -125,6 +129,8 @@ impl Default for RegistryConfig {
             max_layers: 256,
             use_pushed_indexes: true,
             trust_pinned_indexes: false,
+            insecure_hosts: Vec::new(),
+            trust_pull_policy_never: false,
         }
     }
 }

@@ -19,7 +19,7 @@ use std::{
 use tokio::{runtime::Handle, time::MissedTickBehavior};
 use tracing::{debug, info, warn};
 
-use super::protocol::{AgentReply, AgentRequest, MountKey};
+use super::protocol::{AgentReply, AgentRequest, MountKey, ReadyImage};
 use crate::{
     digest::ManifestDigest,
     ipc::{Channel, Listener},
@@ -61,7 +61,7 @@ pub trait Images: Send + Sync + fmt::Debug {
         &'a self,
         request: &'a ImageRequest,
         progress: &'a Arc<Progress>,
-    ) -> BoxFuture<'a, Result<(ManifestDigest, Held), PrepareError>>;
+    ) -> BoxFuture<'a, Result<(ReadyImage, Held), PrepareError>>;
 
     /// Opens the layers of an image that was made ready before, by this process or another one,
     /// and is mounted. Asks no registry, unless a layer is damaged.
@@ -193,7 +193,7 @@ impl Agent {
         });
         // The process ends if the work does not answer: its task was dropped.
         let (held, answer) = match outcome.recv().ok()? {
-            Ok((manifest, held)) => (held, Ok(manifest)),
+            Ok((ready, held)) => (held, Ok(ready)),
             Err(err) => (Held::default(), Err(err)),
         };
         channel.send(&AgentReply::Prepared(answer), None).ok()?;

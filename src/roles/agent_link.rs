@@ -391,6 +391,8 @@ mod tests {
             platform: None,
             index_digest: None,
             prefetch: None,
+            pull_policy: None,
+            insecure: false,
             credentials: crate::mount::PullCredentials::None,
         };
         link.adopt((0, 7), manifest, request);

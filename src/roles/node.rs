@@ -13,10 +13,9 @@ use tokio::{sync::oneshot, time::sleep};
 
 use super::{
     escrow::Escrow,
-    protocol::{AgentReply, AgentRequest},
+    protocol::{AgentReply, AgentRequest, ReadyImage},
 };
 use crate::{
-    digest::ManifestDigest,
     failpoint,
     ipc::{Channel, RunDir},
     mount::{
@@ -68,10 +67,12 @@ impl NodeMounter {
         let mut gone_since = None;
         loop {
             let err = match self.ask_once(request, progress).await {
-                Ok((manifest, lease)) => {
+                Ok((ready, lease)) => {
                     failpoint::reached("node:prepared");
+                    let ready = ready?;
                     return Ok(PreparedImage {
-                        manifest: manifest?,
+                        manifest: ready.manifest,
+                        usage: ready.usage,
                         token: Arc::new(Prepared {
                             request: request.clone(),
                             _lease: lease,
@@ -99,7 +100,7 @@ impl NodeMounter {
         &self,
         request: &ImageRequest,
         progress: &Arc<Progress>,
-    ) -> io::Result<(Result<ManifestDigest, PrepareError>, Channel)> {
+    ) -> io::Result<(Result<ReadyImage, PrepareError>, Channel)> {
         let (sender, answer) = oneshot::channel();
         let (agent, request) = (self.agent.clone(), request.clone());
         let progress = Arc::clone(progress);
@@ -119,7 +120,7 @@ fn converse(
     agent: &Path,
     request: ImageRequest,
     progress: &Progress,
-) -> io::Result<(Result<ManifestDigest, PrepareError>, Channel)> {
+) -> io::Result<(Result<ReadyImage, PrepareError>, Channel)> {
     let channel = Channel::connect(agent)?;
     channel.send(&AgentRequest::Prepare(request), None)?;
     loop {

@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     digest::{DiffId, ManifestDigest},
     fuse::takeover::KernelOffer,
-    mount::{ImageRequest, PrepareError},
+    mount::{ImageRequest, PrepareError, Usage},
     tier::{Chunk, PresentError},
 };
 
@@ -34,6 +34,15 @@ pub struct ServedMount {
     pub request: ImageRequest,
     /// What the kernel offered, once the connection is initialised.
     pub offer: Option<KernelOffer>,
+}
+
+/// An image that the agent made ready.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ReadyImage {
+    /// The manifest that the reference meant.
+    pub manifest: ManifestDigest,
+    /// How much it holds.
+    pub usage: Usage,
 }
 
 /// Asked of the agent.
@@ -80,7 +89,7 @@ pub enum AgentReply {
     /// How far the preparation is, for a person.
     Progress(String),
     /// How the preparation ended.
-    Prepared(Result<ManifestDigest, PrepareError>),
+    Prepared(Result<ReadyImage, PrepareError>),
     /// Whether the chunks are present.
     Present {
         /// As in the request.

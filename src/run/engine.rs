@@ -5,7 +5,7 @@ use std::{path::PathBuf, sync::Arc, time::Duration};
 use anyhow::Context;
 use tokio::runtime::Handle;
 
-use super::BadConfig;
+use super::{BadConfig, references::References};
 use crate::{
     cli::ImageArgs,
     clock::{Clock, SystemClock},
@@ -16,7 +16,7 @@ use crate::{
     metrics::Metrics,
     registry::{
         Credentials, DockerConfig, ImageRef, Platform, PushedIndexOptions, RegistryClient,
-        ResolvedImage,
+        RegistryConfig, ResolvedImage,
     },
     remote::{self, Uploader},
 };
@@ -25,9 +25,22 @@ use crate::{
 #[derive(Debug)]
 pub(super) struct Engine {
     pub(super) registry: RegistryClient,
+    /// The same, speaking plain http to some hosts, for volumes that want that.
+    pub(super) insecure: Insecure,
+    /// What references meant on this node.
+    pub(super) references: References,
+    /// Whether a volume that wants no registry to be asked has none asked.
+    pub(super) trust_pull_policy_never: bool,
     pub(super) store: LayerStore,
     pub(super) indexer: Indexer,
     pub(super) metrics: Metrics,
+}
+
+/// A client that speaks plain http to certain hosts.
+#[derive(Debug)]
+pub(super) struct Insecure {
+    pub(super) hosts: Vec<String>,
+    pub(super) registry: RegistryClient,
 }
 
 /// Which image is wanted, parsed.
@@ -50,9 +63,20 @@ impl Engine {
             key: config.remote.integrity_key().map_err(BadConfig::new)?,
             max_index_bytes: config.cache.max_layer_index_bytes,
         };
-        let registry = RegistryClient::new(config.registry.clone(), metrics.clone())
-            .map_err(BadConfig::new)?
-            .with_pushed_indexes(pushed_indexes);
+        let client = |config: RegistryConfig| {
+            let client = RegistryClient::new(config, metrics.clone()).map_err(BadConfig::new)?;
+            anyhow::Ok(client.with_pushed_indexes(pushed_indexes.clone()))
+        };
+        let registry = client(config.registry.clone())?;
+        let mut with_plain_http = config.registry.clone();
+        for host in &config.registry.insecure_hosts {
+            let host = with_plain_http.hosts.entry(host.clone()).or_default();
+            host.plain_http = true;
+        }
+        let insecure = Insecure {
+            hosts: config.registry.insecure_hosts.clone(),
+            registry: client(with_plain_http)?,
+        };
         let remote = remote::open(&config.remote, &metrics, &clock).map_err(BadConfig::new)?;
         let remote = remote.map(|cache| {
             let options = config.remote.upload_options();
@@ -69,6 +93,9 @@ impl Engine {
         let indexer = Indexer::new(store.clone(), metrics.clone(), max_index_nodes);
         Ok(Self {
             registry,
+            insecure,
+            references: References::new(&config.cache.dir),
+            trust_pull_policy_never: config.registry.trust_pull_policy_never,
             store,
             indexer,
             metrics,

@@ -4,7 +4,9 @@
 //! parts, and only then work. `engine` is what all modes share: registry, cache, indexer.
 
 mod agent;
+mod budget;
 mod cache;
+mod controller;
 mod counted;
 mod engine;
 mod in_process;
@@ -15,6 +17,7 @@ pub mod node;
 mod opener;
 mod own;
 pub mod program;
+mod references;
 pub mod serve;
 mod status;
 
@@ -103,6 +106,7 @@ fn execute(cli: Cli, config: Config) -> anyhow::Result<ExitCode> {
             Err(become_program("clip-csi-node", &settings))
         }
         Command::Agent(args) => in_runtime(agent::run(args, config)),
+        Command::Controller(args) => in_runtime(controller::run(args)),
         Command::Serve(args) => {
             let settings = ServeSettings {
                 log,
@@ -155,7 +159,7 @@ fn start_logging(cli: &Cli) -> anyhow::Result<()> {
 /// A daemon tells what it does; a person wants to hear of trouble only.
 fn log_level(cli: &Cli) -> &str {
     let quiet = match &cli.command {
-        Command::Node(_) | Command::Agent(_) | Command::Serve(_) => "info",
+        Command::Node(_) | Command::Agent(_) | Command::Serve(_) | Command::Controller(_) => "info",
         _ => "warn",
     };
     cli.common.log_level.as_deref().unwrap_or(quiet)

@@ -2,7 +2,10 @@
 
 use std::{any::Any, io, path::Path, sync::Arc};
 
-use super::{engine::Engine, opener::Opener};
+use super::{
+    engine::Engine,
+    opener::{Opener, usage_of},
+};
 use crate::{
     config::FuseConfig,
     fs::ClipFs,
@@ -95,6 +98,7 @@ impl ImageMounter for InProcess {
     ) -> BoxFuture<'a, Result<PreparedImage, PrepareError>> {
         Box::pin(async move {
             let (manifest, opened) = self.opener.open(request, progress).await?;
+            let usage = usage_of(&opened);
             let store = &self.engine().store;
             let image = store.use_image(manifest, &opened.layers, request.prefetch);
             let fs = self
@@ -104,6 +108,7 @@ impl ImageMounter for InProcess {
                 })?;
             Ok(PreparedImage {
                 manifest,
+                usage,
                 token: Arc::new(Prepared { fs, image }),
             })
         })

@@ -19,13 +19,13 @@ use tokio::{
 };
 use tracing::{info, warn};
 
-use super::{BadConfig, program::LogSettings};
+use super::{BadConfig, budget, program::LogSettings};
 use crate::{
     admin::Ready,
     config::NodeConfig,
     csi::{
         CsiConfig, PluginName, Registration, RegistrationConfig, RegistrationOutcome, Server,
-        bind_private,
+        VolumeLimits, bind_private,
     },
     ipc::{Listener, RunDir},
     metrics::Metrics,
@@ -141,10 +141,15 @@ pub(super) async fn serve(
     let csi_config = CsiConfig {
         plugin_name: plugin_name.clone(),
         node_id: settings.node_id,
+        limits: VolumeLimits {
+            max_writable_bytes: settings.node.max_writable_bytes,
+            max_volumes: budget::max_volumes(settings.node.max_volumes),
+            publishes_per_second: settings.node.publishes_per_second,
+        },
     };
     let server = Server::new(csi_config, table.clone(), metrics);
     let bound = bind_private(&socket).with_context(|| format!("socket {}", socket.display()))?;
-    info!(path = %socket.display(), "serving CSI Identity and Node");
+    info!(path = %socket.display(), "serving CSI");
     sys::drop_code();
     let calls = async { anyhow::Ok(server.serve(bound, stopped(stop.clone())).await?) };
     // After the CSI socket listens: kubelet calls it as soon as it sees the registration.
@@ -236,7 +241,7 @@ fn leave(table: MountTable, plugin_dir: Option<&Path>) {
 }
 
 /// The path of a CSI endpoint, which is a Unix socket.
-fn socket_path(endpoint: &str) -> anyhow::Result<PathBuf> {
+pub(super) fn socket_path(endpoint: &str) -> anyhow::Result<PathBuf> {
     let path = endpoint
         .strip_prefix("unix://")
         .or_else(|| endpoint.strip_prefix("unix:"));

@@ -11,9 +11,12 @@ use crate::{
     index::image::ImageIndex,
     indexer::{IndexerError, OpenImage},
     layer::store::Layer,
-    mount::{ImageRequest, PrepareError, Progress, PullCredentials},
-    registry::{Credentials, DockerConfig, ImageRef, Platform},
-    roles::agent::{Held, Images},
+    mount::{ImageRequest, PrepareError, Progress, PullCredentials, PullPolicy, Usage},
+    registry::{Credentials, DockerConfig, ImageRef, Platform, RegistryClient},
+    roles::{
+        agent::{Held, Images},
+        protocol::ReadyImage,
+    },
     sys::{self, MappedFile},
     tier::{BlobSource, BoxFuture, LayerDesc},
 };
@@ -40,18 +43,29 @@ impl Opener {
         request: &ImageRequest,
         progress: &Arc<Progress>,
     ) -> Result<(ManifestDigest, OpenImage), PrepareError> {
+        let wanted = self.wanted(request)?;
+        let known = self.known(&wanted, request.pull_policy)?;
+        if let Some(manifest) = known
+            && request.pull_policy == Some(PullPolicy::Never)
+            && self.engine.trust_pull_policy_never
+        {
+            return Ok((manifest, self.open_known(manifest, request).await?));
+        }
+        let registry = self.registry(request, &wanted.image)?;
         let Wanted {
             image,
             platform,
             credentials,
             index_digest,
-        } = self.wanted(request)?;
+        } = wanted;
         progress.set_phase("asking the registry");
-        let resolved = self
-            .engine
-            .registry
-            .resolve(&image, &platform, &credentials)
-            .await?;
+        // Also what the node knows: whether these credentials may have it.
+        let at_known = known.map(|it| image.at_digest(it));
+        let asked = at_known.as_ref().unwrap_or(&image);
+        let resolved = registry.resolve(asked, &platform, &credentials).await?;
+        self.engine
+            .references
+            .note(&image, &platform, resolved.manifest);
         // What asked the registry does not run while layers are decompressed, which takes most.
         sys::drop_code();
         let paths = self.engine.store.paths();
@@ -64,7 +78,6 @@ impl Opener {
             missing.len(),
             resolved.layers.len()
         ));
-        let registry = &self.engine.registry;
         let blobs: Arc<dyn BlobSource> = Arc::new(Counted {
             source: registry.image_blobs(&image, &credentials, resolved.manifest, index_digest),
             progress: Arc::clone(progress),
@@ -73,12 +86,62 @@ impl Opener {
         Ok((resolved.manifest, opened))
     }
 
-    /// Opens the layers of an image that is mounted.
-    async fn reopen(
+    /// What the node says that the image is, if that is wanted and it knows.
+    fn known(
+        &self,
+        wanted: &Wanted,
+        policy: Option<PullPolicy>,
+    ) -> Result<Option<ManifestDigest>, PrepareError> {
+        let known = || {
+            let by_tag = || {
+                self.engine
+                    .references
+                    .known(&wanted.image, &wanted.platform)
+            };
+            // As for kubelet: what was removed from the node is not present.
+            let is_here = |it: &ManifestDigest| self.engine.store.paths().image(*it).exists();
+            by_tag().filter(is_here)
+        };
+        match policy {
+            None | Some(PullPolicy::Always) => Ok(None),
+            Some(PullPolicy::IfNotPresent) => Ok(known()),
+            Some(PullPolicy::Never) => known().map(Some).ok_or(PrepareError::NotPresent),
+        }
+    }
+
+    /// Who is asked: plain http is for volumes that want it, and hosts that the configuration names.
+    fn registry(
+        &self,
+        request: &ImageRequest,
+        image: &ImageRef,
+    ) -> Result<&RegistryClient, PrepareError> {
+        if !request.insecure {
+            return Ok(&self.engine.registry);
+        }
+        let insecure = &self.engine.insecure;
+        let host = image.registry();
+        if insecure
+            .hosts
+            .iter()
+            .any(|it| it.eq_ignore_ascii_case(host))
+        {
+            return Ok(&insecure.registry);
+        }
+        Err(PrepareError::Invalid {
+            field: Cow::Borrowed("insecure"),
+            reason: format!(
+                "plain http to {host} is not allowed: its operator adds it to registry.insecure_hosts"
+            ),
+        })
+    }
+
+    /// Opens an image that was made ready before, by this process or another one. Asks no registry, unless
+    /// a layer is gone or damaged.
+    async fn open_known(
         &self,
         manifest: ManifestDigest,
         request: &ImageRequest,
-    ) -> Result<Held, PrepareError> {
+    ) -> Result<OpenImage, PrepareError> {
         let wanted = self.wanted(request)?;
         let unusable = |err: &dyn std::fmt::Display| PrepareError::Internal {
             reason: format!("the index of image {manifest} in the cache: {err}"),
@@ -87,7 +150,7 @@ impl Opener {
         let pin = pin.map_err(|err| unusable(&err))?;
         let mapped = MappedFile::new(&pin).map_err(|err| unusable(&err))?;
         let index = ImageIndex::open(mapped).map_err(|err| unusable(&err))?;
-        let source = self.engine.registry.image_blobs(
+        let source = self.registry(request, &wanted.image)?.image_blobs(
             &wanted.image,
             &wanted.credentials,
             manifest,
@@ -103,7 +166,7 @@ impl Opener {
             };
             layers.push(self.engine.store.layer(&desc, Arc::clone(&source)).await?);
         }
-        Ok(self.hold(manifest, request, layers))
+        Ok(OpenImage { index, layers })
     }
 
     /// Keeps the layers of an image, and has fetched ahead what the request wants of it.
@@ -158,15 +221,25 @@ impl Opener {
     }
 }
 
+/// How much the image holds.
+pub(super) fn usage_of(image: &OpenImage) -> Usage {
+    Usage {
+        bytes: image.index.content_bytes(),
+        inodes: image.index.n_nodes(),
+    }
+}
+
 impl Images for Opener {
     fn prepare<'a>(
         &'a self,
         request: &'a ImageRequest,
         progress: &'a Arc<Progress>,
-    ) -> BoxFuture<'a, Result<(ManifestDigest, Held), PrepareError>> {
+    ) -> BoxFuture<'a, Result<(ReadyImage, Held), PrepareError>> {
         Box::pin(async move {
             let (manifest, opened) = self.open(request, progress).await?;
-            Ok((manifest, self.hold(manifest, request, opened.layers)))
+            let usage = usage_of(&opened);
+            let ready = ReadyImage { manifest, usage };
+            Ok((ready, self.hold(manifest, request, opened.layers)))
         })
     }
 
@@ -175,7 +248,10 @@ impl Images for Opener {
         manifest: ManifestDigest,
         request: &'a ImageRequest,
     ) -> BoxFuture<'a, Result<Held, PrepareError>> {
-        Box::pin(self.reopen(manifest, request))
+        Box::pin(async move {
+            let opened = self.open_known(manifest, request).await?;
+            Ok(self.hold(manifest, request, opened.layers))
+        })
     }
 }
 

@@ -10,17 +10,18 @@ use std::{
 };
 
 use clip_csi::{
-    csi::{CsiConfig, DEFAULT_PLUGIN_NAME, Server, bind_private},
+    csi::{CsiConfig, DEFAULT_PLUGIN_NAME, Server, VolumeLimits, bind_private},
     metrics::Metrics,
     mount::{PrepareError, PullCredentials},
     pb::v1::{
-        ControllerGetCapabilitiesRequest, GetPluginCapabilitiesRequest, GetPluginInfoRequest,
-        NodeExpandVolumeRequest, NodeGetCapabilitiesRequest, NodeGetInfoRequest,
-        NodeGetVolumeStatsRequest, NodePublishVolumeRequest, NodeStageVolumeRequest,
-        NodeUnpublishVolumeRequest, NodeUnstageVolumeRequest, ProbeRequest, VolumeCapability,
-        controller_client::ControllerClient,
+        GetPluginCapabilitiesRequest, GetPluginInfoRequest, NodeExpandVolumeRequest,
+        NodeGetCapabilitiesRequest, NodeGetInfoRequest, NodePublishVolumeRequest,
+        NodeStageVolumeRequest, NodeUnpublishVolumeRequest, NodeUnstageVolumeRequest, ProbeRequest,
+        VolumeCapability,
         identity_client::IdentityClient,
         node_client::NodeClient,
+        node_service_capability::{self, rpc},
+        plugin_capability,
         volume_capability::{AccessMode, AccessType, BlockVolume, MountVolume, access_mode::Mode},
     },
     secret::Secret,
@@ -41,17 +42,17 @@ use tonic::{
 use crate::mount_fixture::{FakeMounter, Scratch, skip_without_mounts};
 
 /// A server in the background, and a client.
-struct World {
-    channel: Channel,
-    mounter: Arc<FakeMounter>,
+pub(crate) struct World {
+    pub(crate) channel: Channel,
+    pub(crate) mounter: Arc<FakeMounter>,
     metrics: Metrics,
     stop: oneshot::Sender<()>,
     serving: JoinHandle<()>,
-    scratch: Scratch,
+    pub(crate) scratch: Scratch,
 }
 
 impl World {
-    async fn new() -> Self {
+    pub(crate) async fn new() -> Self {
         let scratch = Scratch::new();
         let mounter = FakeMounter::new();
         let metrics = Metrics::new();
@@ -59,6 +60,11 @@ impl World {
         let config = CsiConfig {
             plugin_name: DEFAULT_PLUGIN_NAME.parse().unwrap(),
             node_id: "node-1".to_owned(),
+            limits: VolumeLimits {
+                max_writable_bytes: 1 << 20,
+                max_volumes: 110,
+                publishes_per_second: 1,
+            },
         };
         let socket = scratch.path().join("csi.sock");
         let listener = bind_private(&socket).unwrap();
@@ -80,7 +86,7 @@ impl World {
         }
     }
 
-    fn node(&self) -> NodeClient<Channel> {
+    pub(crate) fn node(&self) -> NodeClient<Channel> {
         NodeClient::new(self.channel.clone())
     }
 
@@ -88,11 +94,11 @@ impl World {
         IdentityClient::new(self.channel.clone())
     }
 
-    async fn publish(&self, request: NodePublishVolumeRequest) -> Result<(), Status> {
+    pub(crate) async fn publish(&self, request: NodePublishVolumeRequest) -> Result<(), Status> {
         self.node().node_publish_volume(request).await.map(drop)
     }
 
-    async fn unpublish(&self, volume: &str, target: &Path) -> Result<(), Status> {
+    pub(crate) async fn unpublish(&self, volume: &str, target: &Path) -> Result<(), Status> {
         let request = NodeUnpublishVolumeRequest {
             volume_id: volume.to_owned(),
             target_path: target.to_str().unwrap().to_owned(),
@@ -104,7 +110,7 @@ impl World {
         self.scratch.path().join("csi.sock")
     }
 
-    fn calls(&self, rpc: &str, code: &str) -> u64 {
+    pub(crate) fn calls(&self, rpc: &str, code: &str) -> u64 {
         self.metrics
             .csi_requests
             .with_label_values(&[rpc, code])
@@ -113,7 +119,7 @@ impl World {
 }
 
 /// What kubelet sends for an ephemeral inline volume.
-fn publish_request(target: &Path) -> NodePublishVolumeRequest {
+pub(crate) fn publish_request(target: &Path) -> NodePublishVolumeRequest {
     NodePublishVolumeRequest {
         volume_id: "csi-1".to_owned(),
         target_path: target.to_str().unwrap().to_owned(),
@@ -132,7 +138,12 @@ fn publish_request(target: &Path) -> NodePublishVolumeRequest {
     }
 }
 
-fn map(pairs: &[(&str, &str)]) -> BTreeMap<String, String> {
+pub(crate) fn set_mode(request: &mut NodePublishVolumeRequest, mode: Mode) {
+    let capability = request.volume_capability.as_mut().unwrap();
+    capability.access_mode = Some(AccessMode { mode: mode.into() });
+}
+
+pub(crate) fn map(pairs: &[(&str, &str)]) -> BTreeMap<String, String> {
     pairs
         .iter()
         .map(|(key, value)| ((*key).to_owned(), (*value).to_owned()))
@@ -156,14 +167,21 @@ async fn identity_says_who_it_is_and_that_it_is_ready() {
         .unwrap()
         .into_inner()
         .capabilities;
-    assert_eq!(capabilities, []);
+    let services: Vec<_> = capabilities.into_iter().map(|it| it.r#type).collect();
+    let controller = plugin_capability::Service {
+        r#type: plugin_capability::service::Type::ControllerService.into(),
+    };
+    assert_eq!(
+        services,
+        [Some(plugin_capability::Type::Service(controller))]
+    );
     let ready = identity.probe(ProbeRequest {}).await.unwrap().into_inner();
     assert_eq!(ready.ready, Some(true));
     assert_eq!(world.calls("Probe", "OK"), 1);
 }
 
 #[tokio::test]
-async fn node_says_which_one_it_is_and_advertises_nothing() {
+async fn node_says_which_one_it_is_and_what_it_can_do() {
     let world = World::new().await;
     let mut node = world.node();
     let info = node
@@ -174,7 +192,7 @@ async fn node_says_which_one_it_is_and_advertises_nothing() {
     assert_eq!(info.node_id, "node-1");
     assert_eq!(
         (info.max_volumes_per_node, info.accessible_topology),
-        (0, None)
+        (110, None)
     );
     let capabilities = node
         .node_get_capabilities(NodeGetCapabilitiesRequest {})
@@ -182,7 +200,17 @@ async fn node_says_which_one_it_is_and_advertises_nothing() {
         .unwrap()
         .into_inner()
         .capabilities;
-    assert_eq!(capabilities, []);
+    let types: Vec<_> = capabilities
+        .into_iter()
+        .map(|it| match it.r#type {
+            Some(node_service_capability::Type::Rpc(rpc)) => rpc.r#type(),
+            None => rpc::Type::Unknown,
+        })
+        .collect();
+    assert_eq!(
+        types,
+        [rpc::Type::GetVolumeStats, rpc::Type::SingleNodeMultiWriter]
+    );
 }
 
 #[tokio::test]
@@ -203,12 +231,6 @@ async fn what_is_not_advertised_is_unimplemented() {
                 .map(drop),
         ),
         (
-            "NodeGetVolumeStats",
-            node.node_get_volume_stats(NodeGetVolumeStatsRequest::default())
-                .await
-                .map(drop),
-        ),
-        (
             "NodeExpandVolume",
             node.node_expand_volume(NodeExpandVolumeRequest::default())
                 .await
@@ -219,11 +241,6 @@ async fn what_is_not_advertised_is_unimplemented() {
         assert_eq!(outcome.unwrap_err().code(), Code::Unimplemented, "{rpc}");
         assert_eq!(world.calls(rpc, "UNIMPLEMENTED"), 1, "{rpc}");
     }
-    let err = ControllerClient::new(world.channel.clone())
-        .controller_get_capabilities(ControllerGetCapabilitiesRequest {})
-        .await
-        .unwrap_err();
-    assert_eq!(err.code(), Code::Unimplemented);
 }
 
 #[tokio::test]
@@ -255,7 +272,7 @@ async fn wrong_arguments_are_refused_and_named() {
     let world = World::new().await;
     let good = publish_request(&world.scratch.target("pod"));
     type Spoil = fn(&mut NodePublishVolumeRequest);
-    let cases: [(&str, Spoil); 11] = [
+    let cases: [(&str, Spoil); 17] = [
         ("volume_id: is required", |it| it.volume_id.clear()),
         ("volume_id: has 129 bytes", |it| {
             it.volume_id = "v".repeat(129)
@@ -283,6 +300,32 @@ async fn wrong_arguments_are_refused_and_named() {
         ("unknown key \"token\"", |it| {
             it.secrets = map(&[("token", "hunter2")])
         }),
+        ("access_mode: is required", |it| {
+            it.volume_capability.as_mut().unwrap().access_mode = None;
+        }),
+        (
+            "access_mode: MULTI_NODE_MULTI_WRITER: an image is read-only",
+            |it| {
+                set_mode(it, Mode::MultiNodeMultiWriter);
+            },
+        ),
+        ("path: must be relative", |it| {
+            it.volume_context = map(&[("image", "a"), ("path", "../etc")]);
+        }),
+        ("writable: is for inline volumes", |it| {
+            it.volume_context = map(&[("image", "a"), ("writable", "true")]);
+        }),
+        (
+            "writableSize: is 1048577 bytes, this node allows 1048576",
+            |it| {
+                it.volume_context
+                    .extend(map(&[("writable", "true"), ("writableSize", "1048577")]));
+            },
+        ),
+        ("writable: the pod says readOnly: true", |it| {
+            it.readonly = true;
+            it.volume_context.extend(map(&[("writable", "true")]));
+        }),
         ("fsType", |it| {
             it.volume_capability.as_mut().unwrap().access_type =
                 Some(AccessType::Mount(MountVolume {
@@ -309,8 +352,24 @@ async fn wrong_arguments_are_refused_and_named() {
         assert_eq!(err.code(), Code::InvalidArgument);
     }
     assert_eq!(world.mounter.n_prepared(), 0);
-    assert_eq!(world.calls("NodePublishVolume", "INVALID_ARGUMENT"), 11);
+    assert_eq!(world.calls("NodePublishVolume", "INVALID_ARGUMENT"), 17);
     assert_eq!(world.calls("NodeUnpublishVolume", "INVALID_ARGUMENT"), 2);
+}
+
+#[tokio::test]
+async fn publishes_beyond_the_burst_have_to_wait() {
+    let world = World::new().await;
+    let request = publish_request(Path::new("/none/mount"));
+    for _ in 0..512 {
+        let err = world.publish(request.clone()).await.unwrap_err();
+        assert_eq!(err.code(), Code::InvalidArgument);
+    }
+    let mut codes = Vec::new();
+    // The rate is one in a second: of the next two, one has to wait at least.
+    for _ in 0..2 {
+        codes.push(world.publish(request.clone()).await.unwrap_err().code());
+    }
+    assert!(codes.contains(&Code::ResourceExhausted), "{codes:?}");
 }
 
 #[tokio::test]

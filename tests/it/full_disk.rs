@@ -18,7 +18,7 @@ use clip_csi::{
     mount::{ImageRequest, PrepareError, Progress},
     roles::{
         agent::{Agent, Held, Images},
-        protocol::{AgentReply, AgentRequest},
+        protocol::{AgentReply, AgentRequest, ReadyImage},
     },
     tier::{BoxFuture, Chunk, MakePresent, PresentError, lent::LentChunk},
 };
@@ -353,7 +353,7 @@ impl Images for NoImages {
         &'a self,
         _: &'a ImageRequest,
         _: &'a Arc<Progress>,
-    ) -> BoxFuture<'a, Result<(ManifestDigest, Held), PrepareError>> {
+    ) -> BoxFuture<'a, Result<(ReadyImage, Held), PrepareError>> {
         Box::pin(std::future::pending())
     }
 

@@ -13,6 +13,7 @@ mod admin;
 mod checkpoints;
 mod codec;
 mod csi;
+mod csi_controller;
 mod eviction;
 mod flipped_bits;
 mod fs;

@@ -6,6 +6,8 @@
 mod preparations;
 #[path = "mount/recovery.rs"]
 mod recovery;
+#[path = "mount/views.rs"]
+mod views;
 
 use std::{fs, io, path::Path, sync::atomic::Ordering};
 

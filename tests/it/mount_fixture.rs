@@ -19,8 +19,8 @@ use clip_csi::{
     metrics::Metrics,
     mount::{
         ImageMounter, ImageRequest, MountInfo, MountTable, MountTableConfig, PrepareError,
-        PreparedImage, Progress, PublishRequest, PullCredentials, Recovered, SourceMount, Survivor,
-        TargetPath, UnpublishRequest, VolumeId,
+        PreparedImage, Progress, PublishRequest, PullCredentials, Recovered, Sharing, SourceMount,
+        Survivor, TargetPath, UnpublishRequest, Usage, View, VolumeId,
     },
     tier::BoxFuture,
 };
@@ -173,6 +173,12 @@ impl FakeMounter {
     }
 }
 
+/// How much every image of the fake holds.
+pub(crate) const USAGE: Usage = Usage {
+    bytes: 5000,
+    inodes: 7,
+};
+
 /// The manifest that the fake resolves an image to.
 pub(crate) fn manifest(image: &str) -> ManifestDigest {
     ManifestDigest::of(image.as_bytes())
@@ -198,6 +204,7 @@ impl ImageMounter for FakeMounter {
             }
             Ok(PreparedImage {
                 manifest: manifest(&request.image),
+                usage: USAGE,
                 token: Arc::new(request.image.clone()),
             })
         })
@@ -211,6 +218,9 @@ impl ImageMounter for FakeMounter {
         self.n_mounts.fetch_add(1, Ordering::SeqCst);
         let name: &String = image.token.downcast_ref().unwrap();
         disk::publish(&dir.join("image"), name.as_bytes())?;
+        fs::create_dir_all(dir.join("usr/share"))?;
+        disk::publish(&dir.join("usr/share/words"), b"a")?;
+        std::os::unix::fs::symlink("/", dir.join("out"))?;
         Ok(Box::new(FakeSource {
             dir: dir.to_owned(),
             crashed: Arc::clone(&self.crashed),
@@ -257,8 +267,12 @@ pub(crate) fn publish_request(volume: &str, target: &Path, image: &str) -> Publi
             platform: None,
             index_digest: None,
             prefetch: None,
+            pull_policy: None,
+            insecure: false,
             credentials: PullCredentials::None,
         },
+        view: View::default(),
+        sharing: Sharing::Many,
     }
 }
 

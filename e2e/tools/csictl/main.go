@@ -23,13 +23,13 @@ import (
 )
 
 const usage = `usage: csictl [--endpoint unix://PATH] [--timeout DURATION] COMMAND
-  publish ID TARGET [KEY=VALUE]... [--secret KEY=VALUE]... [--writable] [--block] [--bare] [--no-capability]
+  publish ID TARGET [KEY=VALUE]... [--secret KEY=VALUE]... [--writable] [--mode MODE] [--block] [--bare] [--no-capability]
   unpublish ID TARGET
   stats ID PATH
-  serve-controller SOCKET IMAGE     serves CreateVolume for csi-sanity until it is killed
   info | plugin-caps | probe | caps | node-info
 The endpoint may also be given as CSI_ENDPOINT. Kubelet's limit of two minutes is the default timeout.
---bare leaves out the pod's name that kubelet adds; --block asks for a block device.`
+--bare leaves out the pod's name that kubelet adds, as for a volume that is not inline; --block asks for a block device;
+--mode is an access mode as the CSI specification spells it.`
 
 // kubeletTimeout is what kubelet grants a CSI call (pkg/volume/csi: csiTimeout).
 const kubeletTimeout = 2 * time.Minute
@@ -39,6 +39,7 @@ type options struct {
 	timeout      time.Duration
 	secrets      map[string]string
 	writable     bool
+	mode         csi.VolumeCapability_AccessMode_Mode
 	block        bool
 	bare         bool
 	noCapability bool
@@ -50,10 +51,6 @@ func main() {
 	if err != nil {
 		fmt.Fprintf(os.Stderr, "csictl: %v\n%s\n", err, usage)
 		os.Exit(2)
-	}
-	if opts.positional[0] == "serve-controller" && len(opts.positional) == 3 {
-		fmt.Fprintln(os.Stderr, "csictl:", serveController(opts.positional[1], opts.positional[2]))
-		os.Exit(1)
 	}
 	connection, err := grpc.NewClient(opts.endpoint,
 		grpc.WithTransportCredentials(insecure.NewCredentials()),
@@ -101,6 +98,7 @@ func parse(args []string) (*options, error) {
 		endpoint: os.Getenv("CSI_ENDPOINT"),
 		timeout:  kubeletTimeout,
 		secrets:  map[string]string{},
+		mode:     csi.VolumeCapability_AccessMode_SINGLE_NODE_WRITER,
 	}
 	for i := 0; i < len(args); i++ {
 		value := func() (string, error) {
@@ -135,6 +133,16 @@ func parse(args []string) (*options, error) {
 				return nil, fmt.Errorf("--secret wants KEY=VALUE")
 			}
 			opts.secrets[key] = secret
+		case "--mode":
+			v, err := value()
+			if err != nil {
+				return nil, err
+			}
+			mode, known := csi.VolumeCapability_AccessMode_Mode_value[v]
+			if !known {
+				return nil, fmt.Errorf("unknown access mode %s", v)
+			}
+			opts.mode = csi.VolumeCapability_AccessMode_Mode(mode)
 		case "--writable":
 			opts.writable = true
 		case "--block":
@@ -153,7 +161,7 @@ func parse(args []string) (*options, error) {
 	if len(opts.positional) == 0 {
 		return nil, fmt.Errorf("no command")
 	}
-	if opts.endpoint == "" && opts.positional[0] != "serve-controller" {
+	if opts.endpoint == "" {
 		return nil, fmt.Errorf("no endpoint")
 	}
 	return opts, nil
@@ -257,7 +265,7 @@ func publishRequest(opts *options, args []string) (*csi.NodePublishVolumeRequest
 		return request, nil
 	}
 	request.VolumeCapability = &csi.VolumeCapability{
-		AccessMode: &csi.VolumeCapability_AccessMode{Mode: csi.VolumeCapability_AccessMode_SINGLE_NODE_WRITER},
+		AccessMode: &csi.VolumeCapability_AccessMode{Mode: opts.mode},
 		AccessType: &csi.VolumeCapability_Mount{Mount: &csi.VolumeCapability_MountVolume{}},
 	}
 	if opts.block {
