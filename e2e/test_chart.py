@@ -47,7 +47,8 @@ EVERYTHING = {
         "kubeletPath": "/data/kubelet", "tolerations": [{"key": "gpu", "operator": "Exists", "effect": "NoSchedule"}], "nodeSelector": {"disk": "nvme"},
         "affinity": {"nodeAffinity": {}}, "priorityClass": {"create": True}, "hostNetwork": True, "dnsConfig": {"nameservers": ["10.0.0.10"]},
         "runPath": "/run/images", "selinux": {"options": {"type": "spc_t"}}, "annotations": {"a": "b"}, "podAnnotations": {"a": "b"}, "podLabels": {"a": "b"},
-        "publishWaitSeconds": 60, "drainSeconds": 1, "serverDeadlineSeconds": 30, "idleSourceSeconds": 0,
+        "publishWaitSeconds": 60, "drainSeconds": 1, "serverDeadlineSeconds": 30, "idleSourceSeconds": 0, "maxWritableBytes": 1 << 30, "maxVolumes": 200,
+        "publishesPerSecond": 5,
         "serviceAccount": {"annotations": {"a": "b"}}, "startupTaint": {"enabled": True},
     },
     "agent": {"env": [{"name": "HTTPS_PROXY", "value": "http://proxy:3128"}], "envFrom": [{"configMapRef": {"name": "e"}}]},
@@ -62,7 +63,14 @@ EVERYTHING = {
                   "private.example": {"caBundle": {"configMap": "private-ca", "key": "root.pem"}}, "other.example": {"caBundle": {"configMap": "private-ca"}}},
         "existingSecret": "pull", "connectTimeoutSeconds": 5, "readTimeoutSeconds": 6, "retries": 2, "maxBackoffSeconds": 3, "maxWaitSeconds": 60,
         "maxManifestBytes": 1 << 20, "maxLayers": 10, "usePushedIndexes": False, "trustPinnedIndexes": True,
+        "trustPullPolicyNever": True, "insecureHosts": ["old.example:5000"],
     },
+    "controller": {"enabled": True, "replicas": 3, "priorityClassName": "important", "tolerations": [{"key": "gpu", "operator": "Exists"}], "nodeSelector": {"disk": "nvme"},
+                   "affinity": {"nodeAffinity": {}}, "annotations": {"a": "b"}, "podAnnotations": {"a": "b"}, "podLabels": {"a": "b"},
+                   "serviceAccount": {"annotations": {"a": "b"}}},
+    "storageClasses": [{"name": "models", "parameters": {"image": "registry.example:5000/app:1", "csi.storage.k8s.io/node-publish-secret-name": "pull",
+                                                          "csi.storage.k8s.io/node-publish-secret-namespace": "default"}, "reclaimPolicy": "Retain",
+                        "labels": {"a": "b"}, "annotations": {"a": "b"}}],
     "fuse": {"annotations": {"a": "b"}, "podAnnotations": {"a": "b"}, "podLabels": {"a": "b"}, "threadsPerMount": 2, "readThreads": 4, "readAheadKib": 512},
     "metrics": {"podMonitor": {"forceEnable": True, "labels": {"release": "p"}, "interval": "15s", "scrapeTimeout": "5s", "relabelings": [{"targetLabel": "x", "replacement": "y"}],
                                "metricRelabelings": [{"action": "labeldrop", "regex": "z"}]},
@@ -83,6 +91,8 @@ COMBINATIONS = {
     "no metrics": {"metrics": {"enabled": False}, "networkPolicy": {"enabled": True}},
     "no Kubernetes API": {"agent": {"events": {"enabled": False}}},
     "no objects of its own": {"csiDriver": {"create": False}, "node": {"serviceAccount": {"create": False, "name": "given"}}, "test": {"enabled": False}},
+    "controller": {"controller": {"enabled": True}},
+    "controller of somebody": {"controller": {"enabled": True, "serviceAccount": {"create": False, "name": "given"}}},
     "on delete": {"node": {"updateStrategy": {"type": "OnDelete"}}, "fuse": {"updateStrategy": {"type": "OnDelete"}}},
     "no surge": {"fuse": {"updateStrategy": {"rollingUpdate": {"maxSurge": 0, "maxUnavailable": 1}}}},
     "other names": {"fullnameOverride": "images", "namespaceOverride": "storage", "csiDriver": {"name": "images.example.org"}},
@@ -124,7 +134,15 @@ MISTAKES = [
     ({"metrics": {"prometheusRule": {"disabledAlerts": "ClipCsiAgentDown"}}}, "disabledAlerts"),
     ({"csiDriver": {"name": "csi.example.v2"}}, "name"),
     ({"registration": {"mode": "both"}}, "mode"),
+    ({"registries": {"insecureHosts": ["http://old.example"]}}, "insecureHosts"),
+    ({"node": {"maxWritableBytes": "1Gi"}}, "maxWritableBytes"),
+    ({"controller": {"replicas": 0}}, "replicas"),
+    ({"storageClasses": [{"name": "models", "parameters": {"images": "a"}}]}, "images"),
+    ({"storageClasses": [{"name": "models", "parameters": {"image": "a", "writable": "true"}}]}, "writable"),
+    ({"storageClasses": [{"name": "models", "parameters": {}}]}, "image"),
+    ({"storageClasses": [{"name": "models"}]}, "parameters"),
     # Not the schema's, but the templates' own.
+    ({"storageClasses": [{"name": "models", "parameters": {"image": "a"}}]}, "controller.enabled is not"),
     ({"image": {"registry": ""}}, "image.registry is not set"),
     ({"test": {"volumeImage": "registry.example/app:1"}}, "test.sha256 is not set"),
 ]
@@ -177,7 +195,7 @@ def documented_metrics() -> set[str]:
 def containers(objects: list[dict]):
     """Every container of the objects, with the pod's specification that it is in; those that run to an end first."""
     for it in objects:
-        spec = it["spec"] if it["kind"] == "Pod" else it.get("spec", {}).get("template", {}).get("spec") if it["kind"] == "DaemonSet" else None
+        spec = it["spec"] if it["kind"] == "Pod" else it.get("spec", {}).get("template", {}).get("spec") if it["kind"] in ("DaemonSet", "Deployment") else None
         for container in [*(spec or {}).get("initContainers", []), *(spec or {}).get("containers", [])]:
             yield spec, container
 
@@ -240,7 +258,7 @@ class Rendering(NeedsHelm):
     def test_no_volume_is_left_unused(self):
         for name, values in COMBINATIONS.items():
             for it in self.objects(values):
-                if it["kind"] == "DaemonSet":
+                if it["kind"] in ("DaemonSet", "Deployment"):
                     spec = it["spec"]["template"]["spec"]
                     used = {mount["name"] for container in [*spec.get("initContainers", []), *spec["containers"]] for mount in container["volumeMounts"]}
                     self.assertEqual({volume["name"] for volume in spec["volumes"]}, used, name)
@@ -472,19 +490,43 @@ class Security(NeedsHelm):
                 if have:
                     self.assertIn("NODE_ID", [it["name"] for it in container["env"]])
 
+    # All that makes the chart grant something.
+    GRANTING = {"node": {"startupTaint": {"enabled": True}}, "controller": {"enabled": True}}
+
     def rules(self) -> dict[str, list[dict]]:
-        """All that may be granted, by kind of role."""
-        objects = self.objects({"node": {"startupTaint": {"enabled": True}}})
-        return {kind: self.only(objects, kind)["rules"] for kind in ("ClusterRole", "Role")}
+        """All that may be granted, by kind and name of role."""
+        return {f"{it['kind']} {it['metadata']['name']}": it["rules"] for it in self.objects(self.GRANTING) if it["kind"] in ("ClusterRole", "Role")}
 
     def test_roles_grant_what_is_needed(self):
-        granted = {kind: {(*rule["resources"], *rule["verbs"]) for rule in rules} for kind, rules in self.rules().items()}
-        self.assertEqual(granted, {"ClusterRole": {("csinodes", "get"), ("nodes", "get"), ("nodes", "patch")}, "Role": {("events", "create")}})
+        granted = {role: {(*rule["resources"], *rule["verbs"]) for rule in rules} for role, rules in self.rules().items()}
+        self.assertEqual(granted, {
+            "ClusterRole clip-csi-node": {("csinodes", "get"), ("nodes", "get"), ("nodes", "patch")}, "Role clip-csi-events": {("events", "create")},
+            "ClusterRole clip-csi-controller": {
+                ("persistentvolumeclaims", "get", "list", "watch"), ("persistentvolumeclaims", "update"), ("persistentvolumes", "get", "list", "watch", "create", "delete"),
+                ("persistentvolumes", "patch", "update"), ("storageclasses", "get", "list", "watch"), ("volumeattributesclasses", "get", "list", "watch"),
+                ("events", "list", "watch", "create", "update", "patch")},
+            "Role clip-csi-controller": {("leases", "get", "create", "update")}})
+
+    def test_the_controller_is_there_when_it_is_wanted_and_only_its_provisioner_has_a_token(self):
+        self.assertNotIn("Deployment", {it["kind"] for it in self.objects({})})
+        objects = self.objects({"controller": {"enabled": True}})
+        pod = self.only(objects, "Deployment")["spec"]["template"]["spec"]
+        self.assertFalse(pod["automountServiceAccountToken"])
+        self.assertEqual({it["name"]: set(mounted(it)) for it in pod["containers"]}, {"controller": {"csi"}, "csi-provisioner": {"csi", "kubernetes-api"}})
+        # The socket is its owner's alone.
+        self.assertEqual({(it["securityContext"]["runAsUser"], it["securityContext"]["runAsNonRoot"]) for it in pod["containers"]}, {(65532, True)})
+        address = next(it for it in pod["containers"][1]["args"] if it.startswith("--csi-address="))
+        self.assertIn(f"--endpoint=unix://{address.partition('=')[2]}", pod["containers"][0]["args"])
+
+    def test_a_storage_class_is_what_the_values_say(self):
+        made = self.only(self.objects(EVERYTHING), "StorageClass")
+        [wanted] = EVERYTHING["storageClasses"]
+        self.assertEqual((made["provisioner"], made["parameters"], made["reclaimPolicy"]), ("csi.clip-csi.dev", wanted["parameters"], "Retain"))
 
     def test_each_rule_has_its_reason_above_it(self):
-        lines = template({"node": {"startupTaint": {"enabled": True}}}).stdout.splitlines()
+        lines = template(self.GRANTING).stdout.splitlines()
         rules = [(lines[number - 1], lines[number]) for number in range(len(lines)) if lines[number].lstrip().startswith("- apiGroups:")]
-        self.assertEqual(len(rules), 4)
+        self.assertEqual(len(rules), 12)
         for above, rule in rules:
             self.assertRegex(above, r"^\s*# [A-Z].*\.$", f"no reason above {rule!r}")
 

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Builds the Go programs of e2e/tools into the cache and prints the directory they are in.
-# usage: tools.sh [csi|kubernetes|s3]
+# usage: tools.sh [csi|kubernetes|provisioner|s3]
 #   csi         csi-sanity, csictl, and what tests and benchmarks need: testregistry, benchreader (the default)
 #   kubernetes  Kubernetes' own programs, Helm, the cluster's sidecars, and in crds/ the kinds of Prometheus' operator
+#   provisioner csi-provisioner, the sidecar that makes volumes for claims
 #   s3          versitygw, a server that speaks S3
 # A no-op when the cache holds them for these very sources.
 set -euo pipefail
@@ -34,13 +35,20 @@ kubernetes)
     done
     about="Kubernetes $version and Helm (Go, once; about five minutes on two idle cores)"
     ;;
+provisioner)
+    # A module of its own: it wants another Kubernetes than the cluster's.
+    module="$E2E_DIR/tools/provisioner"
+    sources=()
+    packages=(github.com/kubernetes-csi/external-provisioner/v6/cmd/csi-provisioner)
+    about="csi-provisioner (Go, once; a minute or two on two idle cores)"
+    ;;
 s3)
     module="$E2E_DIR/tools/s3"
     sources=()
     packages=(github.com/versity/versitygw/cmd/versitygw)
     about="versitygw (Go, once; a minute or two on two cores)"
     ;;
-*) die "usage: tools.sh [csi|kubernetes|s3]" ;;
+*) die "usage: tools.sh [csi|kubernetes|provisioner|s3]" ;;
 esac
 
 key="$(cat "$0" "$module"/go.mod "$module"/go.sum "${sources[@]}" | sha256sum | cut -c1-12)"

@@ -33,10 +33,10 @@ int main(void) {
 
 
 @functools.cache
-def tools() -> pathlib.Path:
-    """Kubernetes' programs, built if the cache has none."""
+def tools(what: str = "kubernetes") -> pathlib.Path:
+    """Kubernetes' programs, or another set of `tools.sh`, built if the cache has none."""
     # A cold build takes minutes: what it says is shown.
-    return pathlib.Path(subprocess.run([paths.E2E / "tools.sh", "kubernetes"], check=True, stdout=subprocess.PIPE, text=True).stdout.strip())
+    return pathlib.Path(subprocess.run([paths.E2E / "tools.sh", what], check=True, stdout=subprocess.PIPE, text=True).stdout.strip())
 
 
 def pause(directory: pathlib.Path) -> tuple[Tar, dict]:
@@ -62,10 +62,10 @@ def shell(_directory: pathlib.Path) -> tuple[Tar, dict]:
     return layer, {"Cmd": ["/bin/sh"], "Env": ["PATH=/bin"]}
 
 
-def sidecar(program: str):
+def sidecar(program: str, tools_of: str = "kubernetes"):
     def build(_directory: pathlib.Path) -> tuple[Tar, dict]:
         layer = Tar()
-        layer.file(program, (tools() / program).read_bytes(), mode=0o755)
+        layer.file(program, (tools(tools_of) / program).read_bytes(), mode=0o755)
         return layer, {"Entrypoint": [f"/{program}"]}
     return build
 
@@ -76,6 +76,7 @@ IMAGES = {
     "shell:1": shell,
     "sig-storage/csi-node-driver-registrar:v2.17.0": sidecar("csi-node-driver-registrar"),
     "sig-storage/livenessprobe:v2.19.0": sidecar("livenessprobe"),
+    "sig-storage/csi-provisioner:v6.4.0": sidecar("csi-provisioner", "provisioner"),
 }
 
 

@@ -26,7 +26,7 @@ NODE, FUSE = "node", "fuse"
 CONTAINERS = {NODE: ["node", "agent", "node-driver-registrar", "livenessprobe"], FUSE: ["serve"]}
 RUN_DIR = f"/run/clip-csi/{DRIVER}"
 # What the pods run.
-PROGRAMS = {"clip-csi", "csi-node-driver-registrar", "livenessprobe"}
+PROGRAMS = {"clip-csi", "csi-node-driver-registrar", "csi-provisioner", "livenessprobe"}
 # For the upgrade: the same program in another image, as a new version is.
 NEXT_TAG = "next"
 
@@ -42,7 +42,7 @@ def values() -> dict:
     local = {"image": {"registry": REGISTRY}}
     return {
         "image": {"registry": REGISTRY},
-        "sidecars": {"nodeDriverRegistrar": local, "livenessProbe": local},
+        "sidecars": {"nodeDriverRegistrar": local, "livenessProbe": local, "provisioner": local},
         "node": {"idleSourceSeconds": 2},
         "registries": {"hosts": {REGISTRY: {"plainHttp": True}, PRIVATE_REGISTRY: {"plainHttp": True}}},
         "remote": {"kind": "redis", "url": f"redis://{ADDRESS}:6379/0", "existingSecret": {"name": REMOTE_SECRET}},

@@ -78,6 +78,9 @@ const PASSWORD: &str = "password";
 /// Key of a secret of type `kubernetes.io/dockerconfigjson`.
 const DOCKER_CONFIG: &str = ".dockerconfigjson";
 
+/// The keys that a secret may have.
+pub const SECRET_KEYS: &[&str] = &[DOCKER_CONFIG, USERNAME, PASSWORD];
+
 /// Longest image reference: host and name of 255 bytes each, tag of 128, digest of 71, rounded up.
 const MAX_IMAGE_BYTES: usize = 1024;
 

@@ -31,7 +31,7 @@ mod server;
 mod socket;
 mod status;
 
-pub use attributes::{ATTRIBUTES, Attributes, credentials};
+pub use attributes::{ATTRIBUTES, Attributes, SECRET_KEYS, credentials};
 pub use identity::{DEFAULT_PLUGIN_NAME, PluginName, PluginNameError};
 pub use node::VolumeLimits;
 pub use registration::{Registration, RegistrationConfig, RegistrationOutcome};

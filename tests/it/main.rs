@@ -44,3 +44,4 @@ mod tar;
 mod tar_fuzz;
 mod tar_tools;
 mod tidy;
+mod volumes_doc;

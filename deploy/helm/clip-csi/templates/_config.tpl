@@ -21,7 +21,7 @@ one place only (docs/CONFIGURATION.md).
 {{- include "clip-csi.tomlIntegers" (dict "values" .Values.fuse "keys" (list "threadsPerMount" "readThreads" "readAheadKib")) }}
 
 [node]
-{{- include "clip-csi.tomlIntegers" (dict "values" .Values.node "keys" (list "publishWaitSeconds" "drainSeconds" "serverDeadlineSeconds" "idleSourceSeconds")) }}
+{{- include "clip-csi.tomlIntegers" (dict "values" .Values.node "keys" (list "publishWaitSeconds" "drainSeconds" "serverDeadlineSeconds" "idleSourceSeconds" "maxWritableBytes" "maxVolumes" "publishesPerSecond")) }}
 {{- end }}
 
 {{- define "clip-csi.mountsConfig" -}}
@@ -89,6 +89,12 @@ use_pushed_indexes = false
 {{- end }}
 {{- if .Values.registries.trustPinnedIndexes }}
 trust_pinned_indexes = true
+{{- end }}
+{{- if .Values.registries.trustPullPolicyNever }}
+trust_pull_policy_never = true
+{{- end }}
+{{- with .Values.registries.insecureHosts }}
+insecure_hosts = {{ toJson . }}
 {{- end }}
 {{- include "clip-csi.tomlIntegers" (dict "values" .Values.registries "keys" (list "connectTimeoutSeconds" "readTimeoutSeconds" "retries" "maxBackoffSeconds" "maxWaitSeconds" "maxManifestBytes" "maxLayers")) }}
 {{- range $host, $settings := .Values.registries.hosts }}

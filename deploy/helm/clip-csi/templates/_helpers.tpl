@@ -116,6 +116,14 @@ tolerations:
 {{- end }}
 {{- end }}
 
+{{- define "clip-csi.controller.serviceAccountName" -}}
+{{- if .Values.controller.serviceAccount.create }}
+{{- default (printf "%s-controller" (include "clip-csi.fullname" .)) .Values.controller.serviceAccount.name }}
+{{- else }}
+{{- default "default" .Values.controller.serviceAccount.name }}
+{{- end }}
+{{- end }}
+
 {{/* JSON array of the ConfigMaps with certificate authorities that registries name, each once. */}}
 {{- define "clip-csi.caConfigMaps" -}}
 {{- $names := list }}
