@@ -42,7 +42,8 @@ EVERYTHING = {
     "image": {"registry": "registry.example:5000", "digest": f"sha256:{'0' * 64}"},
     "imagePullSecrets": [{"name": "pull"}],
     "commonLabels": {"team": "storage"},
-    "csiDriver": {"annotations": {"a": "b"}, "preventPodSchedulingIfMissing": True},
+    "csiDriver": {"annotations": {"a": "b"}, "preventPodSchedulingIfMissing": True, "requiresRepublish": True,
+                  "tokenRequests": [{"audience": "sts.example", "expirationSeconds": 3600}, {"audience": ""}]},
     "node": {
         "kubeletPath": "/data/kubelet", "tolerations": [{"key": "gpu", "operator": "Exists", "effect": "NoSchedule"}], "nodeSelector": {"disk": "nvme"},
         "affinity": {"nodeAffinity": {}}, "priorityClass": {"create": True}, "hostNetwork": True, "dnsConfig": {"nameservers": ["10.0.0.10"]},
@@ -61,6 +62,8 @@ EVERYTHING = {
     "registries": {
         "hosts": {"docker.io": {"mirrors": ["mirror.example:5000", "second.example"], "alwaysAskOrigin": True}, "mirror.example:5000": {"plainHttp": True},
                   "private.example": {"caBundle": {"configMap": "private-ca", "key": "root.pem"}}, "other.example": {"caBundle": {"configMap": "private-ca"}}},
+        "hostsDir": "/etc/containerd/certs.d", "allowSkipVerify": True, "credentialProviders": {"configFile": "/etc/providers.yaml", "binDir": "/opt/providers"},
+        "serviceAccountPullSecrets": {"enabled": True, "namespaces": ["team-a", "team-b"]},
         "existingSecret": "pull", "connectTimeoutSeconds": 5, "readTimeoutSeconds": 6, "retries": 2, "maxBackoffSeconds": 3, "maxWaitSeconds": 60,
         "maxManifestBytes": 1 << 20, "maxLayers": 10, "usePushedIndexes": False, "trustPinnedIndexes": True,
         "trustPullPolicyNever": True, "insecureHosts": ["old.example:5000"],
@@ -133,6 +136,12 @@ MISTAKES = [
     ({"metrics": {"port": 0}}, "port"),
     ({"metrics": {"prometheusRule": {"disabledAlerts": "ClipCsiAgentDown"}}}, "disabledAlerts"),
     ({"csiDriver": {"name": "csi.example.v2"}}, "name"),
+    ({"csiDriver": {"requiresRepublish": True}}, "set csiDriver.tokenRequests"),
+    ({"csiDriver": {"tokenRequests": [{"audience": "a", "expirationSeconds": 60}]}}, "expirationSeconds"),
+    ({"registries": {"hostsDir": "certs.d"}}, "hostsDir"),
+    ({"registries": {"credentialProviders": {"configFile": "/c.yaml"}}}, "credentialProviders.binDir is not set"),
+    ({"registries": {"credentialProviders": {"binDir": "/bin"}}}, "credentialProviders.configFile is not set"),
+    ({"registries": {"serviceAccountPullSecrets": {"enabled": True, "namespaces": ["Team"]}}}, "namespaces"),
     ({"registration": {"mode": "both"}}, "mode"),
     ({"registries": {"insecureHosts": ["http://old.example"]}}, "insecureHosts"),
     ({"node": {"maxWritableBytes": "1Gi"}}, "maxWritableBytes"),
@@ -443,7 +452,7 @@ class Security(NeedsHelm):
         self.assertEqual(have, {
             "own": {"run", "cache"},
             "node": {"plugins-dir", "pods-dir", "run", "dev-fuse", "config"},
-            "agent": {"run", "cache", "config", "kubernetes-api", "remote-secret", "registry-secret", f"ca-{hashlib.sha256(b'private-ca').hexdigest()[:8]}"},
+            "agent": {"run", "cache", "config", "kubernetes-api", "remote-secret", "registry-secret", "hosts-dir", "provider-config", "provider-bin", f"ca-{hashlib.sha256(b'private-ca').hexdigest()[:8]}"},
             "serve": {"run", "cache", "config"},
         })
         self.assertTrue(mounted(container_of(objects, "serve")[1])["cache"]["readOnly"])
@@ -476,8 +485,11 @@ class Security(NeedsHelm):
     def test_the_kubernetes_api_is_the_agents_and_for_what_is_enabled(self):
         kinds = {"ClusterRole", "ClusterRoleBinding", "Role", "RoleBinding"}
         nothing, taint = {"agent": {"events": {"enabled": False}}}, {"node": {"startupTaint": {"enabled": True}}}
-        for values, roles, options in ((nothing, set(), set()), ({}, {"Role", "RoleBinding"}, {"--events"}),
-                                       (merged(nothing, taint), {"ClusterRole", "ClusterRoleBinding"}, {"--startup-taint"}), (taint, kinds, {"--events", "--startup-taint"})):
+        no_pods, secrets = {"agent": {"events": {"pods": False}}}, {"registries": {"serviceAccountPullSecrets": {"enabled": True}}}
+        for values, roles, options in ((nothing, set(), set()), (no_pods, {"Role", "RoleBinding"}, {"--events"}), ({}, kinds, {"--events", "--pod-events"}),
+                                       (merged(nothing, secrets), {"ClusterRole", "ClusterRoleBinding"}, set()),
+                                       (merged(nothing, taint), {"ClusterRole", "ClusterRoleBinding"}, {"--startup-taint"}),
+                                       (merged(no_pods, taint), kinds, {"--events", "--startup-taint"})):
             objects = self.objects(values)
             self.assertEqual({it["kind"] for it in objects} & kinds, roles)
             self.assertFalse(self.only(objects, "ServiceAccount")["automountServiceAccountToken"])
@@ -485,13 +497,13 @@ class Security(NeedsHelm):
                 self.assertFalse(daemon_set(objects, component)["spec"]["template"]["spec"]["automountServiceAccountToken"])
             self.assertEqual([it["name"] for _, it in containers(objects) if "kubernetes-api" in mounted(it)], ["agent"] if roles else [])
             for _, container in containers(objects):
-                have = {word.partition("=")[0] for word in container.get("args", [])} & {"--events", "--startup-taint"}
+                have = {word.partition("=")[0] for word in container.get("args", [])} & {"--events", "--pod-events", "--startup-taint"}
                 self.assertEqual(have, options if container["name"] == "agent" else set())
                 if have:
                     self.assertIn("NODE_ID", [it["name"] for it in container["env"]])
 
     # All that makes the chart grant something.
-    GRANTING = {"node": {"startupTaint": {"enabled": True}}, "controller": {"enabled": True}}
+    GRANTING = {"node": {"startupTaint": {"enabled": True}}, "controller": {"enabled": True}, "registries": {"serviceAccountPullSecrets": {"enabled": True}}}
 
     def rules(self) -> dict[str, list[dict]]:
         """All that may be granted, by kind and name of role."""
@@ -501,6 +513,8 @@ class Security(NeedsHelm):
         granted = {role: {(*rule["resources"], *rule["verbs"]) for rule in rules} for role, rules in self.rules().items()}
         self.assertEqual(granted, {
             "ClusterRole clip-csi-node": {("csinodes", "get"), ("nodes", "get"), ("nodes", "patch")}, "Role clip-csi-events": {("events", "create")},
+            "ClusterRole clip-csi-pod-events": {("events", "create")}, "ClusterRole clip-csi-pod-info": {("csidrivers", "get")},
+            "ClusterRole clip-csi-pull-secrets": {("serviceaccounts", "get"), ("secrets", "get")},
             "ClusterRole clip-csi-controller": {
                 ("persistentvolumeclaims", "get", "list", "watch"), ("persistentvolumeclaims", "update"), ("persistentvolumes", "get", "list", "watch", "create", "delete"),
                 ("persistentvolumes", "patch", "update"), ("storageclasses", "get", "list", "watch"), ("volumeattributesclasses", "get", "list", "watch"),
@@ -523,10 +537,26 @@ class Security(NeedsHelm):
         [wanted] = EVERYTHING["storageClasses"]
         self.assertEqual((made["provisioner"], made["parameters"], made["reclaimPolicy"]), ("csi.clip-csi.dev", wanted["parameters"], "Retain"))
 
+    def test_secrets_may_be_read_in_the_named_namespaces_alone(self):
+        for namespaces, kind, bound in (([], "ClusterRoleBinding", [None]), (["team-a", "team-b"], "RoleBinding", ["team-a", "team-b"])):
+            objects = self.objects({"registries": {"serviceAccountPullSecrets": {"enabled": True, "namespaces": namespaces}}})
+            found = [it for it in objects if it.get("roleRef", {}).get("name") == "clip-csi-pull-secrets"]
+            self.assertEqual([it["kind"] for it in found], [kind] * len(bound))
+            self.assertEqual([it["metadata"].get("namespace") for it in found], bound)
+
+    def test_tokens_are_asked_for_and_kept_out_of_logs_where_that_can_be(self):
+        for version, in_secrets in ((OLDEST, False), (NEWEST, True)):
+            spec = self.only(self.objects(EVERYTHING, kube_version=version), "CSIDriver")["spec"]
+            self.assertEqual(spec["tokenRequests"], [{"audience": "sts.example", "expirationSeconds": 3600}, {"audience": ""}])
+            self.assertEqual((spec["requiresRepublish"], spec.get("serviceAccountTokenInSecrets", False)), (True, in_secrets))
+        spec = self.only(self.objects({}), "CSIDriver")["spec"]
+        self.assertEqual((spec["podInfoOnMount"], spec["requiresRepublish"]), (True, False))
+        self.assertFalse({"tokenRequests", "serviceAccountTokenInSecrets"} & set(spec))
+
     def test_each_rule_has_its_reason_above_it(self):
         lines = template(self.GRANTING).stdout.splitlines()
         rules = [(lines[number - 1], lines[number]) for number in range(len(lines)) if lines[number].lstrip().startswith("- apiGroups:")]
-        self.assertEqual(len(rules), 12)
+        self.assertEqual(len(rules), 16)
         for above, rule in rules:
             self.assertRegex(above, r"^\s*# [A-Z].*\.$", f"no reason above {rule!r}")
 

@@ -1,9 +1,11 @@
 #!/usr/bin/env python3
 """Tests the test registry: each of its faults does what it says, and it counts right."""
 
+import base64
 import http.client
 import json
 import pathlib
+import re
 import tempfile
 import time
 import unittest
@@ -52,6 +54,34 @@ class Registry(unittest.TestCase):
 
     def fault(self, kind: str, **more) -> None:
         self.registry.set(faults=[{"kind": kind, **more}])
+
+    def test_lets_in_whoever_the_settings_name(self):
+        self.registry.set(users={"me:pw": ["a/b"], "other:pw": ["c/d"]}, token_seconds=1)
+        status, header, _ = self.ask(self.tag)
+        self.assertEqual(status, 401)
+        realm = re.search(r'realm="http://[^/]+(/token)"', header["Www-Authenticate"]).group(1)
+
+        def token(user: str) -> tuple[int, dict]:
+            connection = http.client.HTTPConnection("127.0.0.1", self.registry.port, timeout=10)
+            self.addCleanup(connection.close)
+            connection.request("GET", realm, headers={"Authorization": "Basic " + base64.b64encode(user.encode()).decode()})
+            reply = connection.getresponse()
+            return reply.status, json.loads(reply.read())
+
+        def pull(shown: str) -> int:
+            connection = http.client.HTTPConnection("127.0.0.1", self.registry.port, timeout=10)
+            self.addCleanup(connection.close)
+            connection.request("GET", self.tag, headers={"Authorization": f"Bearer {shown}"})
+            return connection.getresponse().status
+
+        self.assertEqual(token("me:wrong")[0], 401)
+        status, mine = token("me:pw")
+        self.assertEqual((status, mine["expires_in"]), (200, 1))
+        self.assertEqual(pull(mine["token"]), 200)
+        self.assertEqual(pull("made up"), 401)
+        self.assertEqual(pull(token("other:pw")[1]["token"]), 401, "of another repository")
+        time.sleep(1.1)
+        self.assertEqual(pull(mine["token"]), 401, "it has expired")
 
     def test_serves_a_layout(self):
         self.assertEqual(self.ask("/v2/")[0], 200)

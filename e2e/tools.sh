@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds the Go programs of e2e/tools into the cache and prints the directory they are in.
 # usage: tools.sh [csi|kubernetes|provisioner|s3]
-#   csi         csi-sanity, csictl, and what tests and benchmarks need: testregistry, benchreader (the default)
+#   csi         csi-sanity, csictl, and what tests and benchmarks need: testregistry, benchreader, credentialprovider (the default)
 #   kubernetes  Kubernetes' own programs, Helm, the cluster's sidecars, and in crds/ the kinds of Prometheus' operator
 #   provisioner csi-provisioner, the sidecar that makes volumes for claims
 #   s3          versitygw, a server that speaks S3
@@ -18,8 +18,8 @@ csi)
     module="$E2E_DIR/tools"
     compiler=()
     sources=("$module"/*/*.go)
-    packages=(./csictl ./testregistry ./benchreader github.com/kubernetes-csi/csi-test/v5/cmd/csi-sanity)
-    about="csi-sanity, csictl, testregistry and benchreader (Go, once; a minute or two)"
+    packages=(./csictl ./testregistry ./benchreader ./credentialprovider github.com/kubernetes-csi/csi-test/v5/cmd/csi-sanity)
+    about="csi-sanity, csictl, testregistry, benchreader and credentialprovider (Go, once; a minute or two)"
     ;;
 kubernetes)
     module="$E2E_DIR/tools/kubernetes"

@@ -115,6 +115,10 @@ pub struct AgentArgs {
     /// events in the namespace default.
     #[arg(long, env = "CLIP_CSI_EVENTS", requires = "node_id")]
     pub events: bool,
+    /// Write events of pods, too, when their volumes are slow or dead; needs the right to create them in all
+    /// namespaces.
+    #[arg(long, env = "CLIP_CSI_POD_EVENTS", requires = "events")]
+    pub pod_events: bool,
     /// Name of this node in Kubernetes.
     #[arg(long, env = "NODE_ID")]
     pub node_id: Option<String>,

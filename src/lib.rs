@@ -11,6 +11,7 @@ pub mod digest;
 pub mod disk;
 pub mod exposition;
 mod failpoint;
+pub mod health;
 pub mod integrity;
 pub mod metrics;
 pub mod secret;
@@ -31,6 +32,7 @@ pub mod remote;
 
 pub mod node_events;
 pub mod node_taint;
+pub mod service_accounts;
 
 pub mod layer;
 

@@ -10,11 +10,11 @@ use std::{
 };
 
 use prometheus::{
-    Gauge, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, Opts,
-    Registry, TextEncoder,
+    Gauge, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge,
+    IntGaugeVec, Opts, Registry, TextEncoder,
 };
 
-use crate::{disk, sys};
+use crate::{disk, health::State, sys};
 
 /// Where the bytes of a read came from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -147,6 +147,8 @@ pub struct Metrics {
     pub volumes: IntGauge,
     /// Volumes whose mounts are dead.
     pub dead_volumes: IntGauge,
+    /// Whether the node's volumes are in a state of ill health (1) or not (0), by state.
+    pub health: IntGaugeVec,
     /// Whether a server is there that the node service can give mounts to (1) or not (0).
     pub serve_up: IntGauge,
     /// Mounts that a server took over from another one.
@@ -238,6 +240,7 @@ impl Metrics {
             mounts: make.int_gauge("mounts", "Source mounts: one per image and options."),
             volumes: make.int_gauge("volumes", "Published volumes."),
             dead_volumes: make.int_gauge("dead_volumes", "Volumes whose mounts are dead, until they are published anew or unpublished."),
+            health: make.int_gauges("health", "Whether the node's volumes are in a state of ill health (1) or not (0), judged every minute.", &["state"]),
             serve_up: make.int_gauge("serve_up", "Whether a server of FUSE mounts is connected to the node service (1) or not (0)."),
             serve_takeovers: make.counter("serve_takeovers_total", "Mounts that a server took over from another one."),
             mounts_aborted: make.counter("mounts_aborted_total", "Mounts given up because no server came in time, or none could go on with them."),
@@ -250,6 +253,9 @@ impl Metrics {
             cache_disk: Arc::default(),
             registry,
         };
+        for state in State::ALL {
+            metrics.health.with_label_values(&[state.label()]);
+        }
         for reason in ["capacity", "disk"] {
             metrics.layer_cache_evictions.with_label_values(&[reason]);
         }
@@ -383,6 +389,13 @@ impl Maker<'_> {
     fn int_gauge(&self, name: &str, help: &str) -> IntGauge {
         self.registered(IntGauge::with_opts(
             Opts::new(name, help).namespace("clip_csi"),
+        ))
+    }
+
+    fn int_gauges(&self, name: &str, help: &str, labels: &[&str]) -> IntGaugeVec {
+        self.registered(IntGaugeVec::new(
+            Opts::new(name, help).namespace("clip_csi"),
+            labels,
         ))
     }
 

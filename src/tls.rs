@@ -6,8 +6,13 @@
 use std::{path::Path, sync::Arc};
 
 use rustls::{
-    ClientConfig, RootCertStore,
-    pki_types::{CertificateDer, pem::PemObject as _},
+    ClientConfig, ConfigBuilder, DigitallySignedStruct, RootCertStore, SignatureScheme,
+    client::{
+        WantsClientCert,
+        danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
+    },
+    crypto::{WebPkiSupportedAlgorithms, verify_tls12_signature, verify_tls13_signature},
+    pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime, pem::PemObject as _},
 };
 
 /// Whether the machine's certificate authorities are trusted.
@@ -40,6 +45,45 @@ pub(crate) fn read_authorities(path: &Path) -> Result<Vec<CertificateDer<'static
     Ok(certificates)
 }
 
+/// A certificate to show to servers that ask for one, and its key.
+#[derive(Debug)]
+pub(crate) struct Identity {
+    chain: Vec<CertificateDer<'static>>,
+    key: PrivateKeyDer<'static>,
+}
+
+impl Identity {
+    /// Reads PEM files of a certificate, those of its issuers after it, and of its key; both may be one.
+    ///
+    /// # Errors
+    /// Says which file is wrong, and never quotes it.
+    pub(crate) fn read(certificate: &Path, key: &Path) -> Result<Self, String> {
+        let wrong = |path: &Path, reason: &dyn std::fmt::Display| {
+            format!("client {}: {reason}", path.display())
+        };
+        let pem = std::fs::read(certificate).map_err(|err| wrong(certificate, &err))?;
+        let chain: Vec<_> = CertificateDer::pem_slice_iter(&pem)
+            .collect::<Result<_, _>>()
+            .map_err(|_| wrong(certificate, &"it is not PEM"))?;
+        if chain.is_empty() {
+            return Err(wrong(certificate, &"it holds no certificate"));
+        }
+        let pem = std::fs::read(key).map_err(|err| wrong(key, &err))?;
+        let key = PrivateKeyDer::from_pem_slice(&pem)
+            .map_err(|_| wrong(key, &"it holds no private key in PEM"))?;
+        Ok(Self { chain, key })
+    }
+}
+
+impl Clone for Identity {
+    fn clone(&self) -> Self {
+        Self {
+            chain: self.chain.clone(),
+            key: self.key.clone_key(),
+        }
+    }
+}
+
 /// Makes the settings of clients that trust the machine's authorities, if asked for, and `extra`.
 ///
 /// # Errors
@@ -48,6 +92,27 @@ pub(crate) fn client_config(
     system: SystemAuthorities,
     extra: Vec<CertificateDer<'static>>,
 ) -> Result<ClientConfig, String> {
+    Ok(with_roots(system, extra)?.with_no_client_auth())
+}
+
+/// As [`client_config`], for servers that ask for a certificate.
+///
+/// # Errors
+/// If certificate and key do not belong together.
+pub(crate) fn client_config_as(
+    system: SystemAuthorities,
+    extra: Vec<CertificateDer<'static>>,
+    identity: Identity,
+) -> Result<ClientConfig, String> {
+    with_roots(system, extra)?
+        .with_client_auth_cert(identity.chain, identity.key)
+        .map_err(|error| format!("the client's certificate cannot be used: {error}"))
+}
+
+fn with_roots(
+    system: SystemAuthorities,
+    extra: Vec<CertificateDer<'static>>,
+) -> Result<ConfigBuilder<ClientConfig, WantsClientCert>, String> {
     let mut roots = RootCertStore::empty();
     if system == SystemAuthorities::Trusted {
         let system = rustls_native_certs::load_native_certs();
@@ -64,5 +129,56 @@ pub(crate) fn client_config(
     let config = ClientConfig::builder_with_provider(provider)
         .with_safe_default_protocol_versions()
         .map_err(|error| error.to_string())?;
-    Ok(config.with_root_certificates(roots).with_no_client_auth())
+    Ok(config.with_root_certificates(roots))
+}
+
+/// Has a client take any certificate: an operator asked for it, in two places.
+pub(crate) fn without_verification(mut config: ClientConfig) -> ClientConfig {
+    config
+        .dangerous()
+        .set_certificate_verifier(Arc::new(NoVerification));
+    config
+}
+
+/// Takes any certificate; the server must have its key nevertheless.
+#[derive(Debug)]
+struct NoVerification;
+
+impl ServerCertVerifier for NoVerification {
+    fn verify_server_cert(
+        &self,
+        _: &CertificateDer<'_>,
+        _: &[CertificateDer<'_>],
+        _: &ServerName<'_>,
+        _: &[u8],
+        _: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        Ok(ServerCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signed: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        verify_tls12_signature(message, certificate, signed, &algorithms())
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signed: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        verify_tls13_signature(message, certificate, signed, &algorithms())
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        algorithms().supported_schemes()
+    }
+}
+
+fn algorithms() -> WebPkiSupportedAlgorithms {
+    rustls::crypto::ring::default_provider().signature_verification_algorithms
 }

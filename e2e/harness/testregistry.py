@@ -1,5 +1,6 @@
 """The test registry (tools/testregistry): serves OCI layouts with ranges, counts by digest, and misbehaves as it is told."""
 
+import contextlib
 import dataclasses
 import json
 import pathlib
@@ -27,20 +28,21 @@ class Count:
 class TestRegistry:
     """Has the layouts that it is given, {repository: directory}; nothing can be pushed to it."""
 
-    def __init__(self, work: pathlib.Path, layouts: dict[str, pathlib.Path], **settings):
-        self.port = process.free_port()
-        self.host = f"127.0.0.1:{self.port}"
+    def __init__(self, work: pathlib.Path, layouts: dict[str, pathlib.Path], *, where=process.Here(), port: int | None = None, **settings):
+        """On a free loopback port, or on a machine of the cluster."""
+        self.where, self.port = where, port or process.free_port()
+        self.host = f"{where.address}:{self.port}"
         words = [word for repository, directory in layouts.items() for word in ("--layout", f"{repository}={directory}")]
         log = work / f"testregistry-{self.port}.log"
-        self.server = process.Server(
+        self.server = where.server(
             [driver.csictl().with_name("testregistry"), "--listen", self.host, "--settings", json.dumps(settings), *words], stdout=log)
-        self.server.wait_ready(lambda: process.listens(self.port), "testregistry")
+        self.server.wait_ready(lambda: where.listens(self.port), "testregistry")
 
     def url(self, repository: str, kind: str, reference: str) -> str:
         return f"http://{self.host}/v2/{repository}/{kind}/{reference}"
 
     def set(self, **settings) -> None:
-        """Replaces the delay, the rate and the faults (tools/testregistry/settings.go has them); what is not named is off."""
+        """Replaces the delay, the rate, the users and the faults (tools/testregistry/settings.go has them); what is not named is off."""
         self._call("POST", "/__control", json.dumps(settings).encode())
 
     def reset(self) -> None:
@@ -56,8 +58,10 @@ class TestRegistry:
 
     def _call(self, method: str, path: str, body: bytes | None = None) -> bytes:
         request = urllib.request.Request(f"http://{self.host}{path}", data=body, method=method)
-        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=10) as reply:
-            return reply.read()
+        # A machine of the cluster has a network of its own.
+        with getattr(self.where, "network", contextlib.nullcontext)():
+            with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=10) as reply:
+                return reply.read()
 
     def stop(self) -> None:
         self.server.stop()

@@ -24,6 +24,7 @@ mod identity;
 mod made;
 mod node;
 mod observe;
+mod pod_info;
 mod quantity;
 mod rate;
 mod registration;

@@ -9,6 +9,7 @@ use super::{
     attributes::{Attributes, credentials, invalid},
     capability,
     observe::Observer,
+    pod_info,
     rate::Rate,
 };
 use crate::{
@@ -105,6 +106,7 @@ fn parse_publish(
         ..
     } = attributes;
     let credentials = credentials(&request.secrets)?;
+    let pod = pod_info::pod(&request.secrets, &request.volume_context)?;
     Ok(PublishRequest {
         volume,
         target,
@@ -116,6 +118,7 @@ fn parse_publish(
             pull_policy,
             insecure,
             credentials,
+            pod: pod.map(Box::new),
         },
         view: View {
             path,

@@ -45,6 +45,17 @@ pub trait ImageMounter: Send + Sync + fmt::Debug {
     /// Runs on the blocking pool, inside the runtime's context.
     fn mount(&self, image: &PreparedImage, dir: &Path) -> io::Result<Box<dyn SourceMount>>;
 
+    /// Has what is read of a mounted image from now on be read with the rights of `request`: those it
+    /// was mounted with may end. Nothing is mounted, and what fails changes nothing.
+    ///
+    /// # Errors
+    /// Those of [`PrepareError`].
+    fn renew<'a>(
+        &'a self,
+        manifest: ManifestDigest,
+        request: &'a ImageRequest,
+    ) -> BoxFuture<'a, Result<(), PrepareError>>;
+
     /// The source mounts that outlived the process that mounted them, because another one serves
     /// them. Asked once, at start.
     ///
@@ -111,6 +122,27 @@ pub struct ImageRequest {
     pub insecure: bool,
     /// How to authenticate to the registry.
     pub credentials: PullCredentials,
+    /// Which pod it is for, if that is known.
+    ///
+    /// Left out if absent: a process of another release may read it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pod: Option<Box<PodInfo>>,
+}
+
+/// A pod, as kubelet says (`podInfoOnMount`).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PodInfo {
+    /// Its namespace.
+    pub namespace: String,
+    /// Its name in there.
+    pub name: String,
+    /// What no other pod has, of the same name or not.
+    pub uid: String,
+    /// The service account that it runs as.
+    pub service_account: String,
+    /// Tokens of that, as kubelet gives them; empty if it gives none.
+    #[serde(with = "exposed")]
+    pub tokens: Secret<String>,
 }
 
 /// Whether the registry says what a tag means, or the node, where the image was mounted before.
@@ -215,6 +247,12 @@ impl ImageRequest {
                 field(&mut hash, config.expose());
             }
         }
+        // Its rights are those of its service account, whichever pod it is.
+        if let Some(pod) = &self.pod {
+            field(&mut hash, pod.namespace.as_bytes());
+            field(&mut hash, pod.service_account.as_bytes());
+            field(&mut hash, pod.tokens.expose().as_bytes());
+        }
         hash.finalize().into()
     }
 }
@@ -308,6 +346,20 @@ mod tests {
             pull_policy: None,
             insecure: false,
             credentials,
+            pod: None,
+        }
+    }
+
+    fn of_pod(namespace: &str, service_account: &str, tokens: &str) -> ImageRequest {
+        ImageRequest {
+            pod: Some(Box::new(PodInfo {
+                namespace: namespace.to_owned(),
+                name: "web-0".to_owned(),
+                uid: "1".to_owned(),
+                service_account: service_account.to_owned(),
+                tokens: Secret::new(tokens.to_owned()),
+            })),
+            ..request("a", None, PullCredentials::None)
         }
     }
 
@@ -365,6 +417,10 @@ mod tests {
                 None,
                 PullCredentials::DockerConfig(Secret::new(b"{}".to_vec())),
             ),
+            of_pod("n", "s", ""),
+            of_pod("m", "s", ""),
+            of_pod("n", "t", ""),
+            of_pod("n", "s", "{}"),
         ];
         for (at, one) in requests.iter().enumerate() {
             for (other_at, other) in requests.iter().enumerate() {
@@ -375,6 +431,10 @@ mod tests {
                 );
             }
         }
+        // Pods of one service account share it.
+        let mut other = of_pod("n", "s", "");
+        other.pod.as_mut().unwrap().uid = "2".to_owned();
+        assert_eq!(other.work(), of_pod("n", "s", "").work());
         // The same volume, whatever is fetched ahead, and whoever asks.
         let attributes = |at: usize| requests[at].attributes(&View::default());
         for same in 4..9 {
@@ -395,6 +455,7 @@ mod tests {
             ahead("a", Prefetch::Recorded),
             insecure("a"),
             never("a"),
+            of_pod("n", "s", "{}"),
         ] {
             let json = serde_json::to_string(&more).unwrap();
             assert_eq!(serde_json::from_str::<ImageRequest>(&json).unwrap(), more);

@@ -36,6 +36,7 @@ mod image;
 mod leave;
 mod mountinfo;
 mod operations;
+mod pod_notices;
 mod preparations;
 mod record;
 mod recover;
@@ -48,10 +49,11 @@ mod writable;
 
 pub use error::{MountError, PrepareError};
 pub use image::{
-    ImageMounter, ImageRequest, PreparedImage, Progress, PullCredentials, PullPolicy, SourceMount,
-    Survivor, Usage,
+    ImageMounter, ImageRequest, PodInfo, PreparedImage, Progress, PullCredentials, PullPolicy,
+    SourceMount, Survivor, Usage,
 };
 pub use mountinfo::{Device, MountEntry, MountInfo, MountInfoError};
+pub use pod_notices::{PodNotice, PodRef};
 pub use record::{RecordError, VolumeRecord, WrittenOver};
 pub use recover::Recovered;
 pub use stats::{Space, VolumeStats};

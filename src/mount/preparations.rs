@@ -15,10 +15,15 @@ use std::{
     time::{Duration, Instant},
 };
 
-use tokio::{sync::watch, task::JoinSet, time::timeout};
+use tokio::{
+    sync::watch,
+    task::JoinSet,
+    time::{timeout, timeout_at},
+};
 use tracing::{Instrument, info, info_span, warn};
 
 use super::{ImageMounter, ImageRequest, MountError, PrepareError, PreparedImage, Progress, lock};
+use crate::digest::ManifestDigest;
 
 /// Images being prepared at once, at most; each costs a task and what it streams.
 ///
@@ -28,6 +33,11 @@ const MAX_PREPARATIONS: usize = 128;
 /// How long a failure is kept for the call that did not hear it: kubelet tries again after two
 /// minutes at most.
 const UNHEARD_FAILURE_LIFE: Duration = Duration::from_secs(300);
+
+/// How long an image may take before its pods are told: kubelet says nothing while a call waits.
+///
+/// A gigabyte is read and indexed in about that time.
+const SLOW: Duration = Duration::from_secs(15);
 
 type Key = [u8; 32];
 type Outcome = Result<PreparedImage, PrepareError>;
@@ -64,7 +74,8 @@ impl Preparations {
         }
     }
 
-    /// Waits up to `patience` for the image, starting the work if nobody has.
+    /// Waits up to `patience` for the image, starting the work if nobody has. `when_slow` is told how far
+    /// it is, once, if it takes long.
     ///
     /// # Errors
     /// [`MountError::Preparing`] when the patience is over; otherwise why the image is not ready.
@@ -75,10 +86,16 @@ impl Preparations {
         &self,
         request: ImageRequest,
         patience: Duration,
+        when_slow: impl FnOnce(String),
     ) -> Result<PreparedImage, MountError> {
         let image = request.image.clone();
         let mut running = self.join(request)?;
-        let outcome = match timeout(patience, running.outcome.wait_for(Option::is_some)).await {
+        let until = tokio::time::Instant::now() + patience;
+        let soon = running.outcome.wait_for(Option::is_some);
+        if timeout(SLOW.min(patience), soon).await.is_err() {
+            when_slow(running.progress.to_string());
+        }
+        let outcome = match timeout_at(until, running.outcome.wait_for(Option::is_some)).await {
             Ok(Ok(outcome)) => outcome.clone(),
             // The sender is gone without a word.
             Ok(Err(_)) => None,
@@ -97,6 +114,18 @@ impl Preparations {
                 })
             })
             .map_err(|cause| MountError::of_image(&image, cause))
+    }
+
+    /// Has what is read of a mounted image be read with the rights of `request`.
+    ///
+    /// # Errors
+    /// Those of [`ImageMounter::renew`].
+    pub(super) async fn renew(
+        &self,
+        manifest: ManifestDigest,
+        request: &ImageRequest,
+    ) -> Result<(), PrepareError> {
+        self.mounter.renew(manifest, request).await
     }
 
     fn join(&self, request: ImageRequest) -> Result<Running, MountError> {

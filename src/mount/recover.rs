@@ -15,7 +15,7 @@ use super::{
     dead::DeadVolumes,
     record::Records,
     sources::{self, Sources},
-    table::{Published, Recovery, mounts},
+    table::{Asked, Published, Recovery, mounts},
     target::PublicationId,
     writable,
 };
@@ -135,7 +135,7 @@ fn sort_volumes(
             None => Some(seen.device),
         };
         if source.is_some_and(|it| sources.rejoin(record.manifest, it, id)) {
-            live.push((id, Published::of(record, path)));
+            live.push((id, Published::of(record, path, Asked::default())));
         } else {
             dead.push(id);
         }

@@ -10,14 +10,16 @@ use std::{
 };
 
 use prometheus::IntGauge;
+use tokio::time::timeout;
 use tracing::{info, warn};
 
 use super::{
-    ImageMounter, ImageRequest, MountEntry, MountError, MountInfo, PreparedImage, SOURCE_NAME,
-    Sharing, TargetPath, View, VolumeId, VolumeRecord, bind,
+    ImageMounter, ImageRequest, MountEntry, MountError, MountInfo, PrepareError, PreparedImage,
+    SOURCE_NAME, Sharing, TargetPath, View, VolumeId, VolumeRecord, bind,
     dead::DeadVolumes,
     lock,
     operations::Operations,
+    pod_notices::{PodNotice, PodNotices, PodRef},
     preparations::Preparations,
     record::Records,
     recover::{LiveVolumes, WRITABLE_DIR},
@@ -26,6 +28,9 @@ use super::{
     view, writable,
 };
 use crate::{digest::ManifestDigest, failpoint};
+
+/// How long a repeated publish waits until its credentials are taken: it is asked for every minute.
+const RENEWAL_WAIT: Duration = Duration::from_secs(10);
 
 /// How a mount table works.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -86,6 +91,7 @@ struct Inner {
     gauge: IntGauge,
     /// What a former process published, and is not served.
     dead: DeadVolumes,
+    notices: PodNotices,
     /// Held while the table lives: keeps another process off the state directory.
     _lock: File,
 }
@@ -109,15 +115,26 @@ pub(super) struct Published {
     path: PathBuf,
     /// Whether what is at the path is a layer over the source, and not the source itself.
     is_written_over: bool,
+    asked: Asked,
+}
+
+/// What a publication was asked for with, as far as this process knows: nothing of one that a former
+/// process made.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Asked {
+    /// Its rights ([`ImageRequest::work`]).
+    work: Option<[u8; 32]>,
+    pod: Option<PodRef>,
 }
 
 impl Published {
-    pub(super) fn of(record: &VolumeRecord, path: PathBuf) -> Self {
+    pub(super) fn of(record: &VolumeRecord, path: PathBuf, asked: Asked) -> Self {
         Self {
             volume: record.volume.clone(),
             manifest: record.manifest,
             path,
             is_written_over: record.written_over.is_some(),
+            asked,
         }
     }
 }
@@ -156,6 +173,7 @@ impl MountTable {
                 published: Mutex::new(live.into_iter().collect()),
                 gauge,
                 dead,
+                notices: PodNotices::default(),
                 _lock: lock,
             }),
         }
@@ -170,16 +188,30 @@ impl MountTable {
         self.inner.sources.retire_idle(self.inner.config.max_idle);
         let published: Vec<_> = {
             let published = lock(&self.inner.published);
-            published
-                .iter()
-                .map(|(id, it)| (it.manifest, *id))
-                .collect()
+            let published = published.iter();
+            published.map(|(id, it)| (*id, it.clone())).collect()
         };
-        let is_dead = |(manifest, id): &(ManifestDigest, PublicationId)| {
-            self.inner.sources.live(*manifest, *id).is_none()
-        };
-        let n_dead = published.into_iter().filter(is_dead).count();
+        let mut n_dead = 0;
+        for (id, it) in published {
+            if self.inner.sources.live(it.manifest, id).is_some() {
+                continue;
+            }
+            n_dead += 1;
+            if let Some(pod) = &it.asked.pod {
+                let message = format!(
+                    "the mount of image {} at {} is dead, and every access to it fails: delete the pod, so that it is made anew",
+                    it.manifest,
+                    it.path.display()
+                );
+                self.inner.notices.add(pod, "VolumeDead", message);
+            }
+        }
         self.inner.dead.set_own(n_dead);
+    }
+
+    /// Takes what pods should be told about their volumes: it is the caller's to pass on.
+    pub fn take_pod_notices(&self) -> Vec<PodNotice> {
+        self.inner.notices.take()
     }
 
     pub(super) fn retire_all_idle(&self) {
@@ -226,11 +258,31 @@ impl MountTable {
         };
         let (inner, wanted) = (Arc::clone(&self.inner), record.clone());
         match on_blocking_pool(move || inner.examine(&wanted, sharing)).await? {
-            Found::Live => return Ok(()),
+            Found::Live => {
+                self.renew(&record, &image).await;
+                return Ok(());
+            }
             Found::NotLive => {}
         }
         let patience = self.inner.config.prepare_wait;
-        let prepared = self.inner.preparations.wait(image, patience).await;
+        let asked = Asked {
+            work: Some(image.work()),
+            pod: image.pod.as_deref().map(PodRef::from),
+        };
+        let when_slow = |progress: String| {
+            if let Some(pod) = &asked.pod {
+                let message = format!(
+                    "image {} takes long to be ready: {progress}; the pod starts when it is",
+                    record.image
+                );
+                self.inner.notices.add(pod, "VolumeSlow", message);
+            }
+        };
+        let prepared = self
+            .inner
+            .preparations
+            .wait(image, patience, when_slow)
+            .await;
         let inner = Arc::clone(&self.inner);
         // The operation goes along: it ends with the work, not with the caller's patience.
         on_blocking_pool(move || {
@@ -239,7 +291,7 @@ impl MountTable {
                 Ok(prepared) => {
                     record.manifest = prepared.manifest;
                     record.usage = Some(prepared.usage);
-                    inner.mount(record, &view, &prepared)
+                    inner.mount(record, &view, &prepared, asked)
                 }
                 Err(err) => {
                     if !err.is_transient() {
@@ -250,6 +302,41 @@ impl MountTable {
             }
         })
         .await
+    }
+
+    /// Takes the credentials of a publish that found its volume: kubelet repeats them with new tokens,
+    /// where the CSIDriver asks for it (`requiresRepublish`).
+    ///
+    /// Whatever comes of it, the volume is published: kubelet before 1.37 takes a volume from its pod
+    /// when this fails.
+    async fn renew(&self, record: &VolumeRecord, image: &ImageRequest) {
+        let work = image.work();
+        let manifest = {
+            let mut published = lock(&self.inner.published);
+            match published.get_mut(&record.id()) {
+                Some(it) if it.asked.work != Some(work) => {
+                    it.asked.work = Some(work);
+                    it.manifest
+                }
+                Some(_) | None => return,
+            }
+        };
+        let renewal = self.inner.preparations.renew(manifest, image);
+        let renewed = timeout(RENEWAL_WAIT, renewal).await.unwrap_or_else(|_| {
+            Err(PrepareError::Away {
+                reason: format!("no answer within {} s", RENEWAL_WAIT.as_secs()),
+            })
+        });
+        match renewed {
+            Ok(()) => {
+                info!(volume.id = %record.volume, "took the credentials of a repeated publish")
+            }
+            Err(err) => warn!(
+                volume.id = %record.volume,
+                error = &err as &dyn std::error::Error,
+                "the credentials of a repeated publish are not used"
+            ),
+        }
     }
 
     /// Unmounts the volume from the target path and removes that directory.
@@ -322,6 +409,7 @@ impl Inner {
         mut record: VolumeRecord,
         view: &View,
         image: &PreparedImage,
+        asked: Asked,
     ) -> Result<(), MountError> {
         let id = record.id();
         let path = resolve_for_publish(&record.target)?;
@@ -354,7 +442,7 @@ impl Inner {
             }
             return Err(err);
         }
-        let published = Published::of(&record, path.clone());
+        let published = Published::of(&record, path.clone(), asked);
         lock(&self.published).insert(id, published);
         self.gauge.inc();
         info!(

@@ -1,17 +1,22 @@
 //! Resolves image references to layers, and hands out their blobs.
 
-use std::sync::{Arc, Mutex};
+use std::{
+    sync::{Arc, Mutex},
+    time::{Duration, Instant},
+};
 
 use super::{
     blob::RepositoryBlobs,
     config::{RegistryConfig, RegistryConfigError},
-    credentials::Credentials,
+    keyring::Keyring,
     manifest::{self, Choice, Fault, Manifest},
     node_credentials::NodeCredentials,
     platform::Platform,
+    providers::Providers,
     push::{self, LayerPush, PushError, Pushed},
     pushed::{ImageIndexes, PushedIndexOptions},
     reference::ImageRef,
+    requester::{Requester, ServiceAccounts},
     session::{Document, Form, Object, Route, Session},
     transport::{Op, Transport, protocol},
 };
@@ -25,6 +30,13 @@ use crate::{
 /// Sessions that are remembered, so that an image's blobs use the token its manifest was got with.
 const MAX_SESSIONS: usize = 8;
 
+/// How long the registry's word counts that a digest may be pulled, for who asks with the same
+/// credentials: pods of one Deployment start within seconds of each other.
+const PROOF_LIFE: Duration = Duration::from_secs(10);
+
+/// Proofs that are remembered.
+const MAX_PROOFS: usize = 32;
+
 /// Indexes nested in an index that are looked into.
 const MAX_NESTED_INDEXES: usize = 4;
 
@@ -32,11 +44,23 @@ const MAX_NESTED_INDEXES: usize = 4;
 #[derive(Debug)]
 pub struct RegistryClient {
     transport: Arc<Transport>,
-    node_credentials: Option<NodeCredentials>,
+    keyring: Arc<Keyring>,
     /// Without them, no index is looked for in the registry.
     pushed_indexes: Option<PushedIndexOptions>,
     /// Latest last. std Mutex: held for a look at a short list, never across an await.
     sessions: Mutex<Vec<Arc<Session>>>,
+    /// Latest last. std Mutex, likewise.
+    proofs: Mutex<Vec<Proof>>,
+}
+
+/// What a registry gave to somebody a moment ago.
+#[derive(Debug)]
+struct Proof {
+    at: Instant,
+    image: ImageRef,
+    platform: Platform,
+    requester: Requester,
+    resolved: ResolvedImage,
 }
 
 /// An image, as far as its registry knows it.
@@ -55,16 +79,41 @@ impl RegistryClient {
     /// # Errors
     /// [`RegistryConfigError`] if a value is out of range or a file cannot be used.
     pub fn new(config: RegistryConfig, metrics: Metrics) -> Result<Self, RegistryConfigError> {
-        let node_credentials = match &config.docker_config_file {
-            Some(path) => Some(NodeCredentials::open(path)?),
-            None => None,
-        };
+        let mut keyring = Keyring::default();
+        if let Some(path) = &config.docker_config_file {
+            keyring.node = Some(NodeCredentials::open(path)?);
+        }
+        if let Some((file, bin_dir)) = config.credential_providers()? {
+            keyring.providers = Some(Providers::open(file, bin_dir)?);
+        }
         Ok(Self {
             transport: Arc::new(Transport::new(config, metrics)?),
-            node_credentials,
+            keyring: Arc::new(keyring),
             pushed_indexes: None,
             sessions: Mutex::default(),
+            proofs: Mutex::default(),
         })
+    }
+
+    /// Has the image pull secrets of pods' service accounts used, where the configuration says so.
+    ///
+    /// # Errors
+    /// [`RegistryConfigError`] if a plugin needs to know service accounts, and nobody does.
+    pub fn use_service_accounts(
+        &mut self,
+        accounts: Option<Arc<dyn ServiceAccounts>>,
+    ) -> Result<(), RegistryConfigError> {
+        let providers = self.keyring.providers.as_ref();
+        if let Some(name) = providers.and_then(Providers::wants_annotations)
+            && accounts.is_none()
+        {
+            return Err(RegistryConfigError::Annotations {
+                provider: name.to_owned(),
+            });
+        }
+        let keyring = Arc::get_mut(&mut self.keyring).expect("no session has it yet");
+        keyring.service_accounts = accounts;
+        Ok(())
     }
 
     /// Has indexes looked for that were pushed beside an image, unless the configuration says not to.
@@ -77,8 +126,9 @@ impl RegistryClient {
 
     /// Finds an image's manifest for a platform, and its layers.
     ///
-    /// The registry is always asked, with these credentials and no token from before, so that
-    /// success is also proof of the right to pull. Without credentials a mirror may be asked
+    /// The registry is always asked, on behalf of `requester` and with no token from before, so that
+    /// success is also proof of the right to pull; for an image by digest, it is so for ten seconds more,
+    /// for nobody else. Without credentials a mirror may be asked
     /// instead, unless the configuration says otherwise; what a digest names may come from mirrors
     /// in any case. All that is returned was checked against the
     /// digests that lead to it.
@@ -92,11 +142,14 @@ impl RegistryClient {
         &self,
         image: &ImageRef,
         platform: &Platform,
-        credentials: &Credentials,
+        requester: impl Into<Requester>,
     ) -> Result<ResolvedImage, SourceError> {
-        let session = Arc::new(self.open_session(image, credentials));
-        let settings = self.transport.config.host(image.registry());
-        let asks_origin = *credentials != Credentials::Anonymous || settings.always_ask_origin;
+        let requester = requester.into();
+        if let Some(resolved) = self.proven(image, platform, &requester) {
+            return Ok(resolved);
+        }
+        let session = Arc::new(self.open_session(image, requester.clone()));
+        let asks_origin = session.always_asks_origin() || session.credentials().await?.is_some();
         let resolving = Resolving {
             session: &session,
             image,
@@ -108,24 +161,43 @@ impl RegistryClient {
             },
         };
         let resolved = resolving.run().await?;
-        self.remember(image, credentials, session);
+        self.remember(image, &requester, session);
+        // What a tag means may change at any time.
+        if image.digest().is_some() {
+            let mut proofs = self.proofs.lock().expect("no panic while it is held");
+            proofs.retain(|it| it.at.elapsed() < PROOF_LIFE);
+            if MAX_PROOFS <= proofs.len() {
+                proofs.remove(0);
+            }
+            proofs.push(Proof {
+                at: Instant::now(),
+                image: image.clone(),
+                platform: platform.clone(),
+                requester,
+                resolved: resolved.clone(),
+            });
+        }
         Ok(resolved)
     }
 
-    /// Returns the node's own credentials for an image, for who brings none.
-    ///
-    /// # Blocking
-    /// For a look at a file.
-    pub fn node_credentials(&self, image: &ImageRef) -> Credentials {
-        match &self.node_credentials {
-            Some(it) => it.current().for_image(image),
-            None => Credentials::Anonymous,
-        }
+    /// What the registry gave to the same requester a moment ago.
+    fn proven(
+        &self,
+        image: &ImageRef,
+        platform: &Platform,
+        requester: &Requester,
+    ) -> Option<ResolvedImage> {
+        let proofs = self.proofs.lock().expect("no panic while it is held");
+        let mut proofs = proofs.iter().filter(|it| it.at.elapsed() < PROOF_LIFE);
+        let found = proofs.find(|it| {
+            it.image == *image && it.platform == *platform && it.requester == *requester
+        });
+        found.map(|it| it.resolved.clone())
     }
 
-    /// Returns the blobs of an image's repository, read with its credentials.
-    pub fn blobs(&self, image: &ImageRef, credentials: &Credentials) -> Arc<dyn BlobSource> {
-        let session = self.session(image, credentials);
+    /// Returns the blobs of an image's repository, read on behalf of `requester`.
+    pub fn blobs(&self, image: &ImageRef, requester: impl Into<Requester>) -> Arc<dyn BlobSource> {
+        let session = self.session(image, &requester.into());
         Arc::new(RepositoryBlobs::new(session, None))
     }
 
@@ -134,11 +206,11 @@ impl RegistryClient {
     pub fn image_blobs(
         &self,
         image: &ImageRef,
-        credentials: &Credentials,
+        requester: impl Into<Requester>,
         manifest: ManifestDigest,
         pinned: Option<ManifestDigest>,
     ) -> Arc<dyn BlobSource> {
-        let session = self.session(image, credentials);
+        let session = self.session(image, &requester.into());
         let options = self.pushed_indexes.clone();
         let indexes = options.map(|it| ImageIndexes::new(it, manifest, pinned));
         Arc::new(RepositoryBlobs::new(session, indexes))
@@ -154,42 +226,34 @@ impl RegistryClient {
     pub async fn push_index(
         &self,
         image: &ImageRef,
-        credentials: &Credentials,
+        requester: impl Into<Requester>,
         manifest: ManifestDigest,
         layers: &[LayerPush],
         key: Option<&IntegrityKey>,
     ) -> Result<Pushed, PushError> {
         let transport = Arc::clone(&self.transport);
-        let session = Session::to_push(transport, image, credentials.clone());
+        let session = Session::to_push(transport, image, &self.keyring, requester.into());
         push::push_index(&session, manifest, layers, key).await
     }
 
     /// The session that the image was resolved with, or another one.
-    fn session(&self, image: &ImageRef, credentials: &Credentials) -> Arc<Session> {
+    fn session(&self, image: &ImageRef, requester: &Requester) -> Arc<Session> {
         let known = {
             let sessions = self.sessions.lock().expect("no panic while it is held");
-            sessions
-                .iter()
-                .find(|it| it.is_for(image, credentials))
-                .cloned()
+            let mut sessions = sessions.iter();
+            sessions.find(|it| it.is_for(image, requester)).cloned()
         };
-        known.unwrap_or_else(|| Arc::new(self.open_session(image, credentials)))
+        known.unwrap_or_else(|| Arc::new(self.open_session(image, requester.clone())))
     }
 
-    /// Opens a repository. A mirror is shown what the node's credentials have for its own host.
-    fn open_session(&self, image: &ImageRef, credentials: &Credentials) -> Session {
-        let node = self.node_credentials.as_ref().map(NodeCredentials::current);
-        let for_mirror = |host: &str| match &node {
-            Some(it) => it.for_repository(host, image.repository()),
-            None => Credentials::Anonymous,
-        };
+    fn open_session(&self, image: &ImageRef, requester: Requester) -> Session {
         let transport = Arc::clone(&self.transport);
-        Session::new(transport, image, credentials.clone(), for_mirror)
+        Session::new(transport, image, &self.keyring, requester)
     }
 
-    fn remember(&self, image: &ImageRef, credentials: &Credentials, session: Arc<Session>) {
+    fn remember(&self, image: &ImageRef, requester: &Requester, session: Arc<Session>) {
         let mut sessions = self.sessions.lock().expect("no panic while it is held");
-        sessions.retain(|it| !it.is_for(image, credentials));
+        sessions.retain(|it| !it.is_for(image, requester));
         if sessions.len() == MAX_SESSIONS {
             sessions.remove(0);
         }

@@ -1,6 +1,10 @@
 //! Says how registries are reached, and what is taken from them at most.
 
-use std::{collections::BTreeMap, path::PathBuf, time::Duration};
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use serde::Deserialize;
 
@@ -14,8 +18,19 @@ pub struct RegistryConfig {
     ///
     /// They hold for registries, for token servers, and for hosts that a registry redirects to.
     pub hosts: BTreeMap<String, HostConfig>,
+    /// Directory of `hosts.toml` files, as containerd's `certs.d`, for registries that are not in `hosts`.
+    pub hosts_dir: Option<PathBuf>,
+    /// Let `skip_verify` stand in those files: whoever is on the way can then read passwords, and say
+    /// what an image is.
+    pub allow_skip_verify: bool,
     /// Docker config file with the node's credentials, for volumes that bring none.
     pub docker_config_file: Option<PathBuf>,
+    /// Kubelet's `CredentialProviderConfig`, whose plugins are asked for who has no secret.
+    pub credential_provider_config: Option<PathBuf>,
+    /// Directory of the plugins.
+    pub credential_provider_bin_dir: Option<PathBuf>,
+    /// Use the image pull secrets of the pods' service accounts, read through the Kubernetes API.
+    pub service_account_pull_secrets: bool,
     /// Time to connect, TLS included.
     pub connect_timeout_seconds: u64,
     /// Time without progress after which an answer counts as stalled.
@@ -94,6 +109,14 @@ pub enum RegistryConfigError {
         /// What is wrong with it.
         reason: String,
     },
+    /// A file of the directory of hosts cannot be used.
+    #[error("registry hosts_dir {path}: {reason}")]
+    HostsFile {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
     /// The file with the node's credentials cannot be used.
     #[error("registry docker_config_file {path}: {reason}")]
     DockerConfigFile {
@@ -101,6 +124,22 @@ pub enum RegistryConfigError {
         path: PathBuf,
         /// What is wrong with it; never its content.
         reason: String,
+    },
+    /// The credential provider plugins cannot be used.
+    #[error("registry credential_provider_config {path}: {reason}")]
+    Providers {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it, or with a plugin.
+        reason: String,
+    },
+    /// A plugin needs to know annotations, and nobody knows them.
+    #[error(
+        "registry: credential provider {provider:?} wants annotations of service accounts: set service_account_pull_secrets, so that they may be read"
+    )]
+    Annotations {
+        /// Its name.
+        provider: String,
     },
     /// The HTTP client could not be made.
     #[error("making the HTTP client: {reason}")]
@@ -114,7 +153,12 @@ impl Default for RegistryConfig {
     fn default() -> Self {
         Self {
             hosts: BTreeMap::new(),
+            hosts_dir: None,
+            allow_skip_verify: false,
             docker_config_file: None,
+            credential_provider_config: None,
+            credential_provider_bin_dir: None,
+            service_account_pull_secrets: false,
             // A SYN is sent again after 1, 3 and 7 s: three losses are still survived.
             connect_timeout_seconds: 10,
             // Registries on object stores were seen to pause for 10 to 20 s; kubelet waits 120 s.
@@ -163,6 +207,25 @@ impl RegistryConfig {
         }
         self.hosts = hosts;
         Ok(self)
+    }
+
+    /// The file about credential provider plugins, and their directory.
+    pub(crate) fn credential_providers(
+        &self,
+    ) -> Result<Option<(&Path, &Path)>, RegistryConfigError> {
+        let file = self.credential_provider_config.as_deref();
+        match (file, self.credential_provider_bin_dir.as_deref()) {
+            (Some(file), Some(bin_dir)) => Ok(Some((file, bin_dir))),
+            (None, None) => Ok(None),
+            (Some(_), None) => Err(RegistryConfigError::Value {
+                field: "credential_provider_bin_dir",
+                demand: "set beside credential_provider_config",
+            }),
+            (None, Some(_)) => Err(RegistryConfigError::Value {
+                field: "credential_provider_config",
+                demand: "set beside credential_provider_bin_dir",
+            }),
+        }
     }
 
     pub(crate) fn has_host(&self, host: &str) -> bool {

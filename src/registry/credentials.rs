@@ -1,9 +1,10 @@
 //! Finds the credentials for an image in a `.dockerconfigjson`.
 //!
 //! Keys are matched as kubelet matches them (kubernetes, `pkg/credentialprovider/keyring.go`):
-//! scheme and `/v1/`, `/v2/` are ignored, host labels may be globs (`*.example.com`), a path limits
-//! the entry to repositories below it, and the most specific key wins. Only `auths` is read:
-//! credential helpers would run programs, and identity tokens are unknown to kubelet as well.
+//! scheme and `/v1/`, `/v2/` are ignored, host labels may be globs (`*.example.com`), and a path is a
+//! prefix of the repository's, not of its components: `r.x/team` is also for `r.x/teams/app`. All
+//! keys that match count, the most specific first, which is their order backwards. Only `auths` is
+//! read: credential helpers would run programs, and identity tokens are unknown to kubelet as well.
 
 use std::{collections::BTreeMap, fmt};
 
@@ -28,23 +29,23 @@ pub enum Credentials {
 }
 
 /// The registries and credentials of a `.dockerconfigjson`.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct DockerConfig {
     /// Most specific first.
     entries: Vec<Entry>,
 }
 
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 struct Entry {
     key: Key,
     credentials: Credentials,
 }
 
-/// Where an entry applies.
-#[derive(Debug, Clone, PartialEq, Eq)]
-struct Key {
+/// Where an entry applies. Ordered so that the more specific of two that match is the greater.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Key {
     host: String,
-    path: Vec<String>,
+    path: String,
 }
 
 /// Says why a `.dockerconfigjson` cannot be read. Never quotes it.
@@ -102,22 +103,41 @@ impl DockerConfig {
                 });
             }
         }
-        // A longer path is more specific; then a host without globs.
-        entries.sort_by_key(|it| (usize::MAX - it.key.path.len(), it.key.host.contains('*')));
-        Ok(Self { entries })
+        Ok(Self::of(entries))
+    }
+
+    /// Makes one of users and passwords by key.
+    pub(crate) fn of_users(
+        users: impl IntoIterator<Item = (String, String, Secret<String>)>,
+    ) -> Self {
+        let entries = users.into_iter().map(|(key, username, password)| Entry {
+            key: Key::parse(&key),
+            credentials: Credentials::Basic { username, password },
+        });
+        Self::of(entries.collect())
+    }
+
+    fn of(mut entries: Vec<Entry>) -> Self {
+        entries.sort_by(|a, b| b.key.cmp(&a.key));
+        Self { entries }
     }
 
     /// Returns the credentials of the most specific entry for `image`.
     pub fn for_image(&self, image: &ImageRef) -> Credentials {
-        self.for_repository(image.registry(), image.repository())
+        let mut all = self.for_repository(image.registry(), image.repository());
+        all.next().unwrap_or(Credentials::Anonymous)
     }
 
-    /// Returns the credentials of the most specific entry for a repository at a host.
-    pub(crate) fn for_repository(&self, host: &str, repository: &str) -> Credentials {
-        self.entries
-            .iter()
-            .find(|it| it.key.matches(host, repository))
-            .map_or(Credentials::Anonymous, |it| it.credentials.clone())
+    /// Returns the credentials of all entries for a repository at a host, the most specific first.
+    pub(crate) fn for_repository(
+        &self,
+        host: &str,
+        repository: &str,
+    ) -> impl Iterator<Item = Credentials> {
+        let found = self.entries.iter();
+        found
+            .filter(move |it| it.key.matches(host, repository))
+            .map(|it| it.credentials.clone())
     }
 }
 
@@ -150,35 +170,30 @@ fn credentials(registry: &str, auth: AuthFormat) -> Result<Option<Credentials>, 
 }
 
 impl Key {
-    fn parse(text: &str) -> Self {
+    /// Reads a key as a `.dockerconfigjson`, or `matchImages` of a credential provider, has it.
+    pub(crate) fn parse(text: &str) -> Self {
         let schemeless = text
             .strip_prefix("https://")
             .or_else(|| text.strip_prefix("http://"))
             .unwrap_or(text);
         let (host, path) = schemeless.split_once('/').unwrap_or((schemeless, ""));
-        let mut path: Vec<String> = path
-            .split('/')
-            .filter(|it| !it.is_empty())
-            .map(str::to_owned)
-            .collect();
         // "/v1/" and "/v2/" name the API, not a repository.
-        if path.first().is_some_and(|it| it == "v1" || it == "v2") {
-            path.remove(0);
-        }
+        let path = ["v1", "v2"]
+            .iter()
+            .find_map(|api| {
+                let rest = path.strip_prefix(api)?;
+                (rest.is_empty() || rest.starts_with('/')).then(|| rest.trim_start_matches('/'))
+            })
+            .unwrap_or(path);
         Self {
             host: canonical_host(host),
-            path,
+            path: path.trim_end_matches('/').to_owned(),
         }
     }
 
-    fn matches(&self, host: &str, repository: &str) -> bool {
-        host_matches(&self.host, host)
-            && self.path.len() <= repository.split('/').count()
-            && self
-                .path
-                .iter()
-                .zip(repository.split('/'))
-                .all(|(wanted, component)| wanted == component)
+    /// Whether it is for a repository at a host.
+    pub(crate) fn matches(&self, host: &str, repository: &str) -> bool {
+        host_matches(&self.host, host) && repository.starts_with(&self.path)
     }
 }
 
@@ -262,7 +277,8 @@ mod tests {
             ("docker.io/me/app", "hub:pw"),
             ("registry-1.docker.io/me/app", "hub:pw"),
             ("ghcr.io/other/app", "gh:p:w"),
-            ("ghcr.io/teams/app", "gh:p:w"),
+            // As kubelet: the path is a prefix.
+            ("ghcr.io/teams/app", "team:pw"),
             ("ghcr.io/team/lib", "team:pw"),
             ("ghcr.io/team/app", "app:pw"),
             ("ghcr.io/team/app/sub", "app:pw"),
@@ -278,6 +294,24 @@ mod tests {
         ] {
             assert_eq!(user(&config, image), expected, "{image}");
         }
+    }
+
+    #[test]
+    fn all_keys_that_match_count_the_most_specific_first() {
+        let config = DockerConfig::parse(
+            br#"{"auths": {
+                "ghcr.io": {"username": "host", "password": "pw"},
+                "*.io": {"username": "glob", "password": "pw"},
+                "ghcr.io/team/": {"username": "team", "password": "pw"},
+                "ghcr.io/other": {"username": "other", "password": "pw"}
+            }}"#,
+        )
+        .unwrap();
+        let users: Vec<_> = config
+            .for_repository("ghcr.io", "team/app")
+            .map(|it| it.to_string())
+            .collect();
+        assert_eq!(users, ["user \"team\"", "user \"host\"", "user \"glob\""]);
     }
 
     #[test]

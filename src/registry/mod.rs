@@ -5,8 +5,8 @@
 //! Docker's registry API v2.
 //!
 //! From the outside in: `client` (what an image is made of) and `blob` (a stream that resumes) ask
-//! a `session` (one repository at its mirrors and its registry, one image's credentials), which asks
-//! `auth` for a token and `transport` for one GET, over connections as `tls` makes them. `retry`
+//! a `session` (one repository at its mirrors and its registry, on behalf of one `requester`), which asks
+//! `auth` for a token, that the `keyring` for credentials, and `transport` for one GET, over connections as `tls` makes them. `retry`
 //! alone decides what is tried again at a registry, `mirrors` what a mirror may cost. `reference`, `platform`, `credentials` and `manifest` are pure.
 //!
 //! An index that was pushed beside an image: `artifact` is its format (pure), `referrers` finds it,
@@ -27,17 +27,23 @@
 mod artifact;
 mod auth;
 mod blob;
+mod challenge;
 mod client;
 mod config;
 mod credentials;
+mod endpoint;
+mod hosts_dir;
+mod keyring;
 mod manifest;
 mod mirrors;
 mod node_credentials;
 mod platform;
+mod providers;
 mod push;
 mod pushed;
 mod reference;
 mod referrers;
+mod requester;
 mod retry;
 mod session;
 mod tls;
@@ -50,3 +56,7 @@ pub use platform::{Platform, PlatformError};
 pub use push::{LayerPush, PushError, Pushed};
 pub use pushed::PushedIndexOptions;
 pub use reference::{ImageRef, ReferenceError};
+pub use requester::{
+    PullSecret, Requester, ServiceAccount, ServiceAccountError, ServiceAccountName,
+    ServiceAccountTokens, ServiceAccounts, VolumeRequester, VolumeSecret,
+};

@@ -224,6 +224,18 @@ impl Push<'_> {
         }
     }
 
+    fn unauthorized(&self, verb: Verb, url: Url) -> Ask {
+        Ask {
+            op: Op::Push,
+            verb,
+            url,
+            accept: None,
+            range: None,
+            authorization: None,
+            at: self.origin().at(),
+        }
+    }
+
     async fn blob_once(
         &self,
         bytes: &Bytes,
@@ -261,7 +273,10 @@ impl Push<'_> {
             self.ask(&uploads, put, url).await?
         } else {
             // Its credentials are in the URL: those for the registry are nobody else's.
-            self.session.transport.send(unauthorized(put, url)).await?
+            self.session
+                .transport
+                .send(self.unauthorized(put, url))
+                .await?
         };
         if !answer.response.status().is_success() {
             return Err(status_failure(&answer.host, what, &answer.response));
@@ -347,7 +362,7 @@ impl Push<'_> {
     }
 
     async fn ask(&self, object: &Object, verb: Verb, url: Url) -> Result<Answer, Failure> {
-        let ask = unauthorized(verb, url);
+        let ask = self.unauthorized(verb, url);
         self.session.ask_once(self.origin(), object, &ask).await
     }
 }
@@ -357,17 +372,6 @@ fn object(path: String, what: &str) -> Object {
         op: Op::Push,
         path,
         what: what.to_owned(),
-    }
-}
-
-fn unauthorized(verb: Verb, url: Url) -> Ask {
-    Ask {
-        op: Op::Push,
-        verb,
-        url,
-        accept: None,
-        range: None,
-        authorization: None,
     }
 }
 

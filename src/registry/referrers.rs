@@ -122,6 +122,7 @@ impl Session {
             accept: Some(OCI_IMAGE_INDEX_MEDIA_TYPE),
             range: None,
             authorization: None,
+            at: endpoint.at(),
         };
         let answer = self.ask_once(endpoint, &object, &ask).await?;
         match answer.response.status() {

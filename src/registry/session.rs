@@ -6,14 +6,21 @@ use bytes::Bytes;
 use reqwest::{StatusCode, Url, header::CONTENT_TYPE};
 
 use super::{
-    auth::{Access, Authorizer, parse_challenge, status_failure},
+    auth::{Access, Authorizer, Verdict, status_failure},
+    challenge::parse_challenge,
     credentials::Credentials,
+    endpoint::EndpointSettings,
+    keyring::{Chain, Keyring},
     mirrors::within_deadline,
     reference::ImageRef,
+    requester::Requester,
     retry::{Failure, Retry},
     transport::{Answer, Ask, Op, Transport, Verb, unavailable},
 };
 use crate::tier::SourceError;
+
+/// Attempts at one request with other credentials or fresh ones; more than a keyring has.
+const MAX_ATTEMPTS: usize = 40;
 
 /// One repository at its mirrors and its registry, seen with one image's credentials.
 #[derive(Debug)]
@@ -24,6 +31,7 @@ pub(crate) struct Session {
     repository: String,
     mirrors: Vec<Endpoint>,
     origin: Endpoint,
+    always_asks_origin: bool,
 }
 
 /// A host that has the repository, or may have it.
@@ -31,6 +39,7 @@ pub(crate) struct Session {
 pub(crate) struct Endpoint {
     pub(crate) host: String,
     pub(crate) role: Role,
+    at: Arc<EndpointSettings>,
     authorizer: Authorizer,
 }
 
@@ -49,6 +58,13 @@ pub(crate) enum Route {
     MirrorsFirst,
     /// The image's registry alone.
     OriginOnly,
+}
+
+/// What leads to an object: some mirrors are not to be asked what a tag means.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Names {
+    Digest,
+    Tag,
 }
 
 /// What to get from a repository.
@@ -80,27 +96,27 @@ pub(crate) struct Form {
 }
 
 impl Session {
-    /// Opens a repository; `mirror_credentials` gives those for a mirror's host.
+    /// Opens a repository. A mirror is shown what the node has for its own host.
     pub(crate) fn new(
         transport: Arc<Transport>,
         image: &ImageRef,
-        credentials: Credentials,
-        mirror_credentials: impl Fn(&str) -> Credentials,
+        keyring: &Arc<Keyring>,
+        requester: Requester,
     ) -> Self {
-        let endpoint = |host: &str, role, credentials| Endpoint {
-            host: host.to_owned(),
-            role,
-            authorizer: Authorizer::new(host, image.repository(), credentials, Access::Pull),
+        let endpoints = transport.endpoints(image.registry());
+        let endpoint = |at, role, requester| {
+            let keyring = Arc::clone(keyring);
+            Endpoint::new(at, role, image, keyring, requester, Access::Pull)
         };
-        let mirrors = transport.config.host(image.registry()).mirrors;
+        let mirrors = endpoints.mirrors.into_iter();
         Self {
             registry: image.registry().to_owned(),
             repository: image.repository().to_owned(),
             mirrors: mirrors
-                .iter()
-                .map(|it| endpoint(it, Role::Mirror, mirror_credentials(it)))
+                .map(|it| endpoint(it, Role::Mirror, Requester::Node))
                 .collect(),
-            origin: endpoint(image.registry(), Role::Origin, credentials),
+            origin: endpoint(endpoints.origin, Role::Origin, requester),
+            always_asks_origin: endpoints.always_ask_origin,
             transport,
         }
     }
@@ -109,25 +125,32 @@ impl Session {
     pub(crate) fn to_push(
         transport: Arc<Transport>,
         image: &ImageRef,
-        credentials: Credentials,
+        keyring: &Arc<Keyring>,
+        requester: Requester,
     ) -> Self {
-        let (registry, repository) = (image.registry(), image.repository());
+        let at = transport.endpoints(image.registry()).origin;
+        let keyring = Arc::clone(keyring);
         Self {
-            registry: registry.to_owned(),
-            repository: repository.to_owned(),
+            registry: image.registry().to_owned(),
+            repository: image.repository().to_owned(),
             mirrors: Vec::new(),
-            origin: Endpoint {
-                host: registry.to_owned(),
-                role: Role::Origin,
-                authorizer: Authorizer::new(registry, repository, credentials, Access::Push),
-            },
+            origin: Endpoint::new(at, Role::Origin, image, keyring, requester, Access::Push),
+            always_asks_origin: true,
             transport,
         }
     }
 
-    pub(crate) fn is_for(&self, image: &ImageRef, credentials: &Credentials) -> bool {
+    pub(crate) fn is_for(&self, image: &ImageRef, requester: &Requester) -> bool {
         let origin = &self.origin.authorizer;
-        origin.is_for(image.registry(), image.repository(), credentials)
+        origin.is_for(image.registry(), image.repository(), requester)
+    }
+
+    /// The credentials that the registry is shown first, if there are any.
+    ///
+    /// # Errors
+    /// If that cannot be found out now.
+    pub(crate) async fn credentials(&self) -> Result<Option<Credentials>, SourceError> {
+        self.origin.authorizer.credentials().await
     }
 
     pub(crate) fn has_mirrors(&self) -> bool {
@@ -139,12 +162,25 @@ impl Session {
         self.mirrors.get(nth).unwrap_or(&self.origin)
     }
 
-    /// The first host from `nth` on that is worth asking.
+    /// Whether the registry itself says for everybody who may pull.
+    pub(crate) fn always_asks_origin(&self) -> bool {
+        self.always_asks_origin || self.mirrors.is_empty()
+    }
+
+    /// The first host from `nth` on that is worth asking for what a digest names.
     pub(crate) fn next_endpoint(&self, nth: usize) -> usize {
+        self.next_able(nth, Names::Digest)
+    }
+
+    fn next_able(&self, nth: usize, names: Names) -> usize {
         let bench = &self.transport.bench;
+        let able = |it: &Endpoint| match names {
+            Names::Digest => it.at.abilities.pull,
+            Names::Tag => it.at.abilities.resolve,
+        };
         let rest = self.mirrors.iter().enumerate().skip(nth);
         let up = rest
-            .filter(|(_, it)| !bench.holds(&it.host))
+            .filter(|(_, it)| able(it) && !bench.holds(&it.host))
             .map(|(n, _)| n);
         up.min().unwrap_or(self.mirrors.len())
     }
@@ -164,8 +200,9 @@ impl Session {
         check: impl Fn(Document) -> Result<T, SourceError>,
     ) -> Result<T, SourceError> {
         let mut failed = None;
+        let names = object.names();
         let mut nth = match route {
-            Route::MirrorsFirst => self.next_endpoint(0),
+            Route::MirrorsFirst => self.next_able(0, names),
             Route::OriginOnly => self.mirrors.len(),
         };
         while let Some(mirror) = self.mirrors.get(nth) {
@@ -180,7 +217,7 @@ impl Session {
                     failed = Some(error);
                 }
             }
-            nth = self.next_endpoint(nth + 1);
+            nth = self.next_able(nth + 1, names);
         }
         let mut retry = Retry::new(&self.transport.config);
         loop {
@@ -233,6 +270,7 @@ impl Session {
             accept,
             range,
             authorization: None,
+            at: endpoint.at(),
         };
         let answer = self.ask_once(endpoint, object, &ask).await?;
         if answer.response.status().is_success() {
@@ -246,8 +284,7 @@ impl Session {
     /// # Errors
     /// If the host's name makes no URL.
     pub(crate) fn url(&self, endpoint: &Endpoint, object: &Object) -> Result<Url, SourceError> {
-        let path = format!("/v2/{}/{}", self.repository, object.path);
-        let mut url = self.transport.registry_url(&endpoint.host, &path)?;
+        let mut url = endpoint.at.url(&self.repository, &object.path)?;
         if endpoint.role == Role::Mirror {
             // As containerd does: a mirror of many registries is told which one is meant.
             url.query_pairs_mut().append_pair("ns", &self.registry);
@@ -266,8 +303,9 @@ impl Session {
         ask: &Ask,
     ) -> Result<Answer, Failure> {
         let authorizer = &endpoint.authorizer;
+        authorizer.renew_if_due(&self.transport, &object.what).await;
         let mut is_fresh = false;
-        loop {
+        for _ in 0..MAX_ATTEMPTS {
             let (authorization, generation) = authorizer.current();
             let was_authorized = authorization.is_some();
             let answer = self
@@ -278,7 +316,21 @@ impl Session {
                 })
                 .await?;
             let status = answer.response.status();
+            let hides = status == StatusCode::NOT_FOUND && object.op == Op::Manifest;
+            if hides && was_authorized && endpoint.role == Role::Origin {
+                // Some registries say so to who lacks the right.
+                let others = authorizer
+                    .show_others(&self.transport, generation, &object.what)
+                    .await?;
+                if !others {
+                    return Ok(answer);
+                }
+                self.transport.drain(answer.response).await;
+                is_fresh = true;
+                continue;
+            }
             if !matches!(status, StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN) {
+                authorizer.taken(generation);
                 return Ok(answer);
             }
             if !answer.is_from_origin {
@@ -286,15 +338,25 @@ impl Session {
                 let reason = format!("HTTP {status} for {} after a redirect", object.what);
                 return Err(unavailable(&answer.host, reason).into());
             }
-            // Some registries say 403 to a token that expired, so an older one gets a second try.
-            let may_renew = !is_fresh && (status == StatusCode::UNAUTHORIZED || was_authorized);
-            if !may_renew {
+            if status == StatusCode::FORBIDDEN && !was_authorized {
                 return Err(endpoint.refusal(status, object).into());
             }
+            // Some registries say 403 to a token that expired, so an older one gets a second try.
+            let verdict = if is_fresh {
+                Verdict::Refused
+            } else {
+                Verdict::Stale
+            };
             let challenge = parse_challenge(answer.response.headers());
             self.transport.drain(answer.response).await;
             let renewed = authorizer
-                .renew(&self.transport, challenge, generation, &object.what)
+                .renew(
+                    &self.transport,
+                    challenge,
+                    generation,
+                    verdict,
+                    &object.what,
+                )
                 .await;
             match renewed {
                 Ok(()) => is_fresh = true,
@@ -304,10 +366,49 @@ impl Session {
                 Err(failure) => return Err(failure),
             }
         }
+        let reason = format!("its rights changed {MAX_ATTEMPTS} times within one request");
+        Err(unavailable(&endpoint.host, reason).into())
+    }
+}
+
+impl Object {
+    fn names(&self) -> Names {
+        match self.path.strip_prefix("manifests/") {
+            Some(selector) if !selector.contains(':') => Names::Tag,
+            Some(_) | None => Names::Digest,
+        }
     }
 }
 
 impl Endpoint {
+    fn new(
+        at: EndpointSettings,
+        role: Role,
+        image: &ImageRef,
+        keyring: Arc<Keyring>,
+        requester: Requester,
+        access: Access,
+    ) -> Self {
+        let at = Arc::new(at);
+        let chain = Chain {
+            keyring,
+            host: at.host.clone(),
+            repository: image.repository().to_owned(),
+            requester,
+        };
+        Self {
+            host: at.host.clone(),
+            role,
+            authorizer: Authorizer::new(chain, Arc::clone(&at), access),
+            at,
+        }
+    }
+
+    /// How it is spoken to.
+    pub(crate) fn at(&self) -> Arc<EndpointSettings> {
+        Arc::clone(&self.at)
+    }
+
     fn refusal(&self, status: StatusCode, object: &Object) -> SourceError {
         if status == StatusCode::FORBIDDEN {
             return SourceError::Forbidden {

@@ -14,7 +14,7 @@ use super::{
 };
 use crate::{
     tier::SourceError,
-    tls::{self, SystemAuthorities},
+    tls::{self, Identity, SystemAuthorities},
 };
 
 /// Idle connections per host: a stream and the next one.
@@ -23,39 +23,77 @@ const MAX_IDLE_CONNECTIONS: usize = 2;
 /// How long an idle connection is kept; each costs its buffers.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(15);
 
-/// Whom a connection trusts.
+/// Whom a connection trusts, and what it shows.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Trust {
     /// Nobody: for plain http.
     None,
     /// The machine's certificate authorities.
     System,
-    /// The machine's and those of a file.
-    SystemAnd(PathBuf),
+    /// The machine's, and what is in files.
+    Files(Files),
 }
 
-/// Reads a PEM file of certificate authorities, at least one.
-pub(crate) fn read_authorities(
-    path: &Path,
-) -> Result<Vec<CertificateDer<'static>>, RegistryConfigError> {
-    tls::read_authorities(path).map_err(|reason| RegistryConfigError::CaFile {
-        path: path.to_owned(),
-        reason,
-    })
+/// Files about TLS with a host.
+#[derive(Debug, Clone, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Files {
+    /// Certificate authorities, beside the machine's.
+    pub(crate) authorities: Vec<PathBuf>,
+    /// The certificate that is shown, and its key.
+    pub(crate) client: Option<(PathBuf, PathBuf)>,
+    /// Whether any certificate of the host is taken.
+    pub(crate) skip_verify: bool,
 }
 
-/// Makes a client that trusts `trust`, where `extra` are the authorities of its file.
+/// What is in [`Files`].
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Loaded {
+    authorities: Vec<CertificateDer<'static>>,
+    identity: Option<Identity>,
+}
+
+impl Loaded {
+    /// Reads the files.
+    ///
+    /// # Errors
+    /// [`RegistryConfigError::CaFile`] names the file.
+    pub(crate) fn read(files: &Files) -> Result<Self, RegistryConfigError> {
+        let wrong = |path: &Path, reason: String| RegistryConfigError::CaFile {
+            path: path.to_owned(),
+            reason,
+        };
+        let mut loaded = Self::default();
+        for path in &files.authorities {
+            let found = tls::read_authorities(path).map_err(|reason| wrong(path, reason))?;
+            loaded.authorities.extend(found);
+        }
+        if let Some((certificate, key)) = &files.client {
+            let found = Identity::read(certificate, key);
+            loaded.identity = Some(found.map_err(|reason| wrong(certificate, reason))?);
+        }
+        Ok(loaded)
+    }
+}
+
+/// Makes a client that trusts `trust`, where `loaded` is what is in its files.
 pub(crate) fn build_client(
     trust: &Trust,
-    extra: Vec<CertificateDer<'static>>,
+    loaded: Loaded,
     connect_timeout: Duration,
 ) -> Result<reqwest::Client, RegistryConfigError> {
     let wrong = |reason: String| RegistryConfigError::Client { reason };
     let system = match trust {
         Trust::None => SystemAuthorities::Ignored,
-        Trust::System | Trust::SystemAnd(_) => SystemAuthorities::Trusted,
+        Trust::System | Trust::Files(_) => SystemAuthorities::Trusted,
     };
-    let tls = tls::client_config(system, extra).map_err(wrong)?;
+    let tls = match loaded.identity {
+        None => tls::client_config(system, loaded.authorities),
+        Some(identity) => tls::client_config_as(system, loaded.authorities, identity),
+    };
+    let mut tls = tls.map_err(wrong)?;
+    if matches!(trust, Trust::Files(files) if files.skip_verify) {
+        tls = tls::without_verification(tls);
+    }
     reqwest::Client::builder()
         .tls_backend_preconfigured(tls)
         .redirect(reqwest::redirect::Policy::none())

@@ -9,8 +9,7 @@
 use std::{
     collections::BTreeMap,
     error::Error as _,
-    path::PathBuf,
-    sync::Mutex,
+    sync::{Arc, Mutex},
     time::{Duration, SystemTime},
 };
 
@@ -22,15 +21,15 @@ use reqwest::{
         LOCATION, RANGE, RETRY_AFTER,
     },
 };
-use rustls::pki_types::CertificateDer;
 
 use super::{
     config::{HostConfig, RegistryConfig, RegistryConfigError},
+    endpoint::{EndpointSettings, RegistryEndpoints},
+    hosts_dir::{HostsDir, SkipVerify},
     mirrors::Bench,
-    reference::DOCKER_HUB,
     referrers::WithoutReferrers,
     retry::{Failure, parse_retry_after},
-    tls::{Trust, build_client, read_authorities, send_error},
+    tls::{Files, Loaded, Trust, build_client, send_error},
 };
 use crate::{metrics::Metrics, tier::SourceError};
 
@@ -146,6 +145,8 @@ pub(crate) struct Ask {
     /// First and last byte wanted.
     pub(crate) range: Option<(u64, u64)>,
     pub(crate) authorization: Option<HeaderValue>,
+    /// The host that is asked, whose settings hold for as long as nobody redirects elsewhere.
+    pub(crate) at: Arc<EndpointSettings>,
 }
 
 /// What came back, its body not read yet.
@@ -165,7 +166,9 @@ pub(crate) struct Transport {
     pub(crate) metrics: Metrics,
     pub(crate) bench: Bench,
     pub(crate) without_referrers: WithoutReferrers,
-    authorities: BTreeMap<PathBuf, Vec<CertificateDer<'static>>>,
+    hosts_dir: HostsDir,
+    /// What is in the files of hosts, read at start, so that what is wrong with one is known then.
+    files: BTreeMap<Files, Loaded>,
     /// Made when first needed: the machine's authorities cost memory, and plain http needs none.
     ///
     /// std Mutex: held for a map lookup, never across an await.
@@ -178,9 +181,26 @@ impl Transport {
         metrics: Metrics,
     ) -> Result<Self, RegistryConfigError> {
         let config = config.checked()?;
-        let mut authorities = BTreeMap::new();
-        for path in config.hosts.values().filter_map(|it| it.ca_file.as_ref()) {
-            authorities.insert(path.clone(), read_authorities(path)?);
+        let hosts_dir = match &config.hosts_dir {
+            None => HostsDir::default(),
+            Some(dir) => {
+                let skip_verify = if config.allow_skip_verify {
+                    SkipVerify::Allowed
+                } else {
+                    SkipVerify::Refused
+                };
+                let read = HostsDir::read(dir, skip_verify);
+                read.map_err(|(path, reason)| RegistryConfigError::HostsFile { path, reason })?
+            }
+        };
+        let configured: Vec<_> = config.hosts.values().map(HostConfig::trust).collect();
+        let of_config = configured.iter().filter_map(|it| match it {
+            Trust::Files(files) => Some(files),
+            Trust::None | Trust::System => None,
+        });
+        let mut files = BTreeMap::new();
+        for it in of_config.chain(hosts_dir.files()) {
+            files.insert(it.clone(), Loaded::read(it)?);
         }
         for op in Op::ALL {
             for code in CODES {
@@ -194,41 +214,37 @@ impl Transport {
             metrics,
             bench: Bench::default(),
             without_referrers: WithoutReferrers::default(),
-            authorities,
+            hosts_dir,
+            files,
             clients: Mutex::default(),
         })
     }
 
-    /// Returns the URL of `path` at a registry.
-    pub(crate) fn registry_url(&self, registry: &str, path: &str) -> Result<Url, SourceError> {
-        let scheme = if self.config.host(registry).plain_http {
-            "http"
+    /// Where a registry's content is to be had: as `[registry.hosts]` says, or else the directory of
+    /// `hosts.toml` files.
+    pub(crate) fn endpoints(&self, registry: &str) -> RegistryEndpoints {
+        let of_dir = if self.config.has_host(registry) {
+            None
         } else {
-            "https"
+            self.hosts_dir.endpoints(registry)
         };
-        let host = if registry == DOCKER_HUB {
-            "registry-1.docker.io"
-        } else {
-            registry
-        };
-        Url::parse(&format!("{scheme}://{host}{path}"))
-            .map_err(|error| protocol(registry, format!("its name makes no URL: {error}")))
+        of_dir.unwrap_or_else(|| RegistryEndpoints::configured(&self.config, registry))
     }
 
     /// Refuses URLs that are neither https nor plain http to a host that is configured so.
-    pub(crate) fn check_url(&self, url: &Url, registry: &str) -> Result<(), SourceError> {
-        let host = host_of(url);
+    fn check_url(&self, url: &Url, at: &EndpointSettings) -> Result<(), SourceError> {
+        let (host, asked) = (host_of(url), at.url("", "").map(|it| host_of(&it))?);
         match url.scheme() {
             "https" => Ok(()),
-            "http" if self.settings_for(url).plain_http => Ok(()),
+            "http" if at.is_at(url) || self.settings_for(url).plain_http => Ok(()),
             "http" => Err(protocol(
-                registry,
+                &asked,
                 format!(
                     "it leads to plain http at {host}: set plain_http for that host if this is meant"
                 ),
             )),
             _ => Err(protocol(
-                registry,
+                &asked,
                 "it leads to a URL that is not http".to_owned(),
             )),
         }
@@ -244,13 +260,16 @@ impl Transport {
         let mut authorization = ask.authorization;
         let mut is_from_origin = true;
         for _ in 0..=MAX_REDIRECTS {
-            self.check_url(&url, &asked_host)?;
+            self.check_url(&url, &ask.at)?;
             let host = host_of(&url);
             let mut request = self
-                .client_for(&url)
+                .client_for(&url, &ask.at)
                 .await?
                 .request(ask.verb.method(), url.clone())
                 .header(ACCEPT_ENCODING, "identity");
+            if ask.at.is_at(&url) {
+                request = request.headers(ask.at.headers.clone());
+            }
             match &ask.verb {
                 Verb::Get | Verb::Head => {}
                 // Registries refuse a request without a length that might have a body.
@@ -379,11 +398,15 @@ impl Transport {
     }
 
     /// Returns the client that trusts whom the URL's host is to be trusted by.
-    async fn client_for(&self, url: &Url) -> Result<reqwest::Client, SourceError> {
+    async fn client_for(
+        &self,
+        url: &Url,
+        at: &EndpointSettings,
+    ) -> Result<reqwest::Client, SourceError> {
         let host = host_of(url);
-        let trust = match (url.scheme(), self.settings_for(url).ca_file) {
-            ("https", Some(path)) => Trust::SystemAnd(path),
-            ("https", None) => Trust::System,
+        let trust = match url.scheme() {
+            "https" if at.is_at(url) => at.trust.clone(),
+            "https" => self.settings_for(url).trust(),
             _ => Trust::None,
         };
         let known = {
@@ -393,15 +416,15 @@ impl Transport {
         if let Some(client) = known {
             return Ok(client);
         }
-        let extra = match &trust {
-            Trust::SystemAnd(path) => self.authorities.get(path).cloned().unwrap_or_default(),
-            Trust::System | Trust::None => Vec::new(),
+        let loaded = match &trust {
+            Trust::Files(files) => self.files.get(files).cloned().unwrap_or_default(),
+            Trust::System | Trust::None => Loaded::default(),
         };
         let connect_timeout = self.config.connect_timeout();
         let kind = trust.clone();
         // Reads and parses some 150 certificates: milliseconds.
         let built =
-            tokio::task::spawn_blocking(move || build_client(&kind, extra, connect_timeout))
+            tokio::task::spawn_blocking(move || build_client(&kind, loaded, connect_timeout))
                 .await
                 .map_err(|error| unavailable(&host, format!("setting up TLS: {error}")))?;
         let client = built.map_err(|error| unavailable(&host, error.to_string()))?;

@@ -209,8 +209,9 @@ impl Agent {
                 request,
             } => {
                 let (images, adopted) = (Arc::clone(&self.images), Arc::clone(adopted));
-                // Known from now on, so that a release is not overtaken.
-                lock(&adopted).insert(device, Held::default());
+                // Known from now on, so that a release is not overtaken. What is held of a mount that is
+                // adopted again, with other rights, is so until those have been found good.
+                lock(&adopted).entry(device).or_default();
                 self.runtime.spawn(async move {
                     match images.adopt(manifest, &request).await {
                         Ok(held) => {

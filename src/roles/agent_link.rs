@@ -394,6 +394,7 @@ mod tests {
             pull_policy: None,
             insecure: false,
             credentials: crate::mount::PullCredentials::None,
+            pod: None,
         };
         link.adopt((0, 7), manifest, request);
         let (sender, outcome) = mpsc::channel();

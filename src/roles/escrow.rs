@@ -326,6 +326,37 @@ impl Escrow {
         }
     }
 
+    /// Has what the image lacks on disk be fetched with the rights of `request` from now on, whoever
+    /// serves it.
+    ///
+    /// # Errors
+    /// There is no server. Its successor is told.
+    ///
+    /// # Blocking
+    /// Waits for the socket.
+    pub(super) fn renew(&self, manifest: ManifestDigest, request: &ImageRequest) -> io::Result<()> {
+        let devices: Vec<_> = {
+            let mut held = self.held();
+            let of_image = held.values_mut();
+            let of_image = of_image.filter(|it| it.mount.manifest == manifest);
+            of_image
+                .map(|it| {
+                    it.mount.request = request.clone();
+                    it.mount.device
+                })
+                .collect()
+        };
+        if devices.is_empty() {
+            return Ok(());
+        }
+        let channel = Channel::connect(&self.socket)?;
+        for device in devices {
+            let request = request.clone();
+            channel.send(&ServeRequest::Renew { device, request }, None)?;
+        }
+        Ok(())
+    }
+
     /// Has the server serve a new connection, and makes sure that it, or its successor, does.
     fn hand_in(&self, held: &mut Held) -> io::Result<()> {
         let no_server = |err: io::Error| {

@@ -16,6 +16,7 @@ use super::{
     protocol::{AgentReply, AgentRequest, ReadyImage},
 };
 use crate::{
+    digest::ManifestDigest,
     failpoint,
     ipc::{Channel, RunDir},
     mount::{
@@ -150,6 +151,21 @@ impl ImageMounter for NodeMounter {
         let (request, ahead) = (&prepared.request, self.read_ahead_kib);
         let mount = self.escrow.mount(image.manifest, request, dir, ahead)?;
         Ok(Box::new(mount))
+    }
+
+    fn renew<'a>(
+        &'a self,
+        manifest: ManifestDigest,
+        request: &'a ImageRequest,
+    ) -> BoxFuture<'a, Result<(), PrepareError>> {
+        let (escrow, request) = (Arc::clone(&self.escrow), request.clone());
+        Box::pin(async move {
+            let told = tokio::task::spawn_blocking(move || escrow.renew(manifest, &request)).await;
+            let told = told.map_err(io::Error::other).and_then(|it| it);
+            told.map_err(|err| PrepareError::Away {
+                reason: format!("clip-csi serve was not told of renewed credentials: {err}"),
+            })
+        })
     }
 
     fn survivors(&self) -> Vec<Survivor> {

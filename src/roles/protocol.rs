@@ -4,7 +4,7 @@
 //! |---|---|---|
 //! | node | agent | [`AgentRequest::Prepare`] |
 //! | server | agent | [`AgentRequest::Adopt`], [`AgentRequest::Release`], [`AgentRequest::Present`], [`AgentRequest::Lend`] |
-//! | node | server | [`ServeRequest::Serve`], [`ServeRequest::List`] |
+//! | node | server | [`ServeRequest::Serve`], [`ServeRequest::Renew`], [`ServeRequest::List`] |
 //! | server | its predecessor | [`ServeRequest::HandOver`], [`ServeRequest::Quit`] |
 //! | agent | both others | `Status` |
 
@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     digest::{DiffId, ManifestDigest},
     fuse::takeover::KernelOffer,
-    mount::{ImageRequest, PrepareError, Usage},
+    mount::{ImageRequest, PodRef, PrepareError, Usage},
     tier::{Chunk, PresentError},
 };
 
@@ -112,6 +112,13 @@ pub enum ServeRequest {
     /// Serve the connection that comes with this. Answered by [`ServeReply::Serving`]; one that is
     /// being served is no error.
     Serve(ServedMount),
+    /// What the mount lacks on disk is fetched with the rights of this request from now on. Not answered.
+    Renew {
+        /// The mount.
+        device: MountKey,
+        /// How it is asked for now.
+        request: ImageRequest,
+    },
     /// Say what is served. Answered by a [`ServeReply::Mount`] for each, with its connection, then
     /// [`ServeReply::End`].
     List,
@@ -154,6 +161,9 @@ pub struct Notice {
     pub reason: String,
     /// What happened, and what to do.
     pub message: String,
+    /// Whom it is about, if not the node. A release that does not know it tells it of the node.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pod: Option<PodRef>,
 }
 
 /// How a role is.

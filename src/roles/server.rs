@@ -39,6 +39,7 @@ use crate::{
     ipc::{self, Channel, Listener, RunDir},
     layer::{disk::CachePaths, reader::LayerReader},
     metrics::Metrics,
+    mount::ImageRequest,
     sys::MappedFile,
     tier::MakePresent,
 };
@@ -222,6 +223,7 @@ impl Server {
                     let reason = "no connection came with the mount".to_owned();
                     channel.send(&ServeReply::Refused(reason), None)?;
                 }
+                (ServeRequest::Renew { device, request }, _) => self.renew(device, request),
                 (ServeRequest::List, _) => self.list(channel)?,
                 (ServeRequest::HandOver, _) => return self.hand_over(channel),
                 (ServeRequest::Quit, _) => {}
@@ -366,6 +368,19 @@ impl Server {
         }
         let fs = ClipFs::new(index, layers, self.metrics.clone()).map_err(io::Error::other)?;
         Ok((fs, pin))
+    }
+
+    /// Has the agent, and each one after it, fetch with the rights of `request`.
+    fn renew(&self, device: MountKey, request: ImageRequest) {
+        let manifest = {
+            let mut mounts = self.mounts();
+            let Some(served) = mounts.served.get_mut(&device) else {
+                return;
+            };
+            served.mount.request = request.clone();
+            served.mount.manifest
+        };
+        self.agent.adopt(device, manifest, request);
     }
 
     fn list(&self, channel: &Channel) -> io::Result<()> {

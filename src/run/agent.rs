@@ -1,6 +1,13 @@
 //! `clip-csi agent`: network and cache of a node.
 
-use std::{path::PathBuf, process::ExitCode, sync::Arc, thread, time::Duration};
+use std::{
+    collections::BTreeMap,
+    path::PathBuf,
+    process::ExitCode,
+    sync::Arc,
+    thread,
+    time::{Duration, Instant},
+};
 
 use anyhow::Context;
 use tokio::runtime::Handle;
@@ -18,17 +25,26 @@ use crate::{
     cli::AgentArgs,
     config::Config,
     exposition,
+    health::{self, Counted, State},
     ipc::{Listener, RunDir},
     metrics::{Metrics, Role},
+    mount::PodRef,
     node_events::NodeEvents,
     node_taint,
-    roles::{agent::Agent, status},
+    remote::RemoteKind,
+    roles::{agent::Agent, protocol::Notice, status},
     sys,
     tier::BoxFuture,
 };
 
 /// How often the other processes are asked whether they are ready.
 const ASK: Duration = Duration::from_secs(1);
+
+/// How often it is judged how well the volumes are: what is counted meanwhile is the ground.
+const HEALTH: Duration = Duration::from_secs(60);
+
+/// How long a state that comes and goes is not told of again.
+const HEALTH_TOLD: Duration = Duration::from_secs(1800);
 
 /// Serves until a signal asks for the end.
 pub(super) async fn run(args: AgentArgs, config: Config) -> anyhow::Result<ExitCode> {
@@ -51,10 +67,10 @@ pub(super) async fn run(args: AgentArgs, config: Config) -> anyhow::Result<ExitC
     let metrics = Metrics::of(Role::Agent);
     let stop = stop_signal()?;
     let ready = Arc::new(Ready::not_yet("starting"));
-    let engine = Engine::start(&config, metrics.clone())?;
+    let engine = Engine::of_node(&config, metrics.clone(), &args.driver_name)?;
     sys::drop_code();
     let page = Pages {
-        own: metrics,
+        own: metrics.clone(),
         run_dir: run_dir.clone(),
     };
     let admin = match args.metrics_addr {
@@ -79,7 +95,19 @@ pub(super) async fn run(args: AgentArgs, config: Config) -> anyhow::Result<ExitC
     thread::Builder::new()
         .name("clip-accept".to_owned())
         .spawn(move || serving_agent.serve(&serving))?;
-    let watching = watch_others(&run_dir, &ready, events.as_ref());
+    let watching = watch_others(&run_dir, &ready);
+    let telling = async {
+        match &events {
+            Some(events) => tell(&run_dir, events, args.pod_events).await,
+            None => std::future::pending().await,
+        }
+    };
+    let judged = Pages {
+        own: metrics.clone(),
+        run_dir: run_dir.clone(),
+    };
+    let has_remote = config.remote.kind != RemoteKind::None;
+    let judging = watch_health(&judged, &metrics, has_remote, events.as_ref());
     let untaint = async {
         if let Some((cluster, taint)) = taint {
             Box::pin(node_taint::remove(cluster, taint)).await;
@@ -89,6 +117,8 @@ pub(super) async fn run(args: AgentArgs, config: Config) -> anyhow::Result<ExitC
     tokio::select! {
         () = stopped(stop.clone()) => {}
         () = watching => {}
+        () = telling => {}
+        () = judging => {}
         () = untaint => {}
     }
     ready.unset("stopping");
@@ -104,17 +134,9 @@ pub(super) async fn run(args: AgentArgs, config: Config) -> anyhow::Result<ExitC
     Ok(ExitCode::SUCCESS)
 }
 
-/// Shows whether all of this node's processes are ready, and passes on what operators should see.
-async fn watch_others(run_dir: &RunDir, ready: &Ready, events: Option<&NodeEvents>) {
+/// Shows whether all of this node's processes are ready, for ever.
+async fn watch_others(run_dir: &RunDir, ready: &Ready) {
     loop {
-        if let Some(events) = events {
-            let node = run_dir.node();
-            let taken = tokio::task::spawn_blocking(move || status::take_notices(&node));
-            // A node service that is away has its notices still.
-            for notice in taken.await.into_iter().flatten().flatten() {
-                events.warn(&notice.reason, &notice.message).await;
-            }
-        }
         let (node, serve) = (run_dir.node(), run_dir.serve());
         let missing = tokio::task::spawn_blocking(move || {
             let missing =
@@ -131,6 +153,85 @@ async fn watch_others(run_dir: &RunDir, ready: &Ready, events: Option<&NodeEvent
             Err(err) => warn!(error = %err, "asking the other processes failed"),
         }
         tokio::time::sleep(ASK).await;
+        sys::drop_code();
+    }
+}
+
+/// Passes on what people should see of this node and its pods, for ever. The API server may be slow:
+/// nothing waits for it.
+async fn tell(run_dir: &RunDir, events: &NodeEvents, of_pods: bool) {
+    loop {
+        let node = run_dir.node();
+        let taken = tokio::task::spawn_blocking(move || status::take_notices(&node));
+        // A node service that is away has its notices still.
+        for notice in taken.await.into_iter().flatten().flatten() {
+            let Notice {
+                reason,
+                message,
+                pod,
+            } = notice;
+            match pod {
+                None => events.warn(&reason, &message).await,
+                Some(pod) if of_pods => {
+                    let PodRef {
+                        namespace,
+                        name,
+                        uid,
+                    } = pod;
+                    let told = events.warn_of_pod(&namespace, &name, &uid, &reason, &message);
+                    told.await;
+                }
+                Some(pod) => {
+                    info!(
+                        pod.namespace = pod.namespace,
+                        pod.name = pod.name,
+                        reason,
+                        message,
+                        "a pod is to be told, for which --pod-events is not set"
+                    );
+                }
+            }
+        }
+        tokio::time::sleep(ASK).await;
+    }
+}
+
+/// Judges every minute how well the volumes are, for ever: shows it, and tells of what is new.
+async fn watch_health(
+    pages: &Pages,
+    metrics: &Metrics,
+    has_remote: bool,
+    events: Option<&NodeEvents>,
+) {
+    let mut before: Option<Counted> = None;
+    let mut told: BTreeMap<State, Instant> = BTreeMap::new();
+    loop {
+        let page = pages.page().await.unwrap_or_default();
+        let now = Counted::parse(&page);
+        let found = match &before {
+            Some(before) => health::assess(before, &now, has_remote),
+            None => Vec::new(),
+        };
+        for state in State::ALL {
+            let is_so = found.contains(&state);
+            metrics
+                .health
+                .with_label_values(&[state.label()])
+                .set(i64::from(is_so));
+            let is_known = told
+                .get(&state)
+                .is_some_and(|it| it.elapsed() < HEALTH_TOLD);
+            if !is_so || is_known {
+                continue;
+            }
+            told.insert(state, Instant::now());
+            warn!(state = state.label(), "{}", state.message());
+            if let Some(events) = events {
+                events.warn(state.reason(), state.message()).await;
+            }
+        }
+        before = Some(now);
+        tokio::time::sleep(HEALTH).await;
         sys::drop_code();
     }
 }

@@ -14,11 +14,13 @@ use crate::{
     indexer::{Indexer, OpenImage},
     layer::store::{LayerStore, Remote},
     metrics::Metrics,
+    node_taint,
     registry::{
         Credentials, DockerConfig, ImageRef, Platform, PushedIndexOptions, RegistryClient,
-        RegistryConfig, ResolvedImage,
+        RegistryConfig, Requester, ResolvedImage, ServiceAccounts,
     },
     remote::{self, Uploader},
+    service_accounts::ClusterServiceAccounts,
 };
 
 /// Opens images.
@@ -48,7 +50,7 @@ pub(super) struct Insecure {
 pub(super) struct Wanted {
     pub(super) image: ImageRef,
     pub(super) platform: Platform,
-    pub(super) credentials: Credentials,
+    pub(super) requester: Requester,
     /// The pushed index to use.
     pub(super) index_digest: Option<ManifestDigest>,
 }
@@ -102,24 +104,44 @@ impl Engine {
         })
     }
 
+    /// Puts the parts together for volumes of pods, whose service accounts may count.
+    pub(super) fn of_node(config: &Config, metrics: Metrics, driver: &str) -> anyhow::Result<Self> {
+        let mut engine = Self::start(config, metrics)?;
+        let accounts: Option<Arc<dyn ServiceAccounts>> =
+            if config.registry.service_account_pull_secrets {
+                const KEY: &str = "registry.service_account_pull_secrets";
+                let cluster = node_taint::cluster_of_this_pod().map_err(BadConfig::new);
+                let cluster = cluster.context(KEY)?;
+                let accounts = ClusterServiceAccounts::new(cluster, driver).context(KEY)?;
+                Some(Arc::new(accounts))
+            } else {
+                None
+            };
+        for client in [&mut engine.registry, &mut engine.insecure.registry] {
+            let used = client.use_service_accounts(accounts.clone());
+            used.map_err(BadConfig::new)?;
+        }
+        Ok(engine)
+    }
+
     /// Resolves the image and opens it.
     pub(super) async fn open(&self, wanted: &Wanted) -> anyhow::Result<(ResolvedImage, OpenImage)> {
         let Wanted {
             image,
             platform,
-            credentials,
+            requester,
             index_digest,
         } = wanted;
         let cannot = || format!("image {image}");
         let resolved = self
             .registry
-            .resolve(image, platform, credentials)
+            .resolve(image, platform, requester)
             .await
             .with_context(cannot)?;
         let manifest = resolved.manifest;
         let blobs = self
             .registry
-            .image_blobs(image, credentials, manifest, *index_digest);
+            .image_blobs(image, requester, manifest, *index_digest);
         let opened = self
             .indexer
             .open(&resolved, &blobs)
@@ -152,11 +174,11 @@ impl Wanted {
         };
         let file = args.docker_config.as_ref();
         let file = file.or(config.registry.docker_config_file.as_ref());
-        let credentials = credentials(file, &image)?;
+        let requester = Requester::Exactly(credentials(file, &image)?);
         Ok(Self {
             image,
             platform,
-            credentials,
+            requester,
             index_digest: None,
         })
     }

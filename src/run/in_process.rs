@@ -39,7 +39,7 @@ pub(super) async fn run(
         None => None,
     };
     // Before anything is bound: configured files are read here.
-    let engine = Engine::start(&config, metrics.clone())?;
+    let engine = Engine::of_node(&config, metrics.clone(), &args.driver_name)?;
     let admin = match args.metrics_addr {
         Some(address) => {
             let listener = bind_admin(address).await?;

@@ -95,10 +95,10 @@ pub(super) async fn push(args: ImageArgs, mut config: Config) -> anyhow::Result<
         )?;
         layers.push(pushed);
     }
-    let (image, credentials) = (&wanted.image, &wanted.credentials);
+    let (image, requester) = (&wanted.image, &wanted.requester);
     let pushed = engine
         .registry
-        .push_index(image, credentials, resolved.manifest, &layers, key.as_ref())
+        .push_index(image, requester, resolved.manifest, &layers, key.as_ref())
         .await
         .with_context(|| format!("pushing the index of image {image}"))?;
     writeln!(out, "pushed   {} bytes", pushed.blob_bytes)?;

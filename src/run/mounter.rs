@@ -8,6 +8,7 @@ use super::{
 };
 use crate::{
     config::FuseConfig,
+    digest::ManifestDigest,
     fs::ClipFs,
     fuse::{
         pool::{PoolConfig, ReadPool},
@@ -123,6 +124,15 @@ impl ImageMounter for InProcess {
             mount: self.serve(&prepared.fs, dir)?,
             _image: prepared.image.clone(),
         }))
+    }
+
+    fn renew<'a>(
+        &'a self,
+        manifest: ManifestDigest,
+        request: &'a ImageRequest,
+    ) -> BoxFuture<'a, Result<(), PrepareError>> {
+        // The layers that are open are given the source that comes with it.
+        Box::pin(async move { self.opener.open_known(manifest, request).await.map(drop) })
     }
 
     fn survivors(&self) -> Vec<Survivor> {

@@ -162,7 +162,7 @@ pub(super) async fn serve(
     let aside = async {
         tokio::select! {
             () = parts.aside => {}
-            () = look_after(table.clone()) => {}
+            () = look_after(table.clone(), notices) => {}
             () = stopped(stop.clone()) => {}
         }
         Ok(())
@@ -176,13 +176,17 @@ pub(super) async fn serve(
     Ok(ExitCode::SUCCESS)
 }
 
-/// Unmounts what nobody uses any more, and counts what is dead, for ever.
-async fn look_after(table: MountTable) {
+/// Unmounts what nobody uses any more, counts what is dead, and passes on what pods should be told, for
+/// ever.
+async fn look_after(table: MountTable, notices: &Notices) {
     loop {
         tokio::time::sleep(LOOK_AFTER).await;
-        let table = table.clone();
-        if let Err(err) = tokio::task::spawn_blocking(move || table.look_after()).await {
+        let looked_after = table.clone();
+        if let Err(err) = tokio::task::spawn_blocking(move || looked_after.look_after()).await {
             warn!(error = %err, "looking after the mounts failed");
+        }
+        for notice in table.take_pod_notices() {
+            notices.add_of_pod(notice);
         }
         sys::drop_code();
     }

@@ -12,7 +12,10 @@ use crate::{
     indexer::{IndexerError, OpenImage},
     layer::store::Layer,
     mount::{ImageRequest, PrepareError, Progress, PullCredentials, PullPolicy, Usage},
-    registry::{Credentials, DockerConfig, ImageRef, Platform, RegistryClient},
+    registry::{
+        Credentials, DockerConfig, ImageRef, Platform, RegistryClient, Requester,
+        ServiceAccountName, ServiceAccountTokens, VolumeRequester, VolumeSecret,
+    },
     roles::{
         agent::{Held, Images},
         protocol::ReadyImage,
@@ -43,7 +46,7 @@ impl Opener {
         request: &ImageRequest,
         progress: &Arc<Progress>,
     ) -> Result<(ManifestDigest, OpenImage), PrepareError> {
-        let wanted = self.wanted(request)?;
+        let wanted = wanted(request)?;
         let known = self.known(&wanted, request.pull_policy)?;
         if let Some(manifest) = known
             && request.pull_policy == Some(PullPolicy::Never)
@@ -55,14 +58,14 @@ impl Opener {
         let Wanted {
             image,
             platform,
-            credentials,
+            requester,
             index_digest,
         } = wanted;
         progress.set_phase("asking the registry");
         // Also what the node knows: whether these credentials may have it.
         let at_known = known.map(|it| image.at_digest(it));
         let asked = at_known.as_ref().unwrap_or(&image);
-        let resolved = registry.resolve(asked, &platform, &credentials).await?;
+        let resolved = registry.resolve(asked, &platform, &requester).await?;
         self.engine
             .references
             .note(&image, &platform, resolved.manifest);
@@ -79,7 +82,7 @@ impl Opener {
             resolved.layers.len()
         ));
         let blobs: Arc<dyn BlobSource> = Arc::new(Counted {
-            source: registry.image_blobs(&image, &credentials, resolved.manifest, index_digest),
+            source: registry.image_blobs(&image, &requester, resolved.manifest, index_digest),
             progress: Arc::clone(progress),
         });
         let opened = self.engine.indexer.open(&resolved, &blobs).await?;
@@ -137,12 +140,12 @@ impl Opener {
 
     /// Opens an image that was made ready before, by this process or another one. Asks no registry, unless
     /// a layer is gone or damaged.
-    async fn open_known(
+    pub(super) async fn open_known(
         &self,
         manifest: ManifestDigest,
         request: &ImageRequest,
     ) -> Result<OpenImage, PrepareError> {
-        let wanted = self.wanted(request)?;
+        let wanted = wanted(request)?;
         let unusable = |err: &dyn std::fmt::Display| PrepareError::Internal {
             reason: format!("the index of image {manifest} in the cache: {err}"),
         };
@@ -152,7 +155,7 @@ impl Opener {
         let index = ImageIndex::open(mapped).map_err(|err| unusable(&err))?;
         let source = self.registry(request, &wanted.image)?.image_blobs(
             &wanted.image,
-            &wanted.credentials,
+            &wanted.requester,
             manifest,
             wanted.index_digest,
         );
@@ -185,40 +188,59 @@ impl Opener {
             image: Some(image),
         }
     }
+}
 
-    /// Parses what a pod asks for. A secret of its own counts alone, the node's otherwise.
-    fn wanted(&self, request: &ImageRequest) -> Result<Wanted, PrepareError> {
-        let invalid = |field, reason: String| PrepareError::Invalid {
-            field: Cow::Borrowed(field),
-            reason,
-        };
-        let image: ImageRef = request
-            .image
+/// Parses what a pod asks for.
+fn wanted(request: &ImageRequest) -> Result<Wanted, PrepareError> {
+    let invalid = |field, reason: String| PrepareError::Invalid {
+        field: Cow::Borrowed(field),
+        reason,
+    };
+    let image: ImageRef = request
+        .image
+        .parse()
+        .map_err(|err| invalid("image", format!("{err}")))?;
+    let platform = match &request.platform {
+        Some(text) => text
             .parse()
-            .map_err(|err| invalid("image", format!("{err}")))?;
-        let platform = match &request.platform {
-            Some(text) => text
-                .parse()
-                .map_err(|err| invalid("platform", format!("{err}")))?,
-            None => Platform::host(),
-        };
-        let credentials = match &request.credentials {
-            PullCredentials::None => self.engine.registry.node_credentials(&image),
-            PullCredentials::Basic { username, password } => Credentials::Basic {
+            .map_err(|err| invalid("platform", format!("{err}")))?,
+        None => Platform::host(),
+    };
+    let secret = match &request.credentials {
+        PullCredentials::None => None,
+        PullCredentials::Basic { username, password } => {
+            Some(VolumeSecret::Basic(Credentials::Basic {
                 username: username.clone(),
                 password: password.clone(),
-            },
-            PullCredentials::DockerConfig(config) => DockerConfig::parse(config.expose())
-                .map_err(|err| invalid("nodePublishSecretRef", err.to_string()))?
-                .for_image(&image),
-        };
-        Ok(Wanted {
-            image,
-            platform,
-            credentials,
-            index_digest: request.index_digest,
-        })
+            }))
+        }
+        PullCredentials::DockerConfig(config) => {
+            let config = DockerConfig::parse(config.expose())
+                .map_err(|err| invalid("nodePublishSecretRef", err.to_string()))?;
+            Some(VolumeSecret::DockerConfig(config))
+        }
+    };
+    let mut volume = VolumeRequester {
+        secret,
+        ..VolumeRequester::default()
+    };
+    if let Some(pod) = &request.pod {
+        volume.pod = Some(ServiceAccountName {
+            namespace: pod.namespace.clone(),
+            name: pod.service_account.clone(),
+        });
+        let tokens = pod.tokens.expose();
+        if !tokens.is_empty() {
+            volume.tokens = ServiceAccountTokens::parse(tokens)
+                .map_err(|err| invalid("csi.storage.k8s.io/serviceAccount.tokens", err))?;
+        }
     }
+    Ok(Wanted {
+        image,
+        platform,
+        requester: Requester::Volume(volume),
+        index_digest: request.index_digest,
+    })
 }
 
 /// How much the image holds.

@@ -370,3 +370,41 @@ fn every_cause_is_sorted() {
     let sorted = MountError::of_image("i", PrepareError::Source(not_found()));
     assert!(!sorted.is_transient());
 }
+
+#[tokio::test]
+async fn a_publish_that_is_repeated_with_other_credentials_renews_them_and_mounts_nothing() {
+    skip_without_mounts!("mount: renew");
+    let world = World::new();
+    let target = world.scratch.target("pod");
+    world.publish("vol", &target, "app").await.unwrap();
+    let before = world.scratch.mounted();
+    let request = |password: &str| {
+        let mut request = publish_request("vol", &target, "app");
+        request.image.credentials = PullCredentials::Basic {
+            username: "u".to_owned(),
+            password: Secret::new(password.to_owned()),
+        };
+        request
+    };
+    let n_renewed = || world.mounter.renewed.lock().unwrap().len();
+    for (password, expected) in [("first", 1), ("first", 1), ("second", 2)] {
+        world.table.publish(request(password)).await.unwrap();
+        assert_eq!(n_renewed(), expected, "{password}");
+    }
+    let (of, renewed) = world.mounter.renewed.lock().unwrap()[1].clone();
+    assert_eq!(of, manifest("app"));
+    assert_eq!(renewed, request("second").image);
+    // What goes wrong with it is nothing that the pod must see.
+    let refused = PrepareError::Internal {
+        reason: "no agent".to_owned(),
+    };
+    world.mounter.fail("app", refused);
+    world.table.publish(request("third")).await.unwrap();
+    assert_eq!(n_renewed(), 3);
+    // The image was prepared and mounted once.
+    assert_eq!(world.mounter.n_prepared(), 1);
+    assert_eq!(world.scratch.mounted(), before);
+    assert_eq!(image_at(&target), "app");
+    world.unpublish("vol", &target).await;
+    world.assert_nothing_is_left(&target);
+}

@@ -130,6 +130,8 @@ impl Drop for Scratch {
 pub(crate) struct FakeMounter {
     /// What was prepared.
     pub(crate) prepared: Mutex<Vec<ImageRequest>>,
+    /// Whose rights mounted images were to be read with.
+    pub(crate) renewed: Mutex<Vec<(ManifestDigest, ImageRequest)>>,
     /// How often something was mounted.
     pub(crate) n_mounts: AtomicUsize,
     /// What fails, by image.
@@ -148,6 +150,7 @@ impl FakeMounter {
     pub(crate) fn new() -> Arc<Self> {
         Arc::new(Self {
             prepared: Mutex::default(),
+            renewed: Mutex::default(),
             n_mounts: AtomicUsize::new(0),
             failures: Mutex::default(),
             gate: Semaphore::new(0),
@@ -228,6 +231,19 @@ impl ImageMounter for FakeMounter {
         }))
     }
 
+    fn renew<'a>(
+        &'a self,
+        manifest: ManifestDigest,
+        request: &'a ImageRequest,
+    ) -> BoxFuture<'a, Result<(), PrepareError>> {
+        Box::pin(async move {
+            let renewed = (manifest, request.clone());
+            self.renewed.lock().unwrap().push(renewed);
+            let failures = self.failures.lock().unwrap();
+            failures.get(&request.image).cloned().map_or(Ok(()), Err)
+        })
+    }
+
     fn survivors(&self) -> Vec<Survivor> {
         Vec::new()
     }
@@ -270,6 +286,7 @@ pub(crate) fn publish_request(volume: &str, target: &Path, image: &str) -> Publi
             pull_policy: None,
             insecure: false,
             credentials: PullCredentials::None,
+            pod: None,
         },
         view: View::default(),
         sharing: Sharing::Many,

@@ -5,10 +5,14 @@
     reason = "clippy.toml exempts only functions marked #[test]"
 )]
 
+#[path = "registry/credentials.rs"]
+mod credentials;
 #[path = "registry/distribution.rs"]
 mod distribution;
 #[path = "registry/faults.rs"]
 mod faults;
+#[path = "registry/hosts_dir.rs"]
+mod hosts_dir;
 #[path = "registry/memory.rs"]
 mod memory;
 #[path = "registry/mirrors.rs"]

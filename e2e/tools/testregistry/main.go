@@ -6,7 +6,9 @@
 //	GET       /__counters   what was asked for and sent, per digest and in all
 //	POST      /__reset      sets the counters to zero
 //
-// It is read-only and asks for no credentials. It has no referrers API, as docker-registry 2.8.
+//	GET       /token        a token for a user of the settings, if those name any
+//
+// It is read-only, and asks for credentials if the settings name users. It has no referrers API, as docker-registry 2.8.
 package main
 
 import (

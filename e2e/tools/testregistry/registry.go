@@ -28,6 +28,7 @@ type registry struct {
 	layouts  layouts
 	misdeeds misbehaviour
 	counters counters
+	auth     auth
 }
 
 // answer is what one request is given, before anything goes wrong.
@@ -51,6 +52,9 @@ func (r *registry) ServeHTTP(w http.ResponseWriter, request *http.Request) {
 	switch {
 	case strings.HasPrefix(path, "/__"):
 		r.administer(w, request)
+	case path == "/token" && request.Method == http.MethodGet:
+		r.delay()
+		r.auth.token(w, request, r.misdeeds.current())
 	case !read:
 		refuse(w, http.StatusMethodNotAllowed, "UNSUPPORTED", "this registry is read-only")
 	case path == "/v2/" || path == "/v2":
@@ -95,6 +99,9 @@ func (r *registry) serve(w http.ResponseWriter, request *http.Request) {
 	parts := route.FindStringSubmatch(request.URL.Path)
 	if parts == nil {
 		refuse(w, http.StatusNotFound, "UNSUPPORTED", "no such endpoint")
+		return
+	}
+	if !r.auth.lets(w, request, r.misdeeds.current(), parts[1]) {
 		return
 	}
 	a, err := r.find(parts[1], parts[2], parts[3])

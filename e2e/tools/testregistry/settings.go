@@ -45,6 +45,10 @@ type settings struct {
 	RateBytesPerSecond int64   `json:"rate_bytes_per_second"`
 	Seed               int64   `json:"seed"`
 	Faults             []fault `json:"faults"`
+	// Users are who may pull, and from which repositories: {"name:password": ["a/b"]}. Everybody may when there are none.
+	Users map[string][]string `json:"users,omitempty"`
+	// TokenSeconds is how long a token is good, an hour when 0.
+	TokenSeconds float64 `json:"token_seconds,omitempty"`
 }
 
 func parseSettings(text io.Reader) (*settings, error) {
@@ -54,8 +58,8 @@ func parseSettings(text io.Reader) (*settings, error) {
 	if err := decoder.Decode(out); err != nil {
 		return nil, fmt.Errorf("settings: %w", err)
 	}
-	if out.DelayMilliseconds < 0 || out.RateBytesPerSecond < 0 {
-		return nil, fmt.Errorf("settings: neither delay_milliseconds nor rate_bytes_per_second may be negative")
+	if out.DelayMilliseconds < 0 || out.RateBytesPerSecond < 0 || out.TokenSeconds < 0 {
+		return nil, fmt.Errorf("settings: none of delay_milliseconds, rate_bytes_per_second and token_seconds may be negative")
 	}
 	for i := range out.Faults {
 		if err := out.Faults[i].check(); err != nil {

@@ -1,7 +1,9 @@
 //! Preparation of images: calls that wait, join, give up, and hear of failures.
 
+use std::sync::atomic::Ordering;
+
 use clip_csi::{
-    mount::{MountError, PullCredentials},
+    mount::{MountError, PodInfo, PodNotice, PodRef, PullCredentials},
     secret::Secret,
 };
 
@@ -163,4 +165,50 @@ async fn the_same_volume_or_target_is_busy_while_it_is_worked_on() {
     }
     world.unpublish("v", &target).await;
     world.assert_nothing_is_left(&target);
+}
+
+#[tokio::test]
+async fn a_pod_is_told_once_that_its_image_is_slow_and_that_its_volume_has_died() {
+    skip_without_mounts!("mount: pod notices");
+    let world = World::new();
+    let target = world.scratch.target("pod");
+    let mut request = publish_request("v", &target, "slow");
+    request.image.pod = Some(Box::new(PodInfo {
+        namespace: "team".to_owned(),
+        name: "web-0".to_owned(),
+        uid: "uid-1".to_owned(),
+        service_account: "default".to_owned(),
+        tokens: Secret::new(String::new()),
+    }));
+    for _ in 0..2 {
+        world.table.publish(request.clone()).await.unwrap_err();
+    }
+    let pod = PodRef {
+        namespace: "team".to_owned(),
+        name: "web-0".to_owned(),
+        uid: "uid-1".to_owned(),
+    };
+    let slow = PodNotice {
+        pod: pod.clone(),
+        reason: "VolumeSlow",
+        message: "image slow takes long to be ready: streaming layer 1 of 2, 20 of 60 MB; the pod starts when it is".to_owned(),
+    };
+    assert_eq!(world.table.take_pod_notices(), [slow]);
+    world.mounter.gate.add_permits(2);
+    world.table.publish(request).await.unwrap();
+    world.table.look_after();
+    assert_eq!(world.table.take_pod_notices(), []);
+    world.mounter.alive.store(false, Ordering::SeqCst);
+    for _ in 0..2 {
+        world.table.look_after();
+    }
+    let told = world.table.take_pod_notices();
+    assert_eq!(told.len(), 1);
+    assert_eq!((told[0].reason, &told[0].pod), ("VolumeDead", &pod));
+    assert!(
+        told[0].message.contains("delete the pod"),
+        "{}",
+        told[0].message
+    );
+    world.mounter.alive.store(true, Ordering::SeqCst);
 }

@@ -84,6 +84,21 @@ secret_key_file = {{ printf "/etc/clip-csi/secrets/remote/%s" (required "remote.
 {{- if .Values.registries.existingSecret }}
 docker_config_file = "/etc/clip-csi/secrets/registry/.dockerconfigjson"
 {{- end }}
+{{- with .Values.registries.hostsDir }}
+hosts_dir = {{ . | toJson }}
+{{- end }}
+{{- if .Values.registries.allowSkipVerify }}
+allow_skip_verify = true
+{{- end }}
+{{- with .Values.registries.credentialProviders }}
+{{- if or .configFile .binDir }}
+credential_provider_config = {{ required "registries.credentialProviders.configFile is not set: binDir needs it" .configFile | toJson }}
+credential_provider_bin_dir = {{ required "registries.credentialProviders.binDir is not set: configFile needs it" .binDir | toJson }}
+{{- end }}
+{{- end }}
+{{- if .Values.registries.serviceAccountPullSecrets.enabled }}
+service_account_pull_secrets = true
+{{- end }}
 {{- if not .Values.registries.usePushedIndexes }}
 use_pushed_indexes = false
 {{- end }}

@@ -98,7 +98,7 @@ tolerations:
 
 {{/* Whether the agent asks the Kubernetes API for anything: "true" or "false". */}}
 {{- define "clip-csi.usesApi" -}}
-{{ or .Values.node.startupTaint.enabled .Values.agent.events.enabled }}
+{{ or .Values.node.startupTaint.enabled .Values.agent.events.enabled .Values.registries.serviceAccountPullSecrets.enabled }}
 {{- end }}
 
 {{/* Arguments that all roles take. */}}

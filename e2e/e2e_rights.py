@@ -1,0 +1,141 @@
+"""The cluster's cases about rights: whose credentials a pod's volume is read with, and what a pod without any is told."""
+
+import json
+import shutil
+import time
+
+import images
+from cluster.case import ClusterCase, docker_config
+from cluster.cluster import ADDRESS, NODES, PRIVATE_REGISTRY, REGISTRY, condition
+from cluster.pods import pod
+from cluster.release import secret
+from harness import driver, process, testregistry
+from harness.process import say
+
+N1 = NODES[0]
+OURS, THEIRS = "rights-ours", "rights-theirs"
+AUDIENCE = "registry.example"
+# A registry that only a hosts.toml knows how to reach.
+MIRRORED = "mirrored.example"
+
+
+class Rights(ClusterCase):
+    """With the ways to credentials that an operator has to allow, and a registry that knows users."""
+
+    def setUp(self):
+        super().setUp()
+        self.release = self.env.release()
+        self.image = images.get("small")
+        plane = self.cluster.plane.machine
+        self.registry = testregistry.TestRegistry(self.work, {"e2e/small": self.image.layout.directory}, where=plane, port=int(PRIVATE_REGISTRY.rpartition(":")[2]))
+        self.addCleanup(self.registry.stop)
+        self.reference = f"{PRIVATE_REGISTRY}/e2e/small:{images.TAG}"
+        for namespace in (OURS, THEIRS):
+            self.create({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": namespace}})
+            process.wait_until(lambda namespace=namespace: self.kubectl("get", "serviceaccount", "default", "--namespace", namespace, check=False).returncode == 0, "a ServiceAccount", 60)
+        self.upgrade()
+
+    def upgrade(self) -> None:
+        """The values that these cases are about; no other case has them."""
+        if getattr(self.release, "has_rights", False) and self.release.installed and self.release.changed:
+            return
+        # All users may read them, as they may what is on a node.
+        directory = self.cluster.work / "rights"
+        shutil.rmtree(directory, ignore_errors=True)
+        plugins, hosts = directory / "plugins", directory / "certs.d"
+        plugins.mkdir(parents=True)
+        shutil.copy(driver.csictl().with_name("credentialprovider"), plugins)
+        provider = {"name": "credentialprovider", "matchImages": [PRIVATE_REGISTRY], "defaultCacheDuration": "1m", "apiVersion": "credentialprovider.kubelet.k8s.io/v1",
+                    "tokenAttributes": {"serviceAccountTokenAudience": AUDIENCE, "cacheType": "ServiceAccount", "requireServiceAccount": True}}
+        config = directory / "providers.yaml"
+        config.write_text(json.dumps({"apiVersion": "kubelet.config.k8s.io/v1", "kind": "CredentialProviderConfig", "providers": [provider]}))
+        (hosts / MIRRORED).mkdir(parents=True)
+        (hosts / MIRRORED / "hosts.toml").write_text(f'server = "http://{REGISTRY}"\n[host."http://{ADDRESS}:5999"]\n')
+        for it in (directory, *directory.rglob("*")):
+            it.chmod(0o755 if it.is_dir() or it.parent == plugins else 0o644)
+        over = {
+            "csiDriver": {"tokenRequests": [{"audience": AUDIENCE}]},
+            "registries": {"hostsDir": str(hosts), "credentialProviders": {"configFile": str(config), "binDir": str(plugins)},
+                           "serviceAccountPullSecrets": {"enabled": True, "namespaces": [OURS, THEIRS]}},
+        }
+        begin = time.monotonic()
+        if self.release.installed:
+            self.release.upgrade(over)
+        else:
+            self.release.install(over)
+        self.release.has_rights = True
+        say(f"the driver had its new values after {time.monotonic() - begin:.1f} s")
+
+    def lets_in(self, *users: str) -> None:
+        self.registry.set(users={f"{user}:right": ["e2e/small"] for user in users})
+
+    def secret_of(self, user: str, namespace: str) -> dict:
+        it = secret("pull", namespace, **{".dockerconfigjson": docker_config(PRIVATE_REGISTRY, user, "right")})
+        return {**it, "type": "kubernetes.io/dockerconfigjson"}
+
+    def start(self, name: str, namespace: str, **settings) -> None:
+        it = pod(name, node=N1, **{"image": self.reference, **settings})
+        it["metadata"]["namespace"] = namespace
+        self.create(it)
+
+    def starts(self, name: str, namespace: str) -> None:
+        """The pod becomes ready and reads its volume."""
+        def ready():
+            time.sleep(0.3)
+            return condition(self.cluster.get("pod", name, "--namespace", namespace), "Ready")
+        try:
+            process.wait_until(ready, f"pod {name} to be ready", 90)
+        except process.Failed as error:
+            self.fail(f"{error}\n{self.kubectl('describe', 'pod', name, '--namespace', namespace).stdout}{self.release.logs(N1)}")
+        read = self.kubectl("exec", name, "--namespace", namespace, "--", "cat", "/mnt/hello").stdout
+        self.assertEqual(read, "hello\n")
+
+    def is_refused(self, name: str, namespace: str, *words: str) -> None:
+        """The pod does not start, and its events say why."""
+        def told():
+            time.sleep(0.3)
+            events = self.cluster.get("events", "--namespace", namespace, "--field-selector", f"involvedObject.name={name},type=Warning")["items"]
+            return next((it["message"] for it in events if all(word in it["message"] for word in words)), None)
+        try:
+            message = process.wait_until(told, f"an event of pod {name} with {words}", 60)
+        except process.Failed as error:
+            self.fail(f"{error}\n{self.kubectl('describe', 'pod', name, '--namespace', namespace).stdout}")
+        say(f"event of pod {name}: {message}")
+        self.assertNotIn("right", message.replace("the right", ""))
+        self.assertFalse(condition(self.cluster.get("pod", name, "--namespace", namespace), "Ready"))
+
+    def test_namespaces(self):
+        """One namespace may pull the image, another may not: its pod is refused, though all of it is on the node and mounted."""
+        self.lets_in("ours")
+        self.create(self.secret_of("ours", OURS), self.secret_of("theirs", THEIRS))
+        self.start("allowed", OURS, secret="pull")
+        self.starts("allowed", OURS)
+        self.start("refused", THEIRS, secret="pull")
+        self.is_refused("refused", THEIRS, "wants credentials", 'user "theirs" (nodePublishSecretRef)')
+
+    def test_pull_secrets(self):
+        """A pod without a secret of its own is read with the imagePullSecrets of its service account."""
+        self.lets_in("account")
+        account = {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": "app", "namespace": OURS}, "imagePullSecrets": [{"name": "pull"}]}
+        self.create(self.secret_of("account", OURS), account)
+        self.start("with-account", OURS, serviceAccountName="app")
+        self.starts("with-account", OURS)
+        self.start("without", OURS)
+        self.is_refused("without", OURS, f'user "{OURS}-default" (credential provider "credentialprovider")')
+
+    def test_provider(self):
+        """A plugin is given the token of the pod's service account, and no pod has what another's account may."""
+        self.lets_in(f"{OURS}-cloud")
+        accounts = [{"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": name, "namespace": OURS}} for name in ("cloud", "other")]
+        self.create(*accounts)
+        self.start("cloud", OURS, serviceAccountName="cloud")
+        self.starts("cloud", OURS)
+        self.start("other", OURS, serviceAccountName="other")
+        self.is_refused("other", OURS, f'user "{OURS}-other" (credential provider "credentialprovider")')
+
+    def test_mirror(self):
+        """A registry by the hosts.toml of the node, whose mirror is down: the registry itself gives the image."""
+        self.cluster.push("small")
+        self.start("mirrored", OURS, image=f"{MIRRORED}/e2e/small:{images.TAG}")
+        self.starts("mirrored", OURS)
+        self.assertIn("mirror failed, passing it over", self.release.logs(N1, 200))
