@@ -92,5 +92,5 @@ cluster-builds:
 	@cargo fetch --quiet --locked
 	python3 e2e/cluster/project_image.py >/dev/null & image=$$!
 	trap 'wait' EXIT
-	for it in csi kubernetes provisioner s3; do nice ./e2e/tools.sh $$it >/dev/null; done
+	for it in csi kubernetes s3 provisioner; do nice ./e2e/tools.sh $$it >/dev/null; done
 	wait $$image

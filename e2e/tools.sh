@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Builds the Go programs of e2e/tools into the cache and prints the directory they are in.
-# usage: tools.sh [csi|kubernetes|provisioner|s3]
+# usage: tools.sh [csi|kubernetes|provisioner|s3|storage]
 #   csi         csi-sanity, csictl, and what tests and benchmarks need: testregistry, benchreader, credentialprovider (the default)
 #   kubernetes  Kubernetes' own programs, Helm, the cluster's sidecars, and in crds/ the kinds of Prometheus' operator
 #   provisioner csi-provisioner, the sidecar that makes volumes for claims
 #   s3          versitygw, a server that speaks S3
+#   storage     Kubernetes' own end-to-end tests of CSI drivers
 # A no-op when the cache holds them for these very sources.
 set -euo pipefail
 . "$(dirname "$0")/paths.sh"
@@ -13,6 +14,7 @@ what="${1:-csi}"
 flags='-s -w'
 # Not inlined, a program takes two thirds of the time to build. Those that are measured are not built so.
 compiler=(-gcflags 'all=-l -dwarf=false')
+verb=(build)
 case "$what" in
 csi)
     module="$E2E_DIR/tools"
@@ -48,7 +50,14 @@ s3)
     packages=(github.com/versity/versitygw/cmd/versitygw)
     about="versitygw (Go, once; a minute or two on two cores)"
     ;;
-*) die "usage: tools.sh [csi|kubernetes|provisioner|s3]" ;;
+storage)
+    module="$E2E_DIR/tools/storage"
+    sources=("$module"/*.go)
+    packages=(.)
+    verb=(test -c)
+    about="Kubernetes' tests of CSI drivers (Go, once; about three minutes on two idle cores)"
+    ;;
+*) die "usage: tools.sh [csi|kubernetes|provisioner|s3|storage]" ;;
 esac
 
 key="$(cat "$0" "$module"/go.mod "$module"/go.sum "${sources[@]}" | sha256sum | cut -c1-12)"
@@ -65,7 +74,7 @@ if [ ! -d "$out" ]; then
     new="$(mktemp -d "$CLIP_E2E_CACHE/tools.XXXXXX")"
     trap 'rm -rf "$new"' EXIT
     # -mod=readonly: go.mod and go.sum are the pin, a build never changes them.
-    (cd "$module" && CGO_ENABLED=0 GOTOOLCHAIN=auto GOFLAGS=-mod=readonly go build -trimpath -buildvcs=false \
+    (cd "$module" && CGO_ENABLED=0 GOTOOLCHAIN=auto GOFLAGS=-mod=readonly go "${verb[@]}" -trimpath -buildvcs=false \
         "${compiler[@]}" -ldflags "$flags" -o "$new/" "${packages[@]}"
         if [ "$what" = kubernetes ]; then
             "$new/controller-gen" crd paths=github.com/prometheus-operator/prometheus-operator/pkg/apis/monitoring/v1 "output:crd:dir=$new/crds"

@@ -80,9 +80,9 @@ IMAGES = {
 }
 
 
-def push(host: str, work: pathlib.Path) -> None:
+def push(host: str, work: pathlib.Path, images: dict = IMAGES) -> None:
     """Makes all and pushes them. Called on the network that the registry is on."""
-    for name, build in IMAGES.items():
+    for name, build in images.items():
         repository, _, tag = name.rpartition(":")
         with tempfile.TemporaryDirectory(dir=work) as directory:
             layout = oci.Layout(pathlib.Path(directory) / "layout")
