@@ -103,6 +103,21 @@ class Credentials(Case):
         self.assertEqual(worker.log.read_text().count("took the credentials of a repeated publish"), 1)
         self.assert_tree(self.image.name, worker.target("v"))
 
+    def test_a_repeated_publish_reaches_the_agent_through_the_server(self):
+        """Each of the three processes has the credentials of the day: an agent that starts is told them by the server."""
+        self.lets_in("old", "new")
+        trio = self.trio(config=self.config())
+        told = lambda: trio.log_of("agent").read_text().count("ready for the chunks of a mount")
+        trio.must_publish("v", self.reference, "--secret", self.secret("old"))
+        process.wait_until(lambda: told() == 1, "the agent to hear of the mount", 10)
+        trio.must_publish("v", self.reference, "--secret", self.secret("new"))
+        process.wait_until(lambda: told() == 2, "the agent to hear of the new credentials", 10)
+        trio.must_publish("v", self.reference, "--secret", self.secret("new"))
+        trio.kill("agent")
+        trio.start("agent")
+        process.wait_until(lambda: told() == 3, "the next agent to hear of the mount", 10)
+        self.assert_tree(self.image.name, trio.target("v"))
+
     def test_a_plugin_is_given_the_token_of_the_service_account(self):
         """With kubelet's words of whose pod it is; without them nothing is given."""
         directory, lines = self.plugin("app", {"serviceAccountTokenAudience": "registry.example", "cacheType": "Token", "requireServiceAccount": True})

@@ -38,6 +38,7 @@ mod mountinfo;
 mod operations;
 mod pod_notices;
 mod preparations;
+mod published;
 mod record;
 mod recover;
 mod sources;

@@ -13,9 +13,10 @@ use tracing::info;
 use super::{
     ImageMounter, MountError, MountTable, MountTableConfig, VolumeRecord,
     dead::DeadVolumes,
+    published::{Asked, Published},
     record::Records,
     sources::{self, Sources},
-    table::{Asked, Published, Recovery, mounts},
+    table::{Recovery, mounts},
     target::PublicationId,
     writable,
 };

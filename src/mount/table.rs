@@ -10,17 +10,17 @@ use std::{
 };
 
 use prometheus::IntGauge;
-use tokio::time::timeout;
 use tracing::{info, warn};
 
 use super::{
-    ImageMounter, ImageRequest, MountEntry, MountError, MountInfo, PrepareError, PreparedImage,
-    SOURCE_NAME, Sharing, TargetPath, View, VolumeId, VolumeRecord, bind,
+    ImageMounter, ImageRequest, MountEntry, MountError, MountInfo, PreparedImage, SOURCE_NAME,
+    Sharing, TargetPath, View, VolumeId, VolumeRecord, bind,
     dead::DeadVolumes,
     lock,
     operations::Operations,
     pod_notices::{PodNotice, PodNotices, PodRef},
     preparations::Preparations,
+    published::{self, Asked, Published},
     record::Records,
     recover::{LiveVolumes, WRITABLE_DIR},
     sources::Sources,
@@ -28,9 +28,6 @@ use super::{
     view, writable,
 };
 use crate::{digest::ManifestDigest, failpoint};
-
-/// How long a repeated publish waits until its credentials are taken: it is asked for every minute.
-const RENEWAL_WAIT: Duration = Duration::from_secs(10);
 
 /// How a mount table works.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -106,37 +103,6 @@ pub(super) struct Recovery {
     pub(super) dead: DeadVolumes,
     /// Keeps another process off the directory.
     pub(super) lock: File,
-}
-
-#[derive(Debug, Clone)]
-pub(super) struct Published {
-    volume: VolumeId,
-    manifest: ManifestDigest,
-    path: PathBuf,
-    /// Whether what is at the path is a layer over the source, and not the source itself.
-    is_written_over: bool,
-    asked: Asked,
-}
-
-/// What a publication was asked for with, as far as this process knows: nothing of one that a former
-/// process made.
-#[derive(Debug, Clone, Default)]
-pub(super) struct Asked {
-    /// Its rights ([`ImageRequest::work`]).
-    work: Option<[u8; 32]>,
-    pod: Option<PodRef>,
-}
-
-impl Published {
-    pub(super) fn of(record: &VolumeRecord, path: PathBuf, asked: Asked) -> Self {
-        Self {
-            volume: record.volume.clone(),
-            manifest: record.manifest,
-            path,
-            is_written_over: record.written_over.is_some(),
-            asked,
-        }
-    }
 }
 
 /// What [`Inner::examine`] found.
@@ -259,7 +225,8 @@ impl MountTable {
         let (inner, wanted) = (Arc::clone(&self.inner), record.clone());
         match on_blocking_pool(move || inner.examine(&wanted, sharing)).await? {
             Found::Live => {
-                self.renew(&record, &image).await;
+                let inner = &self.inner;
+                published::renew(&inner.published, &inner.preparations, &record, &image).await;
                 return Ok(());
             }
             Found::NotLive => {}
@@ -302,41 +269,6 @@ impl MountTable {
             }
         })
         .await
-    }
-
-    /// Takes the credentials of a publish that found its volume: kubelet repeats them with new tokens,
-    /// where the CSIDriver asks for it (`requiresRepublish`).
-    ///
-    /// Whatever comes of it, the volume is published: kubelet before 1.37 takes a volume from its pod
-    /// when this fails.
-    async fn renew(&self, record: &VolumeRecord, image: &ImageRequest) {
-        let work = image.work();
-        let manifest = {
-            let mut published = lock(&self.inner.published);
-            match published.get_mut(&record.id()) {
-                Some(it) if it.asked.work != Some(work) => {
-                    it.asked.work = Some(work);
-                    it.manifest
-                }
-                Some(_) | None => return,
-            }
-        };
-        let renewal = self.inner.preparations.renew(manifest, image);
-        let renewed = timeout(RENEWAL_WAIT, renewal).await.unwrap_or_else(|_| {
-            Err(PrepareError::Away {
-                reason: format!("no answer within {} s", RENEWAL_WAIT.as_secs()),
-            })
-        });
-        match renewed {
-            Ok(()) => {
-                info!(volume.id = %record.volume, "took the credentials of a repeated publish")
-            }
-            Err(err) => warn!(
-                volume.id = %record.volume,
-                error = &err as &dyn std::error::Error,
-                "the credentials of a repeated publish are not used"
-            ),
-        }
     }
 
     /// Unmounts the volume from the target path and removes that directory.

@@ -510,6 +510,31 @@ printf '{"kind":"CredentialProviderResponse","apiVersion":"credentialprovider.ku
 }
 
 #[tokio::test]
+async fn what_a_plugin_says_of_one_token_is_for_nobody_with_another() {
+    let guarded = Guarded::start(&["mine:pw"], No::Token).await;
+    let host = guarded.host();
+    let wanted = json!({
+        "serviceAccountTokenAudience": "a", "cacheType": "Token", "requireServiceAccount": true,
+    });
+    let script = r#"token=$(sed 's/.*"serviceAccountToken":"\([^"]*\)".*/\1/')
+printf '{"kind":"CredentialProviderResponse","apiVersion":"credentialprovider.kubelet.k8s.io/v1","cacheKeyType":"Global","auth":{"%s":{"username":"%s","password":"pw"}}}' "$HOST" "$token""#;
+    let plugin = Plugin::new(&host, "1h", Some(wanted), &format!("HOST={host}\n{script}"));
+    let mut config = guarded.config();
+    plugin.configure(&mut config);
+    let client = RegistryClient::new(config, Metrics::new()).unwrap();
+    let with_token = |token: &str| VolumeRequester {
+        tokens: ServiceAccountTokens::parse(&json!({"a": {"token": token}}).to_string()).unwrap(),
+        ..volume(None)
+    };
+    pull(&client, &host, with_token("mine")).await.unwrap();
+    let error = pull(&client, &host, with_token("theirs"))
+        .await
+        .unwrap_err();
+    assert!(matches!(error, SourceError::Unauthorized { .. }), "{error}");
+    assert_eq!(guarded.knocked(), ["mine:pw", "theirs:pw"]);
+}
+
+#[tokio::test]
 async fn a_token_is_renewed_before_its_end() {
     let image = Image::new();
     let n_given = Arc::new(AtomicUsize::new(0));
