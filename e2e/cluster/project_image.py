@@ -87,10 +87,11 @@ def layout() -> oci.Layout:
     parent = paths.cache() / "project-images"
     parent.mkdir(exist_ok=True)
     done = parent / source_hash()
-    # Two runs do not build the same: the second one waits, and finds it.
-    with open(parent / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        build_into(done)
+    # Two runs do not build the same: the second one waits, and finds it. Who has it already waits for nobody's build.
+    if not done.exists():
+        with open(parent / "lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            build_into(done)
     return oci.Layout(done)
 
 

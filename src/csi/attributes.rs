@@ -68,8 +68,9 @@ pub const ATTRIBUTES: &[&str] = &[
 /// What kubelet says of an inline volume.
 const EPHEMERAL: &str = "csi.storage.k8s.io/ephemeral";
 
-/// What kubelet adds on its own: `podInfoOnMount`, service account tokens.
-pub(super) const KUBERNETES_PREFIX: &str = "csi.storage.k8s.io/";
+/// What Kubernetes adds on its own: kubelet (`podInfoOnMount`, service account tokens), and external-provisioner,
+/// which leaves its identity in every PersistentVolume that it makes.
+const KUBERNETES_PREFIXES: &[&str] = &["csi.storage.k8s.io/", "storage.kubernetes.io/"];
 
 /// Keys of a secret of type `kubernetes.io/basic-auth`.
 const USERNAME: &str = "username";
@@ -175,7 +176,7 @@ impl Attributes {
                         )
                     })?);
                 }
-                key if key.starts_with(KUBERNETES_PREFIX) => {}
+                key if is_kubernetes(key) => {}
                 key => {
                     return Err(invalid(
                         "volumeAttributes",
@@ -254,11 +255,14 @@ impl Attributes {
     }
 }
 
+/// Whether a key is Kubernetes' own, and says nothing to the driver.
+pub(super) fn is_kubernetes(key: &str) -> bool {
+    KUBERNETES_PREFIXES.iter().any(|it| key.starts_with(it))
+}
+
 /// Refuses more than the specification lets a map hold.
 fn check_size(attributes: &BTreeMap<String, String>) -> Result<(), MountError> {
-    let own = attributes
-        .iter()
-        .filter(|(key, _)| !key.starts_with(KUBERNETES_PREFIX));
+    let own = attributes.iter().filter(|(key, _)| !is_kubernetes(key));
     let n_bytes: usize = own.map(|(key, value)| key.len() + value.len()).sum();
     if MAX_ATTRIBUTES_BYTES < n_bytes {
         return Err(invalid(
@@ -296,7 +300,7 @@ pub fn credentials(secrets: &BTreeMap<String, String>) -> Result<PullCredentials
             USERNAME => username = Some(value),
             PASSWORD => password = Some(value),
             DOCKER_CONFIG => docker_config = Some(value),
-            key if key.starts_with(KUBERNETES_PREFIX) => {}
+            key if is_kubernetes(key) => {}
             key => {
                 return Err(invalid(
                     "secrets",
@@ -381,6 +385,7 @@ mod tests {
             ("csi.storage.k8s.io/ephemeral", "true"),
             ("csi.storage.k8s.io/pod.name", "web-0"),
             ("csi.storage.k8s.io/serviceAccount.tokens", "{}"),
+            ("storage.kubernetes.io/csiProvisionerIdentity", "1-2-csi"),
         ]));
         let want = Attributes {
             image: "registry.example/app:1".to_owned(),

@@ -14,7 +14,7 @@ use sha2::{Digest, Sha256};
 use tonic::{Request, Response, Status};
 
 use super::{
-    attributes::{self, Attributes, invalid},
+    attributes::{Attributes, invalid, is_kubernetes},
     capability,
     made::Made,
     observe::Observer,
@@ -157,7 +157,7 @@ impl Wanted {
 fn parse_parameters(
     mut parameters: BTreeMap<String, String>,
 ) -> Result<BTreeMap<String, String>, MountError> {
-    parameters.retain(|key, _| !key.starts_with(attributes::KUBERNETES_PREFIX));
+    parameters.retain(|key, _| !is_kubernetes(key));
     Attributes::parse(&parameters)?.check_persistent()?;
     Ok(parameters)
 }

@@ -84,9 +84,8 @@ fn texts() -> String {
         } else {
             let text = fs::read_to_string(path).unwrap();
             let code = text.split("#[cfg(test)]").next().unwrap();
-            let mut lines = code.lines().map(str::trim_start);
             let mut joined = String::new();
-            while let Some(line) = lines.next() {
+            for line in code.lines().map(str::trim_start) {
                 // A backslash joins a literal with its next line.
                 joined.push_str(line.strip_suffix('\\').unwrap_or(line));
                 if !line.ends_with('\\') {
