@@ -372,3 +372,33 @@ async fn a_presigned_url_that_expired_is_replaced() {
     assert!(read_from(&*source, &image, 0).await.unwrap() == image.layer);
     assert_eq!(registry.requests("").len(), 2);
 }
+
+#[tokio::test]
+async fn a_token_is_renewed_before_its_end() {
+    let image = Image::new();
+    let n_given = Arc::new(AtomicUsize::new(0));
+    let given = Arc::clone(&n_given);
+    let tokens = HttpServer::start(move |_| {
+        let nth = given.fetch_add(1, Ordering::SeqCst);
+        Reply::new(200, format!(r#"{{"token":"t{nth}","expires_in":2}}"#))
+    })
+    .await;
+    let realm = format!("http://{}/t", tokens.host());
+    let registry = HttpServer::start(move |request| match request.header("authorization") {
+        Some(_) => image.reply(request),
+        None => Reply::new(401, "").with("www-authenticate", format!("Bearer realm=\"{realm}\"")),
+    })
+    .await;
+    let image = Image::new();
+    let client = client(&[registry.host(), tokens.host()]);
+    let source = client.blobs(&image_at(&registry.host()), &Credentials::Anonymous);
+    for (n_tokens, wait_ms) in [(1, 0), (1, 0), (2, 1900)] {
+        tokio::time::sleep(std::time::Duration::from_millis(wait_ms)).await;
+        read_from(&*source, &image, 0).await.unwrap();
+        assert_eq!(n_given.load(Ordering::SeqCst), n_tokens, "{wait_ms}");
+    }
+    let sent = registry.requests("blobs");
+    let sent: Vec<_> = sent.iter().map(|it| it.header("authorization")).collect();
+    let (t0, t1) = (Some("Bearer t0"), Some("Bearer t1"));
+    assert_eq!(sent, [None, t0, t0, t1]);
+}
