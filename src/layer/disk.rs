@@ -103,6 +103,12 @@ impl CachePaths {
         self.root.join("tmp")
     }
 
+    /// Holds, for a moment each, the names of files that lose them at once. What a crash in this moment
+    /// leaves is removed like an index that was not complete.
+    pub(super) fn scratch(&self) -> PathBuf {
+        self.images()
+    }
+
     /// Holds the locks.
     pub(super) fn locks(&self) -> PathBuf {
         self.root.join("locks")

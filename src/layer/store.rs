@@ -3,7 +3,7 @@
 
 use std::{
     collections::HashMap,
-    fs::{self, DirBuilder},
+    fs::{self, DirBuilder, File},
     io,
     ops::Range,
     os::unix::fs::DirBuilderExt,
@@ -32,6 +32,7 @@ use super::{
     lock::{self, FillLock},
     random::{Demand, RandomReads},
     room::{Claim, Room},
+    scratch::{NewFile, ScratchFile},
     through::Through,
     upload,
 };
@@ -331,6 +332,16 @@ impl LayerStore {
         };
         drop(flight);
         Ok(layer)
+    }
+
+    /// Where is kept what is too large for memory while an index is made.
+    pub fn scratch(&self) -> ScratchFile {
+        ScratchFile::new(&self.0.paths.scratch(), Arc::clone(&self.0.room))
+    }
+
+    /// Writes `file` of the cache, which is empty.
+    pub fn writer<'a>(&'a self, file: &'a File) -> NewFile<'a> {
+        NewFile::new(file, &self.0.room)
     }
 
     pub(super) fn inner(&self) -> &Arc<Inner> {
