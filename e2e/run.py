@@ -19,7 +19,7 @@ from harness import environment, paths, process
 
 # Cheap and general first; the cluster last, because it takes longest. The chart's tests need the Helm that is built for it.
 MODULES = ["test_tree", "test_images", "test_readers", "test_testregistry", "test_bench", "e2e_tree", "e2e_sharing", "e2e_csi", "e2e_mirrors", "e2e_bad_input", "e2e_remote",
-           "e2e_prefetch", "e2e_index", "e2e_cache", "e2e_kill", "e2e_roles", "e2e_crash", "e2e_restart", "e2e_cluster", "test_chart", "e2e_rollout", "e2e_operations"]
+           "e2e_prefetch", "e2e_index", "e2e_cache", "e2e_kill", "e2e_roles", "e2e_memory", "e2e_crash", "e2e_restart", "e2e_cluster", "test_chart", "e2e_rollout", "e2e_operations"]
 
 
 class Result(unittest.TextTestResult):

@@ -65,7 +65,7 @@ pub fn publish_unsynced(path: &Path, content: &[u8]) -> io::Result<()> {
 ///
 /// # Errors
 /// Those of the file system.
-pub fn write_to_map(file: &mut File, content: &[u8]) -> io::Result<()> {
+pub fn write_to_map(mut file: impl Write, content: &[u8]) -> io::Result<()> {
     const PIECE_BYTES: usize = 32 << 10;
     let mut pieces = content.chunks(PIECE_BYTES);
     pieces.try_for_each(|piece| file.write_all(piece))

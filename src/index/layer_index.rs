@@ -276,6 +276,12 @@ impl<B: IndexBytes> LayerIndex<B> {
         &self.bytes
     }
 
+    /// BLAKE3 of the whole index, as it is stored.
+    pub fn digest(&self) -> ChunkDigest {
+        let digest = source::hash(&self.bytes, 0..self.bytes.len());
+        ChunkDigest::from_bytes(digest.into())
+    }
+
     /// Iterates over the entries in tar order.
     pub fn entries(&self) -> Entries<'_> {
         let start = HEADER_BYTES + self.chunk_digest_bytes().len();

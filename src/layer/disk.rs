@@ -248,13 +248,8 @@ impl LayerFile {
         layer_bytes: u64,
     ) -> io::Result<()> {
         let staging = Staging::new(paths, layer)?;
-        File::create_new(staging.dir().join(DATA))?.set_len(layer_bytes)?;
         staging.write(INDEX, index)?;
-        staging.write(
-            STATE,
-            &State::initial(layer_bytes, Initial::Absent, state::boot()),
-        )?;
-        staging.publish(paths, layer)
+        staging.publish_empty(paths, layer, layer_bytes)
     }
 
     /// Names the layer.
@@ -472,7 +467,33 @@ impl Staging {
     /// # Errors
     /// Those of the file system.
     pub(super) fn write(&self, name: &str, content: &[u8]) -> io::Result<()> {
-        disk::write_to_map(&mut File::create_new(self.dir.join(name))?, content)
+        disk::write_to_map(&mut self.create(name)?, content)
+    }
+
+    /// Makes an empty file of the layer, to be written as [`write`](Self::write) does, and read.
+    ///
+    /// # Errors
+    /// Those of the file system.
+    pub(super) fn create(&self, name: &str) -> io::Result<File> {
+        let path = self.dir.join(name);
+        let mut options = OpenOptions::new();
+        options.read(true).write(true).create_new(true).open(path)
+    }
+
+    /// Publishes a layer that has its index, and no data yet.
+    ///
+    /// # Errors
+    /// Those of the file system.
+    pub(super) fn publish_empty(
+        self,
+        paths: &CachePaths,
+        layer: DiffId,
+        layer_bytes: u64,
+    ) -> io::Result<()> {
+        self.create(DATA)?.set_len(layer_bytes)?;
+        let state = State::initial(layer_bytes, Initial::Absent, state::boot());
+        self.write(STATE, &state)?;
+        self.publish(paths, layer)
     }
 
     /// Puts the directory into its place. The caller holds the layer's fill lock.

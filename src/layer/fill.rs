@@ -168,7 +168,7 @@ pub(super) fn first_fill(
         check_blob(desc, passed.blob_bytes, passed.blob)?;
     }
     sink.claim_room().map_err(|err| blame.sink(err))?;
-    let index = File::create_new(staging.dir().join(INDEX)).map_err(|err| blame.disk(err))?;
+    let index = staging.create(INDEX).map_err(|err| blame.disk(err))?;
     let built = sink.finish(&index).map_err(|err| blame.sink(err))?;
     if built.diff_id != layer {
         return Err(refused(format!(

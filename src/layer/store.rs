@@ -38,6 +38,7 @@ use super::{
 };
 use crate::{
     digest::DiffId,
+    disk,
     metrics::{Metrics, Tier},
     remote::{ContentCache, Uploader},
     tier::{
@@ -537,8 +538,14 @@ impl Inner {
             Err(_) => return None,
         }
         let cache = &self.remote.as_ref()?.cache;
-        let map = cache.access_map(&desc.diff_id, &desc.blob, layer.file.layer_bytes());
-        Access::keep(&layer.file, &map.await?).ok()?;
+        let new = disk::Unpublished::create(&layer.file.dir().join(ACCESS)).ok()?;
+        let keep = |part: &[u8]| disk::write_to_map(new.file(), part);
+        let layer_bytes = layer.file.layer_bytes();
+        let fetched = cache.access_map(&desc.diff_id, &desc.blob, layer_bytes, keep);
+        if !fetched.await.ok()? {
+            return None;
+        }
+        new.publish().ok()?;
         match open().await {
             Ok(Ok(access)) => Some(access),
             Ok(Err(err)) => {

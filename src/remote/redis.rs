@@ -315,7 +315,7 @@ impl LayerCache for RedisCache {
             (CacheKey::Chunk(..) | CacheKey::Profile(_), None)
             | (
                 CacheKey::Manifest(_)
-                | CacheKey::Index(_)
+                | CacheKey::Index(..)
                 | CacheKey::AccessMap(..)
                 | CacheKey::Lease(_),
                 _,

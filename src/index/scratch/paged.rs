@@ -186,7 +186,7 @@ mod tests {
             let mut paged = Paged::new(Vec::new(), 4);
             let mut model = vec![0; 0];
             for (offset, bytes) in writes {
-                let start = (offset % (64 * PAGE_BYTES as u32)) as usize;
+                let start = offset as usize % (64 * PAGE_BYTES);
                 paged.write(&bytes, start as u64).unwrap();
                 let end = model.len().max(start + bytes.len());
                 if !bytes.is_empty() {
