@@ -18,7 +18,8 @@ use clip_csi::{
     integrity::IntegrityKey,
     metrics::Metrics,
     remote::{
-        BackOff, ContentCache, ContentOptions, DirCache, RemoteManifest, UploadOutcome, UploadSource,
+        BackOff, ContentCache, ContentOptions, DirCache, RemoteManifest, UploadOutcome,
+        UploadSource,
     },
     tier::{BoxFuture, CacheKey, LayerCache, LeaseHolder, Put, TierError},
 };
