@@ -30,9 +30,9 @@ const HELD_PAGES: usize = 8;
 /// hard links are.
 const HELD_NODE_PAGES: usize = 64;
 
-/// Pages that are held of the texts and where they are: 2 MiB. Names come in the order of their
+/// Pages that are held of the texts and where they are: 1 MiB. Names come in the order of their
 /// directories, which have many names in common.
-const HELD_TEXT_PAGES: usize = 512;
+const HELD_TEXT_PAGES: usize = 256;
 
 /// Where a node's number of links is in its record.
 const LINKS_AT: u64 = 12;

@@ -35,6 +35,9 @@ use values::{Line, Refused};
 /// it needs, and no more time than that to one that is short.
 const MEASURED_BYTES: usize = 4 << 20;
 
+/// How often a value is asked for that is another one with each request; then it counts as empty.
+const ATTEMPTS: usize = 3;
+
 /// Takes or renews a lease: `KEYS[1]`, for the holder `ARGV[1]`, for `ARGV[2]` milliseconds.
 ///
 /// One that never expires was left by no holder: it is taken over.
@@ -309,32 +312,37 @@ impl RedisCache {
             key,
             reason: format!("it has more than the {max_bytes} bytes that are expected"),
         };
-        let mut expected = max_bytes;
-        if max_bytes > MEASURED_BYTES {
-            expected = self
-                .request(key, ::redis::cmd("STRLEN").arg(&name), 0)
-                .await?;
-            if expected > max_bytes {
-                return Err(too_long());
+        for _ in 0..ATTEMPTS {
+            let mut expected = max_bytes;
+            if max_bytes > MEASURED_BYTES {
+                expected = self
+                    .request(key, ::redis::cmd("STRLEN").arg(&name), 0)
+                    .await?;
+                if expected > max_bytes {
+                    return Err(too_long());
+                }
             }
+            // One byte more than expected, to see whether there is one: the end is inclusive. No
+            // longer value ever crosses the network, whatever the server holds.
+            let mut command = ::redis::cmd("GETRANGE");
+            command.arg(&name).arg(0).arg(expected);
+            let value: Vec<u8> = self.request(key, &command, expected).await?;
+            match value.len() {
+                // Redis does not tell an absent value from an empty one, but an empty one is a wrong
+                // one, which must be deleted before it can be put again.
+                0 => {
+                    let exists = ::redis::cmd("EXISTS").arg(&name).clone();
+                    if !self.request::<bool>(key, &exists, 0).await? {
+                        return Ok(None);
+                    }
+                }
+                len if len > max_bytes => return Err(too_long()),
+                len if len <= expected => return Ok(Some(value.into())),
+                _ => {}
+            }
+            // Between two requests it was put, or replaced by a longer one; or it is empty indeed.
         }
-        // One byte more than allowed, to see whether there is one: the end is inclusive. No longer
-        // value ever crosses the network, whatever the server holds.
-        let mut command = ::redis::cmd("GETRANGE");
-        command.arg(&name).arg(0).arg(expected.min(max_bytes));
-        let value: Vec<u8> = self.request(key, &command, expected).await?;
-        if value.len() > max_bytes {
-            return Err(too_long());
-        }
-        if !value.is_empty() {
-            return Ok(Some(value.into()));
-        }
-        // Redis does not tell an absent value from an empty one, but an empty one is a wrong one,
-        // which must be deleted before it can be put again.
-        let exists: bool = self
-            .request(key, ::redis::cmd("EXISTS").arg(&name), 0)
-            .await?;
-        Ok(exists.then(Bytes::new))
+        Ok(Some(Bytes::new()))
     }
 }
 

@@ -41,12 +41,12 @@ fn keys(layer: &str) -> [CacheKey; 8] {
     [
         CacheKey::Manifest(layer),
         CacheKey::Index(layer, 0),
-        CacheKey::Index(layer, 1),
         CacheKey::Chunk(layer, 0),
         CacheKey::Chunk(layer, u32::MAX),
         CacheKey::AccessMap(layer, BlobDigest::of(b""), 0),
-        CacheKey::AccessMap(layer, BlobDigest::of(b""), 1),
         CacheKey::Profile(image),
+        CacheKey::Index(layer, 1),
+        CacheKey::AccessMap(layer, BlobDigest::of(b""), 1),
     ]
 }
 
