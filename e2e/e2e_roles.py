@@ -1,15 +1,13 @@
-"""What each role may do and what it needs: rights, sockets, memory, and the order in which they start."""
+"""What each role may do and what it needs: rights, sockets, and the order in which they start."""
 
 import json
 import os
 import pathlib
 import re
-import shutil
 import subprocess
 import time
 
-import images
-from harness import driver, oci, process, seccomp, trio
+from harness import process, seccomp, trio
 from harness.environment import Case
 
 STRANGER = 12345
@@ -256,63 +254,3 @@ class Start(Case):
         self.assertEqual(node.metric("process_resident_memory_bytes", role="serve"), 0)
         process.wait_until(lambda: node.metric("serve_up") == 0, "serve to be missed")
         self.assertGreater(node.metric("process_resident_memory_bytes", role="agent"), 1e6)
-
-
-class Memory(Case):
-    # Of VmHWM, in bytes: what the chart's limits and the alerts are made from.
-    MOST = {"serve": 10e6, "agent": 16e6, "node": 10e6, "serve's parent": 5e6}
-    # A reader on each of 50 mounts at the same moment: all their indexes are looked at then.
-    MOST_WITH_READERS = {"serve": 16e6}
-    N_MOUNTS = 50
-
-    def check(self, node: trio.Trio, what: str, most=None) -> None:
-        """Prints what the roles take and have taken at most, and compares that with what they may."""
-        most = {**self.MOST, **(most or {})}
-        seen = {role: node.memory(role) for role in trio.ROLES}
-        # It waits, and no more.
-        seen["serve's parent"] = driver.memory_of(node.servers["serve"].pid)
-        print(f"{what}: " + "; ".join(f"{role} VmRSS {it['VmRSS'] / 1e6:.1f} MB, VmHWM {it['VmHWM'] / 1e6:.1f} MB" for role, it in seen.items()))
-        self.assertEqual({role: it["VmHWM"] for role, it in seen.items() if it["VmHWM"] >= most[role]}, {}, f"more than {most}")
-
-    def test_five_layers_of_30_mb(self):
-        node = self.trio()
-        node.must_publish("v", self.env.push("demo5"))
-        self.assert_tree("demo5", node.target("v"))
-        # As in an upgrade: whoever takes over needs no more.
-        node.hand_over().stop()
-        node.restart("agent", "node")
-        driver.drop_from_page_cache(node.target("v"))
-        self.assert_tree("demo5", node.target("v"))
-        self.check(node, "5 layers of 30 MB, read twice, all restarted in between")
-
-    def test_first_access(self):
-        node = self.trio()
-        node.must_publish("v", self.env.push("demo5"))
-        self.assert_tree("demo5", node.target("v"))
-        self.check(node, "5 layers of 30 MB, first access")
-
-    def references(self) -> list[str]:
-        """Images that share their layers and differ in their configuration: each is a mount of its own."""
-        image = images.get("demo5")
-        layout = oci.Layout(self.work / "many")
-        shutil.copytree(image.layout.directory / "blobs", layout.directory / "blobs", dirs_exist_ok=True, copy_function=os.symlink)
-        layers = list(zip(image.layout.layers(images.TAG), image.layout.diff_ids(images.TAG)))
-        for number in range(self.N_MOUNTS):
-            layout.add_image(f"n{number}", layers, config={"config": {"Labels": {"number": str(number)}}})
-            oci.push(layout, f"n{number}", self.registry.host, "e2e/many")
-        return [f"{self.registry.host}/e2e/many:n{number}" for number in range(self.N_MOUNTS)]
-
-    def test_50_mounts(self):
-        node = self.trio()
-        for number, reference in enumerate(self.references()):
-            node.must_publish(f"v{number}", reference)
-        self.assertEqual(node.metric("mounts"), self.N_MOUNTS)
-        self.check(node, f"{self.N_MOUNTS} mounts")
-        readers = [subprocess.Popen(["sh", "-c", "cat layer-1/usr/bin/* >/dev/null && find layer-2 -ls >/dev/null"], cwd=node.target(f"v{number}"))
-                   for number in range(self.N_MOUNTS)]
-        self.assertEqual([it.wait(120) for it in readers], [0] * self.N_MOUNTS)
-        self.check(node, f"{self.N_MOUNTS} mounts, a reader on each at the same moment", self.MOST_WITH_READERS)
-        node.hand_over().stop()
-        node.restart("agent", "node")
-        self.assert_tree("demo5", node.target(f"v{self.N_MOUNTS - 1}"))
-        self.check(node, f"{self.N_MOUNTS} mounts taken over")

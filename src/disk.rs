@@ -65,7 +65,7 @@ pub fn publish_unsynced(path: &Path, content: &[u8]) -> io::Result<()> {
 ///
 /// # Errors
 /// Those of the file system.
-pub fn write_to_map(file: &mut File, content: &[u8]) -> io::Result<()> {
+pub fn write_to_map(mut file: impl Write, content: &[u8]) -> io::Result<()> {
     const PIECE_BYTES: usize = 32 << 10;
     let mut pieces = content.chunks(PIECE_BYTES);
     pieces.try_for_each(|piece| file.write_all(piece))
@@ -79,27 +79,79 @@ enum Durability {
 }
 
 fn replace(path: &Path, content: &[u8], durability: Durability) -> io::Result<()> {
-    let temporary = temporary_beside(path);
-    let written = (|| {
-        let mut file = OpenOptions::new()
+    let mut unpublished = Unpublished::create(path)?;
+    write_to_map(&mut unpublished.file, content)?;
+    if durability == Durability::PowerCut {
+        unpublished.file.sync_all()?;
+    }
+    unpublished.publish()?;
+    if durability == Durability::PowerCut {
+        sync_parent(path)?;
+    }
+    Ok(())
+}
+
+/// A file that nobody sees until it is complete, and that is removed if it never is.
+#[derive(Debug)]
+pub struct Unpublished {
+    file: File,
+    temporary: PathBuf,
+    place: PathBuf,
+}
+
+impl Unpublished {
+    /// Makes an empty file that is to come to `path`.
+    ///
+    /// # Errors
+    /// Those of the file system.
+    pub fn create(path: &Path) -> io::Result<Self> {
+        let temporary = temporary_beside(path);
+        let file = OpenOptions::new()
             .write(true)
             .create_new(true)
             .open(&temporary)?;
-        write_to_map(&mut file, content)?;
-        if durability == Durability::PowerCut {
-            file.sync_all()?;
-        }
-        fs::rename(&temporary, path)?;
-        if durability == Durability::PowerCut {
-            sync_parent(path)?;
-        }
-        Ok(())
-    })();
-    if written.is_err() {
-        // The first error is the one that says what happened; the file may not exist.
-        let _ = fs::remove_file(&temporary);
+        Ok(Self {
+            file,
+            temporary,
+            place: path.to_owned(),
+        })
     }
-    written
+
+    /// The file, to be written; as [`write_to_map`] does if it is to be mapped.
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// Puts the file into its place, in place of what was there, without waiting for the disk.
+    ///
+    /// # Errors
+    /// Those of the file system.
+    pub fn publish(self) -> io::Result<()> {
+        fs::rename(&self.temporary, &self.place)
+    }
+}
+
+impl Drop for Unpublished {
+    fn drop(&mut self) {
+        // It is not there any more if it came into its place; what fails is removed at start.
+        let _ = fs::remove_file(&self.temporary);
+    }
+}
+
+/// Makes a file without a name, to be written and read, in the directory `dir`.
+///
+/// # Errors
+/// Those of the file system.
+pub fn nameless(dir: &Path) -> io::Result<File> {
+    // O_TMPFILE is not there on every file system.
+    let name = temporary_beside(&dir.join("scratch"));
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .open(&name)?;
+    fs::remove_file(&name)?;
+    Ok(file)
 }
 
 /// Makes the entry of `path` in its directory durable.
@@ -163,6 +215,25 @@ mod tests {
         fs::create_dir(&path).unwrap();
         assert!(publish(&path, b"new").is_err());
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_file_without_a_name_is_gone_with_its_user() {
+        use std::os::unix::fs::FileExt;
+        let dir = tempfile::tempdir().unwrap();
+        let file = nameless(dir.path()).unwrap();
+        file.write_all_at(b"x", 1).unwrap();
+        let mut read = [1; 2];
+        file.read_exact_at(&mut read, 0).unwrap();
+        assert_eq!(read, *b"\0x");
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn what_is_not_published_leaves_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        drop(Unpublished::create(&dir.path().join("file")).unwrap());
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
     }
 
     #[test]

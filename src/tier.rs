@@ -354,12 +354,12 @@ impl SourceError {
 pub enum CacheKey {
     /// The layer's manifest: size, chunk digests.
     Manifest(DiffId),
-    /// The layer's index: its tar entries.
-    Index(DiffId),
+    /// Part `n` of the layer's index, its tar entries: cut as the layer is cut into chunks.
+    Index(DiffId, u32),
     /// Chunk `n` of the layer.
     Chunk(DiffId, u32),
-    /// Where reading of the layer's blob may begin; one layer may come in several blobs.
-    AccessMap(DiffId, BlobDigest),
+    /// Where reading of the layer's blob may begin, part `n`; one layer may come in several blobs.
+    AccessMap(DiffId, BlobDigest, u32),
     /// Who makes the layer from the registry just now; only for [`LayerCache::lease`].
     Lease(DiffId),
     /// Which chunks of the image were touched first.
@@ -370,10 +370,10 @@ impl fmt::Display for CacheKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Manifest(layer) => write!(f, "clip:oci:layer:decompressed:{layer}"),
-            Self::Index(layer) => write!(f, "clip:oci:layer:decompressed:{layer}:index"),
+            Self::Index(layer, n) => write!(f, "clip:oci:layer:decompressed:{layer}:index:{n}"),
             Self::Chunk(layer, n) => write!(f, "clip:oci:layer:decompressed:{layer}:o:{n}"),
-            Self::AccessMap(layer, blob) => {
-                write!(f, "clip:oci:layer:decompressed:{layer}:access:{blob}")
+            Self::AccessMap(layer, blob, n) => {
+                write!(f, "clip:oci:layer:decompressed:{layer}:access:{blob}:{n}")
             }
             Self::Lease(layer) => write!(f, "clip:oci:layer:decompressed:{layer}:lease"),
             Self::Profile(image) => write!(f, "clip:oci:image:profile:{image}"),
@@ -522,15 +522,18 @@ mod tests {
         let layer = DiffId::of(b"");
         let base = "clip:oci:layer:decompressed:sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
         assert_eq!(CacheKey::Manifest(layer).to_string(), base);
-        assert_eq!(CacheKey::Index(layer).to_string(), format!("{base}:index"));
+        assert_eq!(
+            CacheKey::Index(layer, 17).to_string(),
+            format!("{base}:index:17")
+        );
         assert_eq!(
             CacheKey::Chunk(layer, 17).to_string(),
             format!("{base}:o:17")
         );
         let blob = BlobDigest::of(b"");
         assert_eq!(
-            CacheKey::AccessMap(layer, blob).to_string(),
-            format!("{base}:access:{blob}")
+            CacheKey::AccessMap(layer, blob, 17).to_string(),
+            format!("{base}:access:{blob}:17")
         );
         assert_eq!(CacheKey::Lease(layer).to_string(), format!("{base}:lease"));
         let image = ManifestDigest::of(b"");

@@ -5,6 +5,7 @@
 
 use super::{
     IndexError,
+    scratch::{Scratch, WriteAt, output::Output, paged::Paged},
     source::{self, IndexBytes},
     wire::{Reader, Write, count},
 };
@@ -37,21 +38,54 @@ const KIND_CHAR_DEVICE: u8 = 4;
 const KIND_BLOCK_DEVICE: u8 = 5;
 const KIND_FIFO: u8 = 6;
 
-/// Collects the entries of a layer while it streams by.
-#[derive(Debug, Default)]
-pub struct LayerIndexBuilder {
-    entries: Vec<u8>,
+/// Pages of entries that a builder holds: they are only appended.
+const HELD_PAGES: usize = 16;
+
+/// Collects the entries of a layer while it streams by, in a scratch file.
+#[derive(Debug)]
+pub struct LayerIndexBuilder<S> {
+    entries: Paged<S>,
     n_entries: u64,
     chunk_digests: Vec<u8>,
+    /// The entry that is being encoded.
+    entry: Vec<u8>,
 }
 
-impl LayerIndexBuilder {
+/// In memory.
+impl Default for LayerIndexBuilder<Vec<u8>> {
+    fn default() -> Self {
+        Self::new(Vec::new())
+    }
+}
+
+impl LayerIndexBuilder<Vec<u8>> {
+    /// Closes the index of the layer `diff_id`, whose tar has `layer_bytes`.
+    pub fn finish(self, diff_id: DiffId, layer_bytes: u64) -> Vec<u8> {
+        let mut out = Vec::new();
+        let finished = self.finish_in(&mut out, diff_id, layer_bytes);
+        finished.expect("memory is no file that could fail");
+        out
+    }
+}
+
+impl<S: Scratch> LayerIndexBuilder<S> {
+    /// Collects in `scratch`, which is empty.
+    pub fn new(scratch: S) -> Self {
+        Self {
+            entries: Paged::new(scratch, HELD_PAGES),
+            n_entries: 0,
+            chunk_digests: Vec::new(),
+            entry: Vec::new(),
+        }
+    }
+
     /// Adds the next entry of the tar.
     ///
     /// # Errors
-    /// If a count or a length does not fit the format.
+    /// If a count or a length does not fit the format, or if the scratch file fails.
     pub fn push_entry(&mut self, entry: &TarEntry) -> Result<(), IndexError> {
-        let out = &mut self.entries;
+        self.entry.clear();
+        let out = &mut self.entry;
         let kind = match &entry.kind {
             TarKind::File { .. } => KIND_FILE,
             TarKind::HardLink(_) => KIND_HARD_LINK,
@@ -90,6 +124,7 @@ impl LayerIndexBuilder {
             out.put_counted(name)?;
             out.put_counted(value)?;
         }
+        self.entries.append(&self.entry)?;
         self.n_entries += 1;
         Ok(())
     }
@@ -99,30 +134,38 @@ impl LayerIndexBuilder {
         self.chunk_digests.put(digest.as_bytes());
     }
 
-    /// Bytes that the builder holds: what a limit on indexes is compared with.
-    pub fn held_bytes(&self) -> u64 {
-        (self.entries.len() + self.chunk_digests.len()) as u64
+    /// Bytes that the index has so far: what a limit on indexes is compared with.
+    pub fn index_bytes(&self) -> u64 {
+        self.entries.len() + self.chunk_digests.len() as u64
     }
 
-    /// Closes the index of the layer `diff_id`, whose tar has `layer_bytes`.
-    pub fn finish(self, diff_id: DiffId, layer_bytes: u64) -> Vec<u8> {
-        let entries_bytes = self.entries.len();
-        let mut out = Vec::with_capacity(
-            HEADER_BYTES + self.chunk_digests.len() + entries_bytes + CHECKSUM_BYTES,
-        );
-        out.put(MAGIC);
-        out.put_u32(LAYER_INDEX_VERSION);
-        out.put_u32(0);
-        out.put(diff_id.as_bytes());
-        out.put_u64(layer_bytes);
-        out.put_u64((self.chunk_digests.len() / 32) as u64);
-        out.put_u64(self.n_entries);
-        out.put_u64(entries_bytes as u64);
-        out.put(&self.chunk_digests);
-        out.put(&self.entries);
-        let checksum = blake3::hash(&out);
-        out.put(checksum.as_bytes());
-        out
+    /// Closes the index of the layer `diff_id`, whose tar has `layer_bytes`, and writes it to `file`,
+    /// which is empty.
+    ///
+    /// # Errors
+    /// If one of the files fails.
+    pub fn finish_in(
+        mut self,
+        file: &mut impl WriteAt,
+        diff_id: DiffId,
+        layer_bytes: u64,
+    ) -> Result<(), IndexError> {
+        let mut header = Vec::with_capacity(HEADER_BYTES);
+        header.put(MAGIC);
+        header.put_u32(LAYER_INDEX_VERSION);
+        header.put_u32(0);
+        header.put(diff_id.as_bytes());
+        header.put_u64(layer_bytes);
+        header.put_u64((self.chunk_digests.len() / 32) as u64);
+        header.put_u64(self.n_entries);
+        header.put_u64(self.entries.len());
+        let mut out = Output::new(file, 0);
+        out.put(&header)?;
+        out.put(&self.chunk_digests)?;
+        out.put_table(&mut self.entries)?;
+        let (checksum, end) = out.finish()?;
+        file.write_at(checksum.as_bytes(), end)?;
+        Ok(())
     }
 }
 
@@ -233,6 +276,12 @@ impl<B: IndexBytes> LayerIndex<B> {
         &self.bytes
     }
 
+    /// BLAKE3 of the whole index, as it is stored.
+    pub fn digest(&self) -> ChunkDigest {
+        let digest = source::hash(&self.bytes, 0..self.bytes.len());
+        ChunkDigest::from_bytes(digest.into())
+    }
+
     /// Iterates over the entries in tar order.
     pub fn entries(&self) -> Entries<'_> {
         let start = HEADER_BYTES + self.chunk_digest_bytes().len();
@@ -285,6 +334,8 @@ pub struct EntryRef<'a> {
     pub mtime_nanoseconds: u32,
     /// Extended attributes, as `(name, value)`.
     pub xattrs: Vec<(&'a [u8], &'a [u8])>,
+    /// The entry as the index has it.
+    pub(super) encoded: &'a [u8],
 }
 
 /// What an entry is.
@@ -312,7 +363,13 @@ pub enum EntryKind<'a> {
 }
 
 impl<'a> EntryRef<'a> {
+    /// Reads an entry out of `encoded`, which has that and no more.
+    pub(super) fn decode(encoded: &'a [u8]) -> Result<Self, IndexError> {
+        Self::read(&mut Reader::new(encoded, WHAT), u64::MAX)
+    }
+
     fn read(reader: &mut Reader<'a>, layer_bytes: u64) -> Result<Self, IndexError> {
+        let start = *reader;
         let kind = reader.u8()?;
         let mode = u32::from(reader.u16()?) & 0o7777;
         let uid = reader.u32()?;
@@ -350,6 +407,7 @@ impl<'a> EntryRef<'a> {
             mtime_seconds,
             mtime_nanoseconds,
             xattrs,
+            encoded: start.until(reader),
         })
     }
 }

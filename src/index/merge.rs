@@ -13,20 +13,22 @@
 //! - The way to an entry leads through symbolic links, as it does for those who unpack; `..` and
 //!   absolute targets stop at the root.
 
-use std::collections::{HashMap, HashSet};
-
 use super::{
     IndexError,
     layer_index::{EntryKind, EntryRef, LayerIndex},
     path::{self, NameKind, entry_error},
+    scratch::{
+        Scratch, WriteAt,
+        sorted::{SortedMap, TextMap},
+    },
     source::IndexBytes,
-    tree::{Body, Children, Meta, Missing, Node, NodeId, Tree},
+    tree::{Kind, Missing, NodeId, Tree},
     writer,
 };
-use crate::{
-    digest::{BlobDigest, DiffId, ManifestDigest},
-    tar::TarExtent,
-};
+use crate::digest::{BlobDigest, DiffId, ManifestDigest};
+
+/// Pages that are held of each map in [`Below`]: 64 KiB. Few layers need any.
+const HELD_PAGES: usize = 16;
 
 /// What the image index records of a layer.
 #[derive(Debug)]
@@ -39,29 +41,57 @@ pub(super) struct LayerRecord {
 }
 
 /// What one layer refers to in the layers below, noted before its whiteouts hide anything.
-#[derive(Debug, Default)]
-struct Below {
+#[derive(Debug)]
+struct Below<S> {
     /// What its hard links name, by target path.
-    linked: HashMap<Box<[u8]>, NodeId>,
+    linked: TextMap<S>,
     /// Clean paths of symbolic links that it replaces by directories.
     ///
     /// Its whiteouts below such a path are about the directory, not about what the link led to.
-    replaced_links: HashSet<Vec<u8>>,
+    replaced_links: TextMap<S>,
+}
+
+/// The directory of the last entry, which is most often the next one's, too.
+#[derive(Debug)]
+struct Parent {
+    components: Vec<Box<[u8]>>,
+    node: NodeId,
 }
 
 /// Merges the layers of one image.
 #[derive(Debug)]
-pub struct Merge {
-    tree: Tree,
+pub struct Merge<S> {
+    tree: Tree<S>,
     layers: Vec<LayerRecord>,
+    /// Forgotten when a name is taken away or becomes another node's, by which the way may change.
+    parent: Option<Parent>,
 }
 
-impl Merge {
-    /// Starts with an empty root directory; more than `max_nodes` are refused.
+impl Merge<Vec<u8>> {
+    /// Starts with an empty root directory, in memory; more than `max_nodes` are refused.
     pub fn new(max_nodes: u32) -> Self {
+        Self::in_scratch(&Vec::new(), max_nodes)
+    }
+
+    /// Returns the tree of `manifest` as a `.clip` file.
+    ///
+    /// # Errors
+    /// If the tree does not fit the format.
+    pub fn finish(self, manifest: ManifestDigest) -> Result<Vec<u8>, IndexError> {
+        let mut file = Vec::new();
+        self.finish_in(&mut file, manifest)?;
+        Ok(file)
+    }
+}
+
+impl<S: Scratch> Merge<S> {
+    /// Starts with an empty root directory, and holds no more than some MiB: what is more is in files
+    /// like `scratch`. More than `max_nodes` are refused.
+    pub fn in_scratch(scratch: &S, max_nodes: u32) -> Self {
         Self {
-            tree: Tree::new(max_nodes),
+            tree: Tree::new(scratch, max_nodes),
             layers: Vec::new(),
+            parent: None,
         }
     }
 
@@ -76,15 +106,22 @@ impl Merge {
         blob_bytes: u64,
     ) -> Result<(), IndexError> {
         let number = super::wire::count("layers", self.layers.len())?;
-        let mut below = Below::default();
-        for entry in entries(layer) {
-            self.note(&entry?, &mut below)?;
+        let mut below = Below {
+            linked: SortedMap::new(self.tree.another(), HELD_PAGES).into(),
+            replaced_links: SortedMap::new(self.tree.another(), HELD_PAGES).into(),
+        };
+        // The lowest layer has nothing below.
+        if 0 < number {
+            for entry in entries(layer) {
+                self.note(&entry?, &mut below)?;
+            }
+            for entry in entries(layer) {
+                self.hide(entry?.path, &mut below)?;
+            }
         }
+        self.parent = None;
         for entry in entries(layer) {
-            self.hide(entry?.path, &below)?;
-        }
-        for entry in entries(layer) {
-            self.apply(&entry?, number, &below)?;
+            self.apply(&entry?, number, &mut below)?;
         }
         self.layers.push(LayerRecord {
             diff_id: layer.diff_id(),
@@ -96,28 +133,32 @@ impl Merge {
         Ok(())
     }
 
-    /// Writes the tree of `manifest` as a `.clip` file.
+    /// Writes the tree of `manifest` as a `.clip` file to `file`, which is empty.
     ///
     /// # Errors
-    /// If the tree does not fit the format.
-    pub fn finish(self, manifest: ManifestDigest) -> Result<Vec<u8>, IndexError> {
-        writer::write(&self.tree, &self.layers, manifest)
+    /// If the tree does not fit the format, or if a file fails.
+    pub fn finish_in(
+        self,
+        file: &mut impl WriteAt,
+        manifest: ManifestDigest,
+    ) -> Result<(), IndexError> {
+        writer::write(self.tree, &self.layers, manifest, file)
     }
 
     /// Notes what the entry refers to in the layers below.
-    fn note(&mut self, entry: &EntryRef<'_>, below: &mut Below) -> Result<(), IndexError> {
+    fn note(&mut self, entry: &EntryRef<'_>, below: &mut Below<S>) -> Result<(), IndexError> {
         match entry.kind {
             EntryKind::HardLink(target) => {
                 if let Some(node) = self.lookup(target, entry.path)? {
-                    below.linked.insert(target.into(), node);
+                    below.linked.insert(target, node.0)?;
                 }
             }
             EntryKind::Directory => {
-                let node = self.lookup(entry.path, entry.path)?;
-                if node.is_some_and(|it| matches!(self.tree.node(it).body, Body::Symlink(_))) {
-                    below
-                        .replaced_links
-                        .insert(path::components(entry.path)?.join(&b'/'));
+                if let Some(node) = self.lookup(entry.path, entry.path)?
+                    && self.tree.node(node)?.kind == Kind::Symlink
+                {
+                    let link = path::components(entry.path)?.join(&b'/');
+                    below.replaced_links.insert(&link, node.0)?;
                 }
             }
             _ => {}
@@ -126,7 +167,7 @@ impl Merge {
     }
 
     /// Applies the entry at `path` if it is a whiteout or an opaque marker.
-    fn hide(&mut self, path: &[u8], below: &Below) -> Result<(), IndexError> {
+    fn hide(&mut self, path: &[u8], below: &mut Below<S>) -> Result<(), IndexError> {
         let components = path::components(path)?;
         let Some((name, parents)) = components.split_last() else {
             return Ok(());
@@ -135,68 +176,97 @@ impl Merge {
         if !matches!(kind, NameKind::Whiteout(_) | NameKind::Opaque) {
             return Ok(());
         }
-        let is_new = |len| below.replaced_links.contains(&parents[..len].join(&b'/'));
-        if !below.replaced_links.is_empty() && (1..=parents.len()).any(is_new) {
-            return Ok(());
+        if !below.replaced_links.is_empty() {
+            for len in 1..=parents.len() {
+                if below
+                    .replaced_links
+                    .get(&parents[..len].join(&b'/'))?
+                    .is_some()
+                {
+                    return Ok(());
+                }
+            }
         }
         let Some(directory) = self.tree.directory(parents, Missing::Leave, path)? else {
             return Ok(());
         };
-        if let Some(children) = self.tree.children_mut(directory) {
-            match kind {
-                NameKind::Whiteout(hidden) => drop(children.remove(hidden)),
-                NameKind::Opaque => children.clear(),
-                NameKind::Plain | NameKind::Ignored => {}
-            }
+        match kind {
+            NameKind::Whiteout(hidden) => self.tree.remove(directory, hidden),
+            NameKind::Opaque => self.tree.clear(directory),
+            NameKind::Plain | NameKind::Ignored => Ok(()),
         }
-        Ok(())
     }
 
     /// Applies the entry if it is a file of the layer.
-    fn apply(&mut self, entry: &EntryRef<'_>, layer: u32, below: &Below) -> Result<(), IndexError> {
+    fn apply(
+        &mut self,
+        entry: &EntryRef<'_>,
+        layer: u32,
+        below: &mut Below<S>,
+    ) -> Result<(), IndexError> {
         let components = path::components(entry.path)?;
         let Some((name, parents)) = components.split_last() else {
-            return self.apply_root(entry);
+            return self.apply_root(entry, layer);
         };
         if path::name_kind(name) != NameKind::Plain {
             return Ok(());
         }
-        let Some(parent) = self.tree.directory(parents, Missing::Create, entry.path)? else {
-            return Err(entry_error(entry.path, "its parent cannot be made"));
-        };
-        let node = if let EntryKind::HardLink(target) = entry.kind {
-            self.link_target(target, entry.path, below)?
-        } else {
-            let old = self
-                .tree
-                .children(parent)
-                .and_then(|it| it.get(*name))
-                .copied();
-            match (old, &entry.kind) {
-                (Some(old), EntryKind::Directory) if self.tree.children(old).is_some() => {
-                    let node = self.tree.node_mut(old);
-                    node.meta = meta(entry);
-                    node.xattrs = xattrs(entry);
-                    return Ok(());
+        let parent = self.parent(parents, entry.path)?;
+        let node = match (&entry.kind, kind_of(entry)?) {
+            (EntryKind::HardLink(target), _) => self.link_target(target, entry.path, below)?,
+            (_, Kind::Directory) => {
+                let old = self.tree.child(parent, name)?;
+                if let Some(old) = old
+                    && self.tree.node(old)?.kind == Kind::Directory
+                {
+                    let description = self.tree.describe(layer, entry)?;
+                    return self.tree.redescribe(old, description);
                 }
-                _ => self.tree.add(new_node(entry, layer)?)?,
+                self.add(entry, layer, Kind::Directory)?
             }
+            (_, kind) => self.add(entry, layer, kind)?,
         };
-        if let Some(children) = self.tree.children_mut(parent) {
-            children.insert(Box::from(*name), node);
+        if self.tree.insert(parent, name, node)? {
+            self.parent = None;
         }
         Ok(())
     }
 
+    /// Makes the node that the entry describes.
+    fn add(&mut self, entry: &EntryRef<'_>, layer: u32, kind: Kind) -> Result<NodeId, IndexError> {
+        let description = self.tree.describe(layer, entry)?;
+        self.tree.add(kind, Some(description))
+    }
+
+    /// The directory at `parents`, made where it is missing, of the entry at `path`.
+    fn parent(&mut self, parents: &[&[u8]], path: &[u8]) -> Result<NodeId, IndexError> {
+        if let Some(parent) = &self.parent
+            && parent
+                .components
+                .iter()
+                .map(|it| &**it)
+                .eq(parents.iter().copied())
+        {
+            return Ok(parent.node);
+        }
+        let node = self
+            .tree
+            .directory(parents, Missing::Create, path)?
+            .ok_or_else(|| entry_error(path, "its parent cannot be made"))?;
+        self.parent = Some(Parent {
+            components: parents.iter().map(|it| Box::from(*it)).collect(),
+            node,
+        });
+        Ok(node)
+    }
+
     /// Applies an entry for the root directory itself, such as `./`.
-    fn apply_root(&mut self, entry: &EntryRef<'_>) -> Result<(), IndexError> {
+    fn apply_root(&mut self, entry: &EntryRef<'_>, layer: u32) -> Result<(), IndexError> {
         if !matches!(entry.kind, EntryKind::Directory) {
             return Err(entry_error(entry.path, "the root can only be a directory"));
         }
-        let root = self.tree.node_mut(Tree::ROOT);
-        root.meta = meta(entry);
-        root.xattrs = xattrs(entry);
-        Ok(())
+        let description = self.tree.describe(layer, entry)?;
+        self.tree.redescribe(Tree::<S>::ROOT, description)
     }
 
     /// Finds what a hard link at `path` is another name of.
@@ -204,14 +274,15 @@ impl Merge {
         &mut self,
         target: &[u8],
         path: &[u8],
-        below: &Below,
+        below: &mut Below<S>,
     ) -> Result<NodeId, IndexError> {
-        let node = self
-            .lookup(target, path)?
-            .or_else(|| below.linked.get(target).copied());
+        let node = match self.lookup(target, path)? {
+            Some(node) => Some(node),
+            None => below.linked.get(target)?.map(NodeId),
+        };
         let node = node
             .ok_or_else(|| entry_error(path, "it is a hard link to a file that does not exist"))?;
-        if self.tree.children(node).is_some() {
+        if self.tree.node(node)?.kind == Kind::Directory {
             return Err(entry_error(path, "it is a hard link to a directory"));
         }
         Ok(node)
@@ -221,16 +292,12 @@ impl Merge {
     fn lookup(&mut self, target: &[u8], path: &[u8]) -> Result<Option<NodeId>, IndexError> {
         let components = path::components(target)?;
         let Some((name, parents)) = components.split_last() else {
-            return Ok(Some(Tree::ROOT));
+            return Ok(Some(Tree::<S>::ROOT));
         };
-        let Some(directory) = self.tree.directory(parents, Missing::Leave, path)? else {
-            return Ok(None);
-        };
-        Ok(self
-            .tree
-            .children(directory)
-            .and_then(|it| it.get(*name))
-            .copied())
+        match self.tree.directory(parents, Missing::Leave, path)? {
+            Some(directory) => self.tree.child(directory, name),
+            None => Ok(None),
+        }
     }
 }
 
@@ -248,65 +315,23 @@ fn entries<B: IndexBytes>(
     })
 }
 
-fn meta(entry: &EntryRef<'_>) -> Meta {
-    Meta {
-        mode: entry.mode,
-        uid: entry.uid,
-        gid: entry.gid,
-        mtime_seconds: entry.mtime_seconds,
-        mtime_nanoseconds: entry.mtime_nanoseconds,
-    }
-}
-
-/// Whether an attribute is dropped, as tools do that unpack images: those about the machine that
-/// wrote the layer would mislead this one, and an empty PAX record takes an attribute back.
-fn is_dropped(name: &[u8], value: &[u8]) -> bool {
-    value.is_empty() || name == b"security.selinux" || name.starts_with(b"trusted.overlay.")
-}
-
-fn xattrs(entry: &EntryRef<'_>) -> super::tree::Xattrs {
-    let kept = entry
-        .xattrs
-        .iter()
-        .filter(|(name, value)| !is_dropped(name, value));
-    kept.map(|(name, value)| (Box::from(*name), Box::from(*value)))
-        .collect()
-}
-
-fn new_node(entry: &EntryRef<'_>, layer: u32) -> Result<Node, IndexError> {
-    let body = match &entry.kind {
-        EntryKind::File { size, extents } => Body::File {
-            size: *size,
-            layer,
-            extents: non_empty(extents),
+/// What kind of node an entry makes.
+fn kind_of(entry: &EntryRef<'_>) -> Result<Kind, IndexError> {
+    match entry.kind {
+        EntryKind::Directory => Ok(Kind::Directory),
+        EntryKind::Symlink(target) => match target.len() {
+            1..=path::MAX_PATH_BYTES => Ok(Kind::Symlink),
+            _ => Err(entry_error(
+                entry.path,
+                "its link target is empty or too long",
+            )),
         },
-        EntryKind::Symlink(target) => {
-            if target.is_empty() || path::MAX_PATH_BYTES < target.len() {
-                return Err(entry_error(
-                    entry.path,
-                    "its link target is empty or too long",
-                ));
-            }
-            Body::Symlink(Box::from(*target))
-        }
-        EntryKind::Directory => Body::Directory(Children::new()),
-        EntryKind::CharDevice(major, minor) => Body::CharDevice(*major, *minor),
-        EntryKind::BlockDevice(major, minor) => Body::BlockDevice(*major, *minor),
-        EntryKind::Fifo => Body::Fifo,
-        EntryKind::HardLink(_) => {
-            return Err(entry_error(entry.path, "a hard link is no node of its own"));
-        }
-    };
-    Ok(Node {
-        meta: meta(entry),
-        xattrs: xattrs(entry),
-        body,
-    })
-}
-
-/// Drops extents without bytes, which a binary search must not meet.
-fn non_empty(extents: &[TarExtent]) -> Box<[TarExtent]> {
-    extents.iter().filter(|it| 0 < it.len).copied().collect()
+        EntryKind::File { .. }
+        | EntryKind::HardLink(_)
+        | EntryKind::CharDevice(..)
+        | EntryKind::BlockDevice(..)
+        | EntryKind::Fifo => Ok(Kind::Other),
+    }
 }
 
 #[cfg(test)]

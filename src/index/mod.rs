@@ -9,14 +9,20 @@
 //!
 //! Beside them, [`profile`]: in which order an image's chunks were touched first.
 //!
+//! What is larger than memory should hold while these are made is in a [`scratch`] file, of a kind that
+//! the caller brings.
+//!
 //! All formats are described in `docs/INDEX_FORMAT.md`; golden-bytes tests keep them.
 //! Invariant: a byte of foreign origin can cause an [`IndexError`], never a panic.
+
+use std::io;
 
 pub mod image;
 pub mod layer_index;
 pub mod merge;
 pub mod path;
 pub mod profile;
+pub mod scratch;
 pub mod source;
 
 pub(crate) mod wire;
@@ -71,4 +77,21 @@ pub enum IndexError {
         /// What is wrong with it.
         reason: &'static str,
     },
+    /// A file that is written while an index is made failed.
+    #[error("making the index: {reason}")]
+    Scratch {
+        /// What kind of failure it was.
+        kind: io::ErrorKind,
+        /// What failed.
+        reason: String,
+    },
+}
+
+impl From<io::Error> for IndexError {
+    fn from(err: io::Error) -> Self {
+        Self::Scratch {
+            kind: err.kind(),
+            reason: err.to_string(),
+        }
+    }
 }

@@ -19,6 +19,12 @@ impl<'a> Reader<'a> {
         self.rest.is_empty()
     }
 
+    /// What lies between here and where `later` is, which was read on from here.
+    pub(crate) fn until(&self, later: &Self) -> &'a [u8] {
+        let len = self.rest.len().saturating_sub(later.rest.len());
+        self.rest.get(..len).unwrap_or_default()
+    }
+
     pub(crate) fn bytes(&mut self, len: usize) -> Result<&'a [u8], IndexError> {
         let (head, rest) = self
             .rest

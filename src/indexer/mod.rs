@@ -15,6 +15,7 @@ use std::{
 };
 
 use futures_util::future;
+use tokio::sync::Mutex;
 use tracing::{debug, info, warn};
 
 use crate::{
@@ -25,7 +26,7 @@ use crate::{
     metrics::Metrics,
     registry::ResolvedImage,
     sys::{self, MappedFile},
-    tier::{BlobSource, LayerDesc, PresentError},
+    tier::{BlobSource, PresentError},
 };
 
 /// Says why an image has no index.
@@ -68,6 +69,8 @@ pub struct Indexer {
     store: LayerStore,
     metrics: Metrics,
     max_index_nodes: u32,
+    /// tokio Mutex, held while a merge runs: one at a time, because each holds some MiB.
+    merging: Arc<Mutex<()>>,
 }
 
 impl Indexer {
@@ -77,6 +80,7 @@ impl Indexer {
             store,
             metrics,
             max_index_nodes,
+            merging: Arc::default(),
         }
     }
 
@@ -121,42 +125,48 @@ impl Indexer {
         let manifest = image.manifest;
         let (layers, descs) = (layers.to_vec(), image.layers.clone());
         let (path, max_index_nodes) = (path.to_owned(), self.max_index_nodes);
+        let store = self.store.clone();
+        let turn = Arc::clone(&self.merging).lock_owned().await;
         let merged = tokio::task::spawn_blocking(move || {
-            let wrong = |source| IndexerError::Merge { manifest, source };
-            let bytes = merge_layers(manifest, &layers, &descs, max_index_nodes).map_err(wrong)?;
-            let failed = |err: io::Error| IndexerError::Disk {
-                path: path.clone(),
-                reason: err.to_string(),
-            };
+            let _turn = turn;
+            let wrong = |source| merge_error(source, manifest, &path);
+            let failed = |err: io::Error| disk_error(&path, err.to_string());
             // The index has a checksum and can be made anew: no reader waits for the disk.
-            disk::publish_unsynced(&path, &bytes).map_err(failed)?;
-            drop(bytes);
+            let new = disk::Unpublished::create(&path).map_err(failed)?;
+            let mut merge = Merge::in_scratch(&store.scratch(), max_index_nodes);
+            for (layer, desc) in layers.iter().zip(&descs) {
+                let index = layer.file().index();
+                let added = merge.add_layer(index, desc.blob, desc.blob_bytes);
+                index.source().drop_resident();
+                added.map_err(wrong)?;
+            }
+            let finished = merge.finish_in(&mut store.writer(new.file()), manifest);
+            finished.map_err(wrong)?;
+            new.publish().map_err(failed)?;
             sys::trim_allocator();
             let file = File::open(&path).map_err(failed)?;
             ImageIndex::open(MappedFile::new(&file).map_err(failed)?).map_err(wrong)
         });
         merged.await.unwrap_or_else(|err| {
             let path = self.store.paths().image(manifest);
-            Err(IndexerError::Disk {
-                path,
-                reason: format!("merging ended early: {err}"),
-            })
+            Err(disk_error(&path, format!("merging ended early: {err}")))
         })
     }
 }
 
-fn merge_layers(
-    manifest: ManifestDigest,
-    layers: &[Arc<Layer>],
-    descs: &[LayerDesc],
-    max_index_nodes: u32,
-) -> Result<Vec<u8>, IndexError> {
-    let mut merge = Merge::new(max_index_nodes);
-    for (layer, desc) in layers.iter().zip(descs) {
-        merge.add_layer(layer.file().index(), desc.blob, desc.blob_bytes)?;
-        layer.file().index().source().drop_resident();
+fn disk_error(path: &Path, reason: String) -> IndexerError {
+    IndexerError::Disk {
+        path: path.to_owned(),
+        reason,
     }
-    merge.finish(manifest)
+}
+
+/// What an error of the merge of `manifest`, whose index was to come to `path`, means.
+fn merge_error(source: IndexError, manifest: ManifestDigest, path: &Path) -> IndexerError {
+    match source {
+        IndexError::Scratch { .. } => disk_error(path, source.to_string()),
+        source => IndexerError::Merge { manifest, source },
+    }
 }
 
 /// Opens the index at `path` if it is whole and `image`'s; removes it if it is not.

@@ -76,7 +76,7 @@ pub fn layer_index(file: &LayerFile) -> Result<Vec<u8>, RebuildError> {
 fn parse(
     parser: &mut tar::Parser,
     bytes: &[u8],
-    builder: &mut LayerIndexBuilder,
+    builder: &mut LayerIndexBuilder<Vec<u8>>,
 ) -> Result<(), RebuildError> {
     let mut pushed = Ok(());
     let mut push = |entry: TarEntry| {

@@ -158,14 +158,6 @@ impl Access {
         Ok(access)
     }
 
-    /// Keeps `map` beside `file`, for [`Self::open`] to look at.
-    ///
-    /// # Errors
-    /// Those of the file system.
-    pub(super) fn keep(file: &LayerFile, map: &[u8]) -> io::Result<()> {
-        disk::publish_unsynced(&file.dir().join(ACCESS), map)
-    }
-
     /// Whether it is the map of the blob that `desc` names.
     pub(super) fn is_of(&self, desc: &LayerDesc) -> bool {
         (self.map.blob(), self.map.blob_bytes()) == (desc.blob, desc.blob_bytes)

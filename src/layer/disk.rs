@@ -103,6 +103,12 @@ impl CachePaths {
         self.root.join("tmp")
     }
 
+    /// Holds, for a moment each, the names of files that lose them at once. What a crash in this moment
+    /// leaves is removed like an index that was not complete.
+    pub(super) fn scratch(&self) -> PathBuf {
+        self.images()
+    }
+
     /// Holds the locks.
     pub(super) fn locks(&self) -> PathBuf {
         self.root.join("locks")
@@ -242,13 +248,8 @@ impl LayerFile {
         layer_bytes: u64,
     ) -> io::Result<()> {
         let staging = Staging::new(paths, layer)?;
-        File::create_new(staging.dir().join(DATA))?.set_len(layer_bytes)?;
         staging.write(INDEX, index)?;
-        staging.write(
-            STATE,
-            &State::initial(layer_bytes, Initial::Absent, state::boot()),
-        )?;
-        staging.publish(paths, layer)
+        staging.publish_empty(paths, layer, layer_bytes)
     }
 
     /// Names the layer.
@@ -466,7 +467,33 @@ impl Staging {
     /// # Errors
     /// Those of the file system.
     pub(super) fn write(&self, name: &str, content: &[u8]) -> io::Result<()> {
-        disk::write_to_map(&mut File::create_new(self.dir.join(name))?, content)
+        disk::write_to_map(&mut self.create(name)?, content)
+    }
+
+    /// Makes an empty file of the layer, to be written as [`write`](Self::write) does, and read.
+    ///
+    /// # Errors
+    /// Those of the file system.
+    pub(super) fn create(&self, name: &str) -> io::Result<File> {
+        let path = self.dir.join(name);
+        let mut options = OpenOptions::new();
+        options.read(true).write(true).create_new(true).open(path)
+    }
+
+    /// Publishes a layer that has its index, and no data yet.
+    ///
+    /// # Errors
+    /// Those of the file system.
+    pub(super) fn publish_empty(
+        self,
+        paths: &CachePaths,
+        layer: DiffId,
+        layer_bytes: u64,
+    ) -> io::Result<()> {
+        self.create(DATA)?.set_len(layer_bytes)?;
+        let state = State::initial(layer_bytes, Initial::Absent, state::boot());
+        self.write(STATE, &state)?;
+        self.publish(paths, layer)
     }
 
     /// Puts the directory into its place. The caller holds the layer's fill lock.

@@ -5,7 +5,7 @@
 //! when the whole stream has matched its digests; nobody reads it before. A refill writes in place,
 //! chunk by chunk, each verified against the index, and readers are served behind it.
 
-use std::{fs::File, io, ops::ControlFlow, os::unix::fs::FileExt};
+use std::{fs::File, io, ops::ControlFlow, os::unix::fs::FileExt, sync::Arc};
 
 use sha2::{Digest, Sha256};
 use tracing::warn;
@@ -18,6 +18,7 @@ use super::{
     feed::FeedReader,
     pipeline::{self, Encoding, PipelineError, Sink},
     room::{Claim, Room},
+    scratch::{NewFile, ScratchFile},
     state::{self, Initial, State},
 };
 use crate::{
@@ -60,7 +61,10 @@ impl From<Bound> for SinkError {
 
 impl From<IndexError> for SinkError {
     fn from(err: IndexError) -> Self {
-        Self::Refused(err.to_string())
+        match err {
+            IndexError::Scratch { kind, reason } => Self::from(io::Error::new(kind, reason)),
+            err => Self::Refused(err.to_string()),
+        }
     }
 }
 
@@ -138,7 +142,7 @@ impl Blame<'_> {
 pub(super) fn first_fill(
     paths: &CachePaths,
     config: &CacheConfig,
-    room: &Room,
+    room: &Arc<Room>,
     desc: &LayerDesc,
     reader: FeedReader,
     encoding: Encoding,
@@ -152,7 +156,8 @@ pub(super) fn first_fill(
     let refused = |reason: String| PresentError::Refused { layer, reason };
     let staging = Staging::new(paths, layer).map_err(|err| blame.disk(err))?;
     let data = File::create_new(staging.dir().join(DATA)).map_err(|err| blame.disk(err))?;
-    let mut sink = FirstFill::new(data, config, room);
+    let entries = ScratchFile::new(staging.dir(), Arc::clone(room));
+    let mut sink = FirstFill::new(data, entries, config, room);
     let map = match encoding {
         Encoding::Blob => Some(MapMaker::create(staging.dir()).map_err(|err| blame.disk(err))?),
         Encoding::Decompressed => None,
@@ -163,7 +168,8 @@ pub(super) fn first_fill(
         check_blob(desc, passed.blob_bytes, passed.blob)?;
     }
     sink.claim_room().map_err(|err| blame.sink(err))?;
-    let built = sink.finish().map_err(|err| blame.sink(err))?;
+    let index = staging.create(INDEX).map_err(|err| blame.disk(err))?;
+    let built = sink.finish(&index).map_err(|err| blame.sink(err))?;
     if built.diff_id != layer {
         return Err(refused(format!(
             "its content has DiffID {}, but the image's config names another; \
@@ -177,8 +183,7 @@ pub(super) fn first_fill(
         finished.map_err(|err| blame.disk(err))?;
     }
     let published = staging
-        .write(INDEX, &built.index)
-        .and_then(|()| staging.write(STATE, &state))
+        .write(STATE, &state)
         .and_then(|()| staging.publish(paths, layer));
     published.map_err(|err| blame.disk(err))?;
     Ok(built.layer_bytes)
@@ -213,7 +218,7 @@ struct FirstFill<'a> {
     hasher: Sha256,
     chunk_hasher: blake3::Hasher,
     parser: tar::Parser,
-    index: LayerIndexBuilder,
+    index: LayerIndexBuilder<ScratchFile>,
     n_entries: u64,
     layer_bytes: u64,
     /// How many of them the cache's account has.
@@ -226,11 +231,10 @@ struct FirstFill<'a> {
 struct Built {
     diff_id: DiffId,
     layer_bytes: u64,
-    index: Vec<u8>,
 }
 
 impl<'a> FirstFill<'a> {
-    fn new(data: File, config: &'a CacheConfig, room: &'a Room) -> Self {
+    fn new(data: File, entries: ScratchFile, config: &'a CacheConfig, room: &'a Room) -> Self {
         Self {
             data,
             config,
@@ -238,7 +242,7 @@ impl<'a> FirstFill<'a> {
             hasher: Sha256::new(),
             chunk_hasher: blake3::Hasher::new(),
             parser: tar::Parser::new(tar::TarLimits::default()),
-            index: LayerIndexBuilder::default(),
+            index: LayerIndexBuilder::new(entries),
             n_entries: 0,
             layer_bytes: 0,
             claimed_bytes: 0,
@@ -253,7 +257,8 @@ impl<'a> FirstFill<'a> {
         self.chunk_hasher.reset();
     }
 
-    fn finish(mut self) -> Result<Built, SinkError> {
+    /// Ends the layer, and writes its index to `index`.
+    fn finish(mut self, index: &File) -> Result<Built, SinkError> {
         self.parser
             .finish()
             .map_err(|err| SinkError::Refused(err.to_string()))?;
@@ -262,11 +267,12 @@ impl<'a> FirstFill<'a> {
             self.index.push_chunk(&digest);
         }
         let diff_id = DiffId::from_bytes(self.hasher.finalize().into());
-        let index = self.index.finish(diff_id, self.layer_bytes);
+        let mut index = NewFile::new(index, self.room);
+        self.index
+            .finish_in(&mut index, diff_id, self.layer_bytes)?;
         Ok(Built {
             diff_id,
             layer_bytes: self.layer_bytes,
-            index,
         })
     }
 
@@ -284,7 +290,7 @@ impl<'a> FirstFill<'a> {
                 config.max_layer_entries,
             ));
         }
-        if config.max_layer_index_bytes < self.index.held_bytes() {
+        if config.max_layer_index_bytes < self.index.index_bytes() {
             let max = config.max_layer_index_bytes;
             return Err(SinkError::Limit("cache.max_layer_index_bytes", max));
         }

@@ -8,17 +8,17 @@ use futures_util::{Stream, stream};
 use tracing::{debug, info, warn};
 
 use super::{
-    disk::LayerFile,
+    disk::{INDEX, Staging},
     feed, fill,
     lock::FillLock,
     pipeline::Encoding,
     store::{Inner, Layer, Origin, Remote, crashed},
 };
 use crate::{
-    chunk,
+    chunk, disk,
     index::layer_index::LayerIndex,
     remote::{LeaseGuard, RemoteManifest, Trust, Turn},
-    sys,
+    sys::{self, MappedFile},
     telemetry::error_chain,
     tier::{LayerDesc, PresentError, SourceError},
 };
@@ -113,17 +113,24 @@ impl Inner {
         manifest: &RemoteManifest,
     ) -> Result<bool, PresentError> {
         let diff_id = manifest.diff_id;
-        let Some(index) = remote.cache.index(manifest).await else {
+        self.make_room(diff_id, manifest.index_bytes).await?;
+        let failed = |err| self.blame(diff_id).disk(err);
+        let staging = Staging::new(&self.paths, diff_id).map_err(failed)?;
+        let file = staging.create(INDEX).map_err(failed)?;
+        let keep = |part: &[u8]| disk::write_to_map(&file, part);
+        if !remote.cache.index(manifest, keep).await.map_err(failed)? {
             return Ok(false);
-        };
-        let fits = |it: &LayerIndex<&[u8]>| {
+        }
+        let fits = |it: &LayerIndex<MappedFile>| {
             it.diff_id() == diff_id
                 && it.layer_bytes() == manifest.layer_bytes
                 && (0..it.n_chunks())
                     .all(|n| it.chunk_digest(n).as_ref() == manifest.chunk_digests.get(n as usize))
         };
-        match LayerIndex::decode(&*index) {
-            Ok(decoded) if fits(&decoded) => {}
+        // One without a byte could not be mapped; no index is so short.
+        let mapped = MappedFile::new(&file).map_err(failed)?;
+        match LayerIndex::decode(mapped) {
+            Ok(index) if fits(&index) => {}
             Ok(_) => {
                 warn!(layer.diff_id = %diff_id, "remote cache has an index of another layer");
                 return Ok(false);
@@ -133,9 +140,9 @@ impl Inner {
                 return Ok(false);
             }
         }
-        self.make_room(diff_id, index.len() as u64).await?;
-        LayerFile::create_empty(&self.paths, diff_id, &index, manifest.layer_bytes)
-            .map_err(|err| self.blame(diff_id).disk(err))?;
+        staging
+            .publish_empty(&self.paths, diff_id, manifest.layer_bytes)
+            .map_err(failed)?;
         Ok(true)
     }
 

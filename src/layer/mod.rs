@@ -37,6 +37,7 @@ pub mod catalog;
 pub mod disk;
 pub mod images;
 pub mod reader;
+pub mod scratch;
 pub mod store;
 
 mod access;

@@ -26,7 +26,7 @@ use crate::{
 ///
 /// Large enough that handing it over costs nothing, small enough that three of them, times the
 /// number of layers at once, stay a small part of the process.
-const BUFFER_BYTES: usize = 256 << 10;
+const BUFFER_BYTES: usize = 128 << 10;
 
 /// Buffers that go round: one being filled, one being written, one in between.
 const N_BUFFERS: usize = 3;

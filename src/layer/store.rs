@@ -3,7 +3,7 @@
 
 use std::{
     collections::HashMap,
-    fs::{self, DirBuilder},
+    fs::{self, DirBuilder, File},
     io,
     ops::Range,
     os::unix::fs::DirBuilderExt,
@@ -32,11 +32,13 @@ use super::{
     lock::{self, FillLock},
     random::{Demand, RandomReads},
     room::{Claim, Room},
+    scratch::{NewFile, ScratchFile},
     through::Through,
     upload,
 };
 use crate::{
     digest::DiffId,
+    disk,
     metrics::{Metrics, Tier},
     remote::{ContentCache, Uploader},
     tier::{
@@ -333,6 +335,16 @@ impl LayerStore {
         Ok(layer)
     }
 
+    /// Where is kept what is too large for memory while an index is made.
+    pub fn scratch(&self) -> ScratchFile {
+        ScratchFile::new(&self.0.paths.scratch(), Arc::clone(&self.0.room))
+    }
+
+    /// Writes `file` of the cache, which is empty.
+    pub fn writer<'a>(&'a self, file: &'a File) -> NewFile<'a> {
+        NewFile::new(file, &self.0.room)
+    }
+
     pub(super) fn inner(&self) -> &Arc<Inner> {
         &self.0
     }
@@ -526,8 +538,14 @@ impl Inner {
             Err(_) => return None,
         }
         let cache = &self.remote.as_ref()?.cache;
-        let map = cache.access_map(&desc.diff_id, &desc.blob, layer.file.layer_bytes());
-        Access::keep(&layer.file, &map.await?).ok()?;
+        let new = disk::Unpublished::create(&layer.file.dir().join(ACCESS)).ok()?;
+        let keep = |part: &[u8]| disk::write_to_map(new.file(), part);
+        let layer_bytes = layer.file.layer_bytes();
+        let fetched = cache.access_map(&desc.diff_id, &desc.blob, layer_bytes, keep);
+        if !fetched.await.ok()? {
+            return None;
+        }
+        new.publish().ok()?;
         match open().await {
             Ok(Ok(access)) => Some(access),
             Ok(Err(err)) => {

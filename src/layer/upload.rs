@@ -1,13 +1,19 @@
 //! Hands layers to the uploader of the remote content cache, and remembers across restarts which
 //! ones it still lacks.
 
-use std::{fs, io, path::Path, sync::Arc, time::Duration};
+use std::{
+    fs::{self, File},
+    io,
+    os::unix::fs::FileExt,
+    path::Path,
+    sync::Arc,
+    time::Duration,
+};
 
-use bytes::Bytes;
 use tracing::{debug, warn};
 
 use super::{
-    disk::{ACCESS, LayerFile, UPLOAD_PENDING},
+    disk::{ACCESS, INDEX, LayerFile, UPLOAD_PENDING},
     store::{Inner, Layer},
 };
 use crate::{
@@ -15,6 +21,7 @@ use crate::{
     digest::{self, BlobDigest, ChunkDigest, DiffId},
     disk,
     remote::{LeaseGuard, Repair, UploadOutcome, UploadSource},
+    sys::MappedFile,
     tier::LayerDesc,
 };
 
@@ -56,21 +63,29 @@ impl UploadSource for LayerUpload {
             .collect()
     }
 
-    fn index(&self) -> io::Result<Bytes> {
-        let index = Bytes::copy_from_slice(self.file.index().as_bytes());
-        self.file.index().source().drop_resident();
-        Ok(index)
+    fn index(&self) -> io::Result<(u64, ChunkDigest)> {
+        let index = self.file.index();
+        Ok((index.as_bytes().len() as u64, index.digest()))
     }
 
-    fn access_map(&self) -> io::Result<Option<(BlobDigest, Bytes)>> {
-        match fs::read(self.file.dir().join(ACCESS)) {
-            Ok(map) => match AccessMap::decode(&*map) {
-                Ok(decoded) => Ok(Some((decoded.blob(), Bytes::from(map)))),
-                Err(err) => Err(io::Error::new(io::ErrorKind::InvalidData, err)),
-            },
-            Err(err) if err.kind() == io::ErrorKind::NotFound => Ok(None),
-            Err(err) => Err(err),
-        }
+    fn read_index(&self, into: &mut [u8], offset: u64) -> io::Result<()> {
+        File::open(self.file.dir().join(INDEX))?.read_exact_at(into, offset)
+    }
+
+    fn access_map(&self) -> io::Result<Option<(BlobDigest, u64)>> {
+        let file = match File::open(self.file.dir().join(ACCESS)) {
+            Ok(file) => file,
+            Err(err) if err.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(err) => return Err(err),
+        };
+        // An empty file cannot be mapped.
+        let map = AccessMap::decode(MappedFile::new(&file)?)
+            .map_err(|err| io::Error::new(io::ErrorKind::InvalidData, err))?;
+        Ok(Some((map.blob(), map.source().len() as u64)))
+    }
+
+    fn read_access_map(&self, into: &mut [u8], offset: u64) -> io::Result<()> {
+        File::open(self.file.dir().join(ACCESS))?.read_exact_at(into, offset)
     }
 
     fn read_chunk(&self, n: u32, into: &mut Vec<u8>) -> io::Result<()> {

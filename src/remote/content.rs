@@ -5,6 +5,7 @@
 
 use std::{
     collections::HashSet,
+    io,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
@@ -22,7 +23,7 @@ use crate::{
 
 use super::{
     breaker::BackOff,
-    format::{self, INDEX_HEADER_BYTES, MAX_MANIFEST_BYTES, RemoteManifest, Trust},
+    format::{self, FormatError, MAX_MANIFEST_BYTES, RemoteManifest, Trust},
     gate::{Gate, Refusal},
 };
 
@@ -34,7 +35,7 @@ const REMEMBERED_WARNINGS: usize = 1024;
 pub struct ContentOptions {
     /// The installation's key; without it manifests are [`Trust::Unverified`].
     pub key: Option<IntegrityKey>,
-    /// Bytes of an index at most, decompressed: as many are held in memory.
+    /// Bytes of an index at most, decompressed.
     pub max_index_bytes: u64,
     /// How long a remote that is down is left alone.
     pub back_off: BackOff,
@@ -105,35 +106,53 @@ impl ContentCache {
         Some(hit(manifest))
     }
 
-    /// Fetches the layer's index, verified against its manifest.
+    /// Fetches the layer's index part by part, and has `keep` take each; whether that was all of it,
+    /// and verified against the manifest.
+    ///
+    /// Until then nothing vouches for what was kept.
+    ///
+    /// # Errors
+    /// Those of `keep`.
     ///
     /// # Cancellation
     /// Safe.
-    pub async fn index(&self, manifest: &RemoteManifest) -> Option<Bytes> {
-        let key = CacheKey::Index(manifest.diff_id);
-        // A manifest is only made by decoding one, which checked this against the limit.
-        let len = usize::try_from(manifest.index_bytes).ok()?;
-        let digest = manifest.index_digest;
-        let decode = move |value| format::decode_index(value, len, &digest);
-        let max_bytes = len.saturating_add(INDEX_HEADER_BYTES);
-        match self.0.gate.get(key, max_bytes, decode).await {
-            Ok(Some(index)) => {
-                info!(
-                    layer.diff_id = %manifest.diff_id,
-                    bytes = manifest.layer_bytes,
-                    index_bytes = len,
-                    "loaded from remote cache"
-                );
-                Some(index)
-            }
-            Ok(None) => None,
-            // Not deleted: an upload replaces it, and during one a reader may see the new index
-            // with the old manifest.
-            Err(refusal) => {
-                self.missed(key, refusal);
-                None
+    pub async fn index(
+        &self,
+        manifest: &RemoteManifest,
+        mut keep: impl FnMut(&[u8]) -> io::Result<()>,
+    ) -> io::Result<bool> {
+        let diff_id = manifest.diff_id;
+        let mut hasher = blake3::Hasher::new();
+        for (n, len) in format::parts(manifest.index_bytes) {
+            let key = CacheKey::Index(diff_id, n);
+            let decode = move |value| format::decode_part(value, len, "index");
+            // No writer stores more than the raw part and its codec.
+            match self.0.gate.get(key, len + 1, decode).await {
+                Ok(Some(part)) => {
+                    hasher.update(&part);
+                    keep(&part)?;
+                }
+                Ok(None) => return Ok(false),
+                // Not deleted: an upload replaces it, and during one a reader may see the new index
+                // with the old manifest.
+                Err(refusal) => {
+                    self.missed(key, refusal);
+                    return Ok(false);
+                }
             }
         }
+        if hasher.finalize() != *manifest.index_digest.as_bytes() {
+            let reason = FormatError::Digest { what: "index" }.to_string();
+            self.missed(CacheKey::Index(diff_id, 0), Refusal::Wrong(reason));
+            return Ok(false);
+        }
+        info!(
+            layer.diff_id = %diff_id,
+            bytes = manifest.layer_bytes,
+            index_bytes = manifest.index_bytes,
+            "loaded from remote cache"
+        );
+        Ok(true)
     }
 
     /// Fetches chunk `n`, which must have `expected_len` bytes and the digest `expect`.
@@ -167,34 +186,59 @@ impl ContentCache {
         }
     }
 
-    /// Fetches the access map of the layer's `blob`, as it was uploaded.
+    /// Fetches the access map of the layer's `blob` part by part, as it was uploaded, and has `keep`
+    /// take each; whether that was all of it.
     ///
     /// Nobody vouches for it: its reader checks its form and its checksum, tells
     /// [`reject_access_map`](Self::reject_access_map) if they are wrong, and verifies what it leads
     /// to by the chunks' digests.
     ///
-    /// # Cancellation
-    /// Safe.
+    /// # Errors
+    /// Those of `keep`.
     pub async fn access_map(
         &self,
         diff_id: &DiffId,
         blob: &BlobDigest,
         layer_bytes: u64,
-    ) -> Option<Bytes> {
-        let key = CacheKey::AccessMap(*diff_id, *blob);
-        let max_bytes = format::max_access_map_bytes(layer_bytes);
-        match self.0.gate.get(key, max_bytes, Ok).await {
-            Ok(found) => found,
+        mut keep: impl FnMut(&[u8]) -> io::Result<()>,
+    ) -> io::Result<bool> {
+        let key = |n| CacheKey::AccessMap(*diff_id, *blob, n);
+        let max_map_bytes = format::max_access_map_bytes(layer_bytes);
+        let decode = move |value| format::decode_access_map_start(value, max_map_bytes);
+        let start = self
+            .0
+            .gate
+            .get(key(0), format::MAX_ACCESS_MAP_START_BYTES, decode);
+        let (map_bytes, start) = match start.await {
+            Ok(Some(found)) => found,
+            Ok(None) => return Ok(false),
             Err(refusal) => {
-                self.missed_for_good(key, refusal).await;
-                None
+                self.missed_for_good(key(0), refusal).await;
+                return Ok(false);
             }
+        };
+        keep(&start)?;
+        drop(start);
+        for (n, len) in format::parts(map_bytes).skip(1) {
+            let decode = move |value| format::decode_raw_part(value, len, "access map");
+            let refusal = match self.0.gate.get(key(n), len, decode).await {
+                Ok(Some(part)) => {
+                    keep(&part)?;
+                    continue;
+                }
+                Ok(None) => Refusal::Wrong(format!("part {n} of it is missing")),
+                Err(refusal) => refusal,
+            };
+            // Without its start it is put again.
+            self.missed_for_good(key(0), refusal).await;
+            return Ok(false);
         }
+        Ok(true)
     }
 
     /// Takes an access map out of the store, because its content is wrong; `reason` says how.
     pub async fn reject_access_map(&self, diff_id: &DiffId, blob: &BlobDigest, reason: String) {
-        let key = CacheKey::AccessMap(*diff_id, *blob);
+        let key = CacheKey::AccessMap(*diff_id, *blob, 0);
         self.missed(key, Refusal::Wrong(reason));
         self.delete(key).await;
     }
@@ -321,7 +365,7 @@ impl ContentCache {
     /// are asked for once in a mount.
     fn is_news(&self, key: CacheKey) -> bool {
         let layer = match key {
-            CacheKey::Manifest(layer) | CacheKey::Index(layer) => layer,
+            CacheKey::Manifest(layer) | CacheKey::Index(layer, _) => layer,
             CacheKey::Chunk(..)
             | CacheKey::AccessMap(..)
             | CacheKey::Lease(_)

@@ -2,9 +2,9 @@
 //!
 //! ```text
 //! <root>/<first 2 hex digits>/<64 hex digits of the DiffId>/manifest
-//!                                                           index
+//!                                                           index-<n>            part n
 //!                                                           o-<n>                chunk n
-//!                                                           access-<64 hex digits of the blob>
+//!                                                           access-<64 hex digits of the blob>-<n>
 //!                                                           lease                who makes the layer
 //!                                                           *.tmp                not published
 //! <root>/<first 2 hex digits>/<64 hex digits of an image's manifest>/profile
@@ -75,9 +75,11 @@ impl DirCache {
         let layer = |layer: DiffId| place(layer.hex());
         match key {
             CacheKey::Manifest(id) => layer(id).join("manifest"),
-            CacheKey::Index(id) => layer(id).join("index"),
+            CacheKey::Index(id, n) => layer(id).join(format!("index-{n}")),
             CacheKey::Chunk(id, n) => layer(id).join(format!("o-{n}")),
-            CacheKey::AccessMap(id, blob) => layer(id).join(format!("access-{}", blob.hex())),
+            CacheKey::AccessMap(id, blob, n) => {
+                layer(id).join(format!("access-{}-{n}", blob.hex()))
+            }
             CacheKey::Lease(id) => layer(id).join("lease"),
             CacheKey::Profile(image) => place(image.hex()).join("profile"),
         }
@@ -292,9 +294,10 @@ mod tests {
         let layer = DiffId::of(b"");
         for key in [
             CacheKey::Manifest(layer),
-            CacheKey::Index(layer),
+            CacheKey::Index(layer, 0),
+            CacheKey::Index(layer, 1),
             CacheKey::Chunk(layer, 17),
-            CacheKey::AccessMap(layer, BlobDigest::of(b"")),
+            CacheKey::AccessMap(layer, BlobDigest::of(b""), 0),
             CacheKey::Profile(ManifestDigest::of(b"")),
         ] {
             for put in [Put::IfAbsent, Put::Replace] {
@@ -316,8 +319,9 @@ mod tests {
         assert_eq!(
             names,
             [
-                &format!("access-{hex}"),
-                "index",
+                &format!("access-{hex}-0"),
+                "index-0",
+                "index-1",
                 "lease",
                 "manifest",
                 "o-17",

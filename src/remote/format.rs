@@ -3,31 +3,35 @@
 //! Specified in `docs/REMOTE_FORMAT.md`. Whatever is decoded here came from a store that others
 //! write to: errors are fine, panics are bugs, and no length is believed before it is checked.
 
+use crate::chunk;
+
+mod access_map;
 mod lease;
 mod manifest;
 mod packed;
 mod profile;
 
+pub(super) use access_map::{
+    MAX_ACCESS_MAP_START_BYTES, decode_access_map_start, decode_raw_part, encode_access_map_start,
+    max_access_map_bytes,
+};
 pub(super) use lease::LeaseRecord;
 pub(super) use manifest::{MAX_MANIFEST_BYTES, RemoteLayer};
 pub use manifest::{RemoteManifest, Trust};
-pub(super) use packed::{
-    INDEX_HEADER_BYTES, decode_chunk, decode_index, encode_chunk, encode_index,
-};
+pub(super) use packed::{decode_chunk, decode_part, encode_part};
 pub(super) use profile::{PROFILE_TAG_BYTES, decode_profile, encode_profile};
 
-/// Bytes of an access map at most: as many are held in memory.
-const MAX_ACCESS_MAP_BYTES: usize = 64 << 20;
-
-/// What an access map has beside what grows with the layer: the least layer has one, too.
-const LEAST_ACCESS_MAP_BYTES: usize = 4 << 10;
-
-/// Bytes that the access map of a layer of `layer_bytes` may have: a longer one would be no help.
-pub(super) fn max_access_map_bytes(layer_bytes: u64) -> usize {
-    let layer_bytes = usize::try_from(layer_bytes).unwrap_or(usize::MAX);
-    layer_bytes
-        .saturating_add(LEAST_ACCESS_MAP_BYTES)
-        .min(MAX_ACCESS_MAP_BYTES)
+/// The parts in which a value of `bytes` is stored, with their lengths: cut as a layer is cut into
+/// chunks, so that whoever writes or reads it holds no more than for a chunk.
+pub(super) fn parts(bytes: u64) -> impl Iterator<Item = (u32, usize)> {
+    // What is longer than that was refused before.
+    let n_parts = u32::try_from(chunk::n_chunks(bytes)).unwrap_or(u32::MAX);
+    (0..n_parts).map(move |n| {
+        let range = chunk::byte_range(n, bytes);
+        // At most the bytes of a chunk.
+        let len = usize::try_from(range.end - range.start).unwrap_or(usize::MAX);
+        (n, len)
+    })
 }
 
 /// Says what is wrong with a value: for a log, because the caller treats all of them alike.

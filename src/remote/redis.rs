@@ -1,13 +1,15 @@
 //! Keeps values in Redis or Valkey: one server, one multiplexed connection, made when first needed.
 //!
 //! Chunks expire; manifests and indices do not, so that `maxmemory-policy volatile-lfu` evicts
-//! chunks only. Commands used: `GETRANGE`, `STRLEN`, `EXISTS`, `SET`, `DEL`, for leases `EVAL` with
+//! chunks only. Values are put on a connection of their own (`values`). Commands used: `GETRANGE`, `STRLEN`, `EXISTS`, `SET`, `DEL`, for leases `EVAL` with
 //! `GET`, `SET`, `PTTL` and `DEL`, and what opens a connection (`HELLO`, `AUTH`, `SELECT`).
 //!
 //! # Cancellation
 //! redis-rs matches replies to requests by order inside its own task: a request that is given up
 //! has its reply thrown away there. After a timeout the connection is replaced, so that a server
 //! that hangs does not pile up requests.
+
+mod values;
 
 use std::{
     sync::{Mutex, MutexGuard, PoisonError},
@@ -27,10 +29,14 @@ use crate::{
 };
 
 use super::{config::RemoteConfigError, gate::time_for};
+use values::{Line, Refused};
 
 /// A value that may be longer than this is measured before it is fetched: to give it the time that
 /// it needs, and no more time than that to one that is short.
 const MEASURED_BYTES: usize = 4 << 20;
+
+/// How often a value is asked for that is another one with each request; then it counts as empty.
+const ATTEMPTS: usize = 3;
 
 /// Takes or renews a lease: `KEYS[1]`, for the holder `ARGV[1]`, for `ARGV[2]` milliseconds.
 ///
@@ -66,6 +72,8 @@ pub struct RedisCache {
     /// tokio Mutex, held across the await: of many that need a connection, one makes it.
     /// Taken before `slot`.
     connecting: tokio::sync::Mutex<()>,
+    /// tokio Mutex, held across the await: of values, one at a time is put.
+    line: tokio::sync::Mutex<Option<Line>>,
 }
 
 #[derive(Default)]
@@ -118,6 +126,7 @@ impl RedisCache {
             options,
             slot: Mutex::default(),
             connecting: tokio::sync::Mutex::new(()),
+            line: tokio::sync::Mutex::new(None),
         })
     }
 
@@ -234,9 +243,6 @@ impl RedisCache {
     /// Converts an error that the server itself answered with.
     fn answered(&self, key: CacheKey, error: &RedisError) -> TierError {
         match error.code() {
-            Some("OOM") => TierError::Full {
-                reason: format!("{} (raise maxmemory or set an eviction policy)", error),
-            },
             Some("WRONGTYPE") => TierError::Corrupt {
                 key,
                 reason: "not a string".to_owned(),
@@ -247,38 +253,96 @@ impl RedisCache {
         }
     }
 
+    /// Puts a value. A connection that turns out to be broken is replaced once, as in
+    /// [`request`](Self::request).
+    async fn put_value(&self, words: &[&[u8]], bytes: usize) -> Result<(), TierError> {
+        let after = time_for(self.options.request_timeout, bytes);
+        let mut slot = self.line.lock().await;
+        loop {
+            // Whatever ends this early leaves no line in the middle of a command.
+            let (mut line, fresh) = match slot.take() {
+                Some(line) => (line, false),
+                None => (self.new_line().await?, true),
+            };
+            match timeout(after, line.call(words)).await {
+                Ok(Ok(answer)) => {
+                    *slot = Some(line);
+                    return answer.map_err(|refused| self.refused(&refused));
+                }
+                Ok(Err(error)) if fresh => {
+                    let reason = format!("{}: {error}", self.address());
+                    return Err(TierError::Unavailable { reason });
+                }
+                Ok(Err(_)) => {}
+                Err(_) => return Err(TierError::Timeout { after }),
+            }
+        }
+    }
+
+    async fn new_line(&self) -> Result<Line, TierError> {
+        let after = self.options.connect_timeout;
+        let unavailable = |what: String| TierError::Unavailable {
+            reason: format!("{}: {what}", self.address()),
+        };
+        match timeout(after, Line::connect(self.client.get_connection_info())).await {
+            Ok(Ok(Ok(line))) => Ok(line),
+            Ok(Ok(Err(Refused(reason)))) => Err(unavailable(format!(
+                "{reason} (check the user and the password file)"
+            ))),
+            Ok(Err(error)) => Err(unavailable(error.to_string())),
+            Err(_) => Err(TierError::Timeout { after }),
+        }
+    }
+
+    /// Converts what the server answers to a value that it does not take.
+    fn refused(&self, Refused(reason): &Refused) -> TierError {
+        match reason.starts_with("OOM ") {
+            true => TierError::Full {
+                reason: format!("{reason} (raise maxmemory or set an eviction policy)"),
+            },
+            false => TierError::Io {
+                reason: format!("{} answered: {reason}", self.address()),
+            },
+        }
+    }
+
     async fn get_value(&self, key: CacheKey, max_bytes: usize) -> Result<Option<Bytes>, TierError> {
         let name = key.to_string();
         let too_long = || TierError::Corrupt {
             key,
             reason: format!("it has more than the {max_bytes} bytes that are expected"),
         };
-        let mut expected = max_bytes;
-        if max_bytes > MEASURED_BYTES {
-            expected = self
-                .request(key, ::redis::cmd("STRLEN").arg(&name), 0)
-                .await?;
-            if expected > max_bytes {
-                return Err(too_long());
+        for _ in 0..ATTEMPTS {
+            let mut expected = max_bytes;
+            if max_bytes > MEASURED_BYTES {
+                expected = self
+                    .request(key, ::redis::cmd("STRLEN").arg(&name), 0)
+                    .await?;
+                if expected > max_bytes {
+                    return Err(too_long());
+                }
             }
+            // One byte more than expected, to see whether there is one: the end is inclusive. No
+            // longer value ever crosses the network, whatever the server holds.
+            let mut command = ::redis::cmd("GETRANGE");
+            command.arg(&name).arg(0).arg(expected);
+            let value: Vec<u8> = self.request(key, &command, expected).await?;
+            match value.len() {
+                // Redis does not tell an absent value from an empty one, but an empty one is a wrong
+                // one, which must be deleted before it can be put again.
+                0 => {
+                    let exists = ::redis::cmd("EXISTS").arg(&name).clone();
+                    if !self.request::<bool>(key, &exists, 0).await? {
+                        return Ok(None);
+                    }
+                }
+                len if len > max_bytes => return Err(too_long()),
+                len if len <= expected => return Ok(Some(value.into())),
+                _ => {}
+            }
+            // Between two requests it was put, or replaced by a longer one; or it is empty indeed.
         }
-        // One byte more than allowed, to see whether there is one: the end is inclusive. No longer
-        // value ever crosses the network, whatever the server holds.
-        let mut command = ::redis::cmd("GETRANGE");
-        command.arg(&name).arg(0).arg(expected.min(max_bytes));
-        let value: Vec<u8> = self.request(key, &command, expected).await?;
-        if value.len() > max_bytes {
-            return Err(too_long());
-        }
-        if !value.is_empty() {
-            return Ok(Some(value.into()));
-        }
-        // Redis does not tell an absent value from an empty one, but an empty one is a wrong one,
-        // which must be deleted before it can be put again.
-        let exists: bool = self
-            .request(key, ::redis::cmd("EXISTS").arg(&name), 0)
-            .await?;
-        Ok(exists.then(Bytes::new))
+        Ok(Some(Bytes::new()))
     }
 }
 
@@ -296,35 +360,29 @@ impl LayerCache for RedisCache {
     }
 
     fn put(&self, key: CacheKey, value: Bytes, put: Put) -> BoxFuture<'_, Result<(), TierError>> {
-        let bytes = value.len();
-        let mut command = ::redis::cmd("SET");
-        command.arg(key.to_string()).arg(&value[..]);
-        // The command has its own copy.
-        drop(value);
-        match put {
-            Put::IfAbsent => {
-                command.arg("NX");
-            }
-            Put::Replace => {}
-        }
-        match (key, self.options.chunk_ttl) {
+        let expires = match (key, self.options.chunk_ttl) {
             // An image's profile lives as long as what it is for.
-            (CacheKey::Chunk(..) | CacheKey::Profile(_), Some(ttl)) => {
-                command.arg("EX").arg(ttl.as_secs().max(1));
-            }
+            (CacheKey::Chunk(..) | CacheKey::Profile(_), Some(ttl)) => Some(ttl.as_secs().max(1)),
             (CacheKey::Chunk(..) | CacheKey::Profile(_), None)
             | (
                 CacheKey::Manifest(_)
-                | CacheKey::Index(_)
+                | CacheKey::Index(..)
                 | CacheKey::AccessMap(..)
                 | CacheKey::Lease(_),
                 _,
-            ) => {}
-        }
+            ) => None,
+        };
         Box::pin(async move {
-            // "OK", or nil if NX found a value: both are what was asked for.
-            let _: Option<String> = self.request(key, &command, bytes).await?;
-            Ok(())
+            let (name, expires) = (key.to_string(), expires.map(|it| it.to_string()));
+            let mut words = vec![&b"SET"[..], name.as_bytes(), &value];
+            // Nil, if NX finds a value, is what was asked for, too.
+            if put == Put::IfAbsent {
+                words.push(b"NX");
+            }
+            if let Some(seconds) = &expires {
+                words.extend([&b"EX"[..], seconds.as_bytes()]);
+            }
+            self.put_value(&words, value.len()).await
         })
     }
 

@@ -17,7 +17,6 @@ use std::{
     time::Duration,
 };
 
-use bytes::Bytes;
 use tokio::task::JoinHandle;
 use tracing::{debug, info, warn};
 
@@ -48,18 +47,32 @@ pub trait UploadSource: Send + Sync + fmt::Debug {
     /// its `DiffId`, because the manifest is authenticated with this installation's key.
     fn chunk_digests(&self) -> Vec<ChunkDigest>;
 
-    /// Reads the layer's index.
+    /// Says how long the layer's index is, and its digest.
     ///
     /// # Errors
     /// Those of the disk; they end this layer's upload.
-    fn index(&self) -> io::Result<Bytes>;
+    fn index(&self) -> io::Result<(u64, ChunkDigest)>;
 
-    /// Reads the layer's access map, if there is one, and which blob it is of.
+    /// Fills `into` from `offset` of the index.
+    ///
+    /// # Errors
+    /// As for [`index`](Self::index).
+    fn read_index(&self, into: &mut [u8], offset: u64) -> io::Result<()>;
+
+    /// Says which blob the layer's access map is of, and how long it is, if there is one.
     ///
     /// # Errors
     /// Those of the disk; then the layer is uploaded without it.
-    fn access_map(&self) -> io::Result<Option<(BlobDigest, Bytes)>> {
+    fn access_map(&self) -> io::Result<Option<(BlobDigest, u64)>> {
         Ok(None)
+    }
+
+    /// Fills `into` from `offset` of the access map.
+    ///
+    /// # Errors
+    /// As for [`access_map`](Self::access_map).
+    fn read_access_map(&self, _into: &mut [u8], _offset: u64) -> io::Result<()> {
+        Err(io::ErrorKind::NotFound.into())
     }
 
     /// Reads all of chunk `n` into `into`, which is empty.

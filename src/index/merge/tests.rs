@@ -8,7 +8,7 @@ use crate::{
         image::{FileType, ImageIndex, Ino},
         layer_index::LayerIndexBuilder,
     },
-    tar::{TarEntry, TarKind},
+    tar::{TarEntry, TarExtent, TarKind},
 };
 
 /// Bytes of every layer: enough for the offsets that `f` gives its files.

@@ -13,7 +13,7 @@ use crate::{
 pub(crate) const MAX_MANIFEST_BYTES: usize = 64 << 20;
 
 const MAGIC: [u8; 4] = *b"CLRM";
-const VERSION: u8 = 1;
+const VERSION: u8 = 2;
 const FLAG_COMPLETE: u8 = 1;
 const HEADER_BYTES: usize = 144;
 const DIGEST_BYTES: usize = 32;
@@ -247,7 +247,7 @@ mod tests {
         };
         let content = [
             "434c524d",                                     // magic
-            "01010000",                                     // version, flags, reserved
+            "02010000",                                     // version, flags, reserved
             &"11".repeat(32),                               // DiffId
             &"22".repeat(32),                               // BlobDigest
             "0403020100000000",                             // bytes of the blob
@@ -262,7 +262,7 @@ mod tests {
         let unsigned = to_hex(&layer.encode(None).unwrap());
         assert_eq!(unsigned, format!("{content}{}", "00".repeat(32)));
         // Computed by Python's hmac over the same bytes.
-        let tag = "ad1da3af111f6052d06d0b5ad3e0d49d419c97616fb43a00a219eb5fbb6957ae";
+        let tag = "86a67f8ba6ea13e7a9e001c7fb92aa6803ead91a6cb0b087cddfa576857f44a9";
         let signed = to_hex(&layer.encode(Some(&key(7))).unwrap());
         assert_eq!(signed, format!("{content}{tag}"));
     }
@@ -336,10 +336,10 @@ mod tests {
         );
         let version = FormatError::Version {
             what: "manifest",
-            found: 2,
-            known: 1,
+            found: 3,
+            known: 2,
         };
-        assert_eq!(with(4, &[2]), Err(version), "version");
+        assert_eq!(with(4, &[3]), Err(version), "version");
         assert_eq!(with(5, &[0]), Ok(None), "not complete");
         assert_eq!(with(8, &[0; 32]), field("DiffId"));
         for layer_bytes in [0, CHUNK_BYTES, 2 * CHUNK_BYTES + 1, u64::MAX] {

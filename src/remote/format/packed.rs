@@ -1,4 +1,4 @@
-//! Chunks and the index: bytes that are compressed where that pays, and that a digest names.
+//! Chunks and parts of the index: bytes that are compressed where that pays.
 //!
 //! Specified in `docs/REMOTE_FORMAT.md`, "Chunk" and "Index".
 
@@ -17,12 +17,6 @@ const LEAST_SAVING: usize = 20;
 
 /// An lz4 sequence makes at most 255 bytes out of each input byte, and some are literals.
 const MAX_LZ4_RATIO: u64 = 255;
-
-const INDEX_MAGIC: [u8; 4] = *b"CLRI";
-const INDEX_VERSION: u8 = 1;
-
-/// Bytes of an index value before its payload.
-pub(crate) const INDEX_HEADER_BYTES: usize = 16;
 
 /// Appends `content` to `value`, compressed if that pays, and returns the codec.
 fn pack(content: &[u8], value: &mut Vec<u8>) -> u8 {
@@ -68,75 +62,36 @@ fn unpack(codec: u8, payload: Bytes, len: usize, what: &'static str) -> Result<B
     }
 }
 
-/// Encodes the value of a chunk.
-pub(crate) fn encode_chunk(content: &[u8]) -> Vec<u8> {
+/// Encodes a chunk, or a part of an index.
+pub(crate) fn encode_part(content: &[u8]) -> Vec<u8> {
     let mut value = vec![RAW];
     value[0] = pack(content, &mut value);
     value
 }
 
+/// Decodes a part that has `len` bytes; that they are the right ones is for its reader to see.
+pub(crate) fn decode_part(
+    mut value: Bytes,
+    len: usize,
+    what: &'static str,
+) -> Result<Bytes, FormatError> {
+    if value.is_empty() {
+        return Err(FormatError::Magic { what });
+    }
+    let payload = value.split_off(1);
+    unpack(value[0], payload, len, what)
+}
+
 /// Decodes the value of a chunk that has `len` bytes and the digest `expect`.
 pub(crate) fn decode_chunk(
-    mut value: Bytes,
+    value: Bytes,
     len: usize,
     expect: &ChunkDigest,
 ) -> Result<Bytes, FormatError> {
-    if value.is_empty() {
-        return Err(FormatError::Magic { what: "chunk" });
-    }
-    let payload = value.split_off(1);
-    let content = unpack(value[0], payload, len, "chunk")?;
+    let content = decode_part(value, len, "chunk")?;
     match ChunkDigest::of(&content) == *expect {
         true => Ok(content),
         false => Err(FormatError::Digest { what: "chunk" }),
-    }
-}
-
-/// Encodes the value of an index.
-pub(crate) fn encode_index(content: &[u8]) -> Vec<u8> {
-    let mut value = Vec::new();
-    value.extend(INDEX_MAGIC);
-    value.extend([INDEX_VERSION, RAW, 0, 0]);
-    value.extend(len64(content.len()).to_le_bytes());
-    value[5] = pack(content, &mut value);
-    value
-}
-
-/// Decodes the value of an index that has `len` bytes and the digest `expect`.
-pub(crate) fn decode_index(
-    mut value: Bytes,
-    len: usize,
-    expect: &ChunkDigest,
-) -> Result<Bytes, FormatError> {
-    let what = "index";
-    let Some(header) = value.first_chunk::<INDEX_HEADER_BYTES>() else {
-        return Err(FormatError::Length {
-            what,
-            len: len64(value.len()),
-            expected: len64(INDEX_HEADER_BYTES),
-        });
-    };
-    let [m0, m1, m2, m3, version, codec, _, _, declared @ ..] = *header;
-    if [m0, m1, m2, m3] != INDEX_MAGIC {
-        return Err(FormatError::Magic { what });
-    }
-    if version != INDEX_VERSION {
-        return Err(FormatError::Version {
-            what,
-            found: version,
-            known: INDEX_VERSION,
-        });
-    }
-    if u64::from_le_bytes(declared) != len64(len) {
-        return Err(FormatError::Field {
-            field: "index length",
-        });
-    }
-    let payload = value.split_off(INDEX_HEADER_BYTES);
-    let content = unpack(codec, payload, len, what)?;
-    match ChunkDigest::of(&content) == *expect {
-        true => Ok(content),
-        false => Err(FormatError::Digest { what }),
     }
 }
 
@@ -158,13 +113,9 @@ mod tests {
 
     fn roundtrip(content: &[u8]) -> u8 {
         let digest = ChunkDigest::of(content);
-        let chunk = encode_chunk(content);
+        let chunk = encode_part(content);
         let decoded = decode_chunk(chunk.clone().into(), content.len(), &digest);
         assert_eq!(decoded.unwrap(), content);
-        let index = encode_index(content);
-        let decoded = decode_index(index.clone().into(), content.len(), &digest);
-        assert_eq!(decoded.unwrap(), content);
-        assert_eq!(index[5], chunk[0]);
         chunk[0]
     }
 
@@ -184,9 +135,8 @@ mod tests {
 
     /// Format changed? Bump the version and say so in docs/REMOTE_FORMAT.md.
     #[test]
-    fn golden_bytes_of_chunk_and_index() {
-        assert_eq!(encode_chunk(b"abc"), b"\0abc");
-        assert_eq!(encode_index(b"abc"), b"CLRI\x01\0\0\0\x03\0\0\0\0\0\0\0abc");
+    fn golden_bytes_of_a_part() {
+        assert_eq!(encode_part(b"abc"), b"\0abc");
         // By hand, from the LZ4 block format: 1 literal, a match of 4 + 15 + 75 bytes at offset 1,
         // then 5 literals. Encoders may choose otherwise, decoders must take it.
         let lz4 = b"\x1fa\x01\x00\x4b\x50aaaaa";
@@ -197,23 +147,14 @@ mod tests {
             decode_chunk(chunk.into(), 100, &digest).unwrap(),
             &content[..]
         );
-        let index = [b"CLRI\x01\x01\0\0\x64\0\0\0\0\0\0\0", &lz4[..]].concat();
-        assert_eq!(
-            decode_index(index.into(), 100, &digest).unwrap(),
-            &content[..]
-        );
-        assert_eq!(encode_chunk(&content)[0], LZ4);
-        assert_eq!(
-            encode_index(&content)[..16],
-            *b"CLRI\x01\x01\0\0\x64\0\0\0\0\0\0\0"
-        );
+        assert_eq!(encode_part(&content)[0], LZ4);
     }
 
     #[test]
     fn wrong_chunks_are_told_apart() {
         let content = b"some content, some content, some content, some content".repeat(9);
         let (len, digest) = (content.len(), ChunkDigest::of(&content));
-        let good = encode_chunk(&content);
+        let good = encode_part(&content);
         assert_eq!(good[0], LZ4);
         let decode = |value: Vec<u8>| decode_chunk(value.into(), len, &digest);
         let what = "chunk";
@@ -237,7 +178,7 @@ mod tests {
         assert_eq!(decode(vec![9; 50]), Err(FormatError::Magic { what }));
         assert_eq!(decode(vec![LZ4; 50]), Err(FormatError::Codec { what }));
         // A bomb: 51 MB of zeros where 486 bytes are expected.
-        let bomb = encode_chunk(&vec![0; 51_000_000]);
+        let bomb = encode_part(&vec![0; 51_000_000]);
         assert_eq!(decode(bomb), Err(FormatError::Codec { what }));
         for cut in 0..good.len() {
             assert!(decode(good[..cut].to_vec()).is_err(), "cut to {cut}");
@@ -258,12 +199,6 @@ mod tests {
             let digest = ChunkDigest::of(b"");
             let chunk = [&[codec], &value[..]].concat();
             let _ = decode_chunk(chunk.into(), len, &digest);
-            let mut index = encode_index(&[]);
-            index[5] = codec;
-            index[8..16].copy_from_slice(&len64(len).to_le_bytes());
-            index.extend(&value);
-            let _ = decode_index(index.into(), len, &digest);
-            let _ = decode_index(value.into(), len, &digest);
         }
     }
 }

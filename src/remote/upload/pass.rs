@@ -162,14 +162,37 @@ impl<'a> Pass<'a> {
         };
         // Readers take no longer one.
         let max_bytes = format::max_access_map_bytes(layer.layer_bytes);
-        let Some((blob, map)) = found.filter(|(_, map)| map.len() <= max_bytes) else {
+        let Some((blob, map_bytes)) = found.filter(|(_, map_bytes)| *map_bytes <= max_bytes) else {
             return Ok(false);
         };
-        let key = CacheKey::AccessMap(self.diff_id, blob);
-        if self.cache.gate().has(key).await? {
+        let key = |n| CacheKey::AccessMap(self.diff_id, blob, n);
+        if self.cache.gate().has(key(0)).await? {
             return Ok(false);
         }
-        self.put(key, map, Put::IfAbsent).await?;
+        // The first part comes last: with it, the map is complete.
+        let mut parts: Vec<_> = format::parts(map_bytes).collect();
+        while let Some((n, len)) = parts.pop() {
+            let offset = chunk::byte_range(n, map_bytes).start;
+            let read = move |source: &dyn UploadSource| {
+                let mut part = vec![0; len];
+                source.read_access_map(&mut part, offset)?;
+                Ok(match n {
+                    0 => format::encode_access_map_start(map_bytes, &part),
+                    _ => part,
+                })
+            };
+            match self.local(read).await {
+                Ok(value) => {
+                    let key = CacheKey::AccessMap(self.diff_id, blob, n);
+                    self.put(key, value, Put::Replace).await?;
+                }
+                Err(Stop::Never { error }) => {
+                    debug!(layer.diff_id = %self.diff_id, error, "access map is not uploaded");
+                    return Ok(false);
+                }
+                Err(stop) => return Err(stop),
+            }
+        }
         Ok(true)
     }
 
@@ -189,18 +212,25 @@ impl<'a> Pass<'a> {
 
     /// Puts the index, then the manifest: with it, the layer is complete.
     async fn put_manifest(&mut self, layer: &RemoteLayer) -> Result<(), Stop> {
-        let digest = layer.index_digest;
-        let index = self
-            .local(move |source| {
-                let index = source.index()?;
-                match ChunkDigest::of(&index) == digest {
-                    true => Ok(format::encode_index(&index)),
-                    false => Err(invalid("the index has changed")),
-                }
-            })
-            .await?;
-        let key = CacheKey::Index(self.diff_id);
-        self.put(key, index, Put::Replace).await?;
+        let mut hasher = blake3::Hasher::new();
+        for (n, len) in format::parts(layer.index_bytes) {
+            let offset = chunk::byte_range(n, layer.index_bytes).start;
+            let read = move |source: &dyn UploadSource| {
+                let mut part = vec![0; len];
+                source.read_index(&mut part, offset)?;
+                hasher.update(&part);
+                Ok((format::encode_part(&part), hasher))
+            };
+            let (value, hashed) = self.local(read).await?;
+            hasher = hashed;
+            self.put(CacheKey::Index(self.diff_id, n), value, Put::Replace)
+                .await?;
+        }
+        if hasher.finalize() != *layer.index_digest.as_bytes() {
+            return Err(Stop::Never {
+                error: "local copy: the index has changed".to_owned(),
+            });
+        }
         let manifest = layer.encode(self.cache.key());
         let manifest = manifest.map_err(|error| Stop::Never {
             error: error.to_string(),
@@ -232,17 +262,16 @@ impl<'a> Pass<'a> {
     }
 }
 
-/// Collects what the manifest says. The index is read twice rather than held during the upload.
+/// Collects what the manifest says. The index is read twice rather than held.
 fn describe(source: &dyn UploadSource) -> io::Result<RemoteLayer> {
-    let index = source.index()?;
-    let index_bytes = u64::try_from(index.len()).map_err(io::Error::other)?;
+    let (index_bytes, index_digest) = source.index()?;
     let layer = RemoteLayer {
         diff_id: source.diff_id(),
         blob: source.blob(),
         blob_bytes: source.blob_bytes(),
         layer_bytes: source.layer_bytes(),
         chunk_digests: source.chunk_digests(),
-        index_digest: ChunkDigest::of(&index),
+        index_digest,
         index_bytes,
     };
     let n_chunks = chunk::n_chunks(layer.layer_bytes);
@@ -262,7 +291,7 @@ fn read_chunk(
     let mut content = Vec::with_capacity(usize::try_from(len).map_err(io::Error::other)?);
     source.read_chunk(n, &mut content)?;
     match ChunkDigest::of(&content) == *expect {
-        true => Ok(format::encode_chunk(&content)),
+        true => Ok(format::encode_part(&content)),
         false => Err(invalid(&format!("chunk {n} does not match its digest"))),
     }
 }

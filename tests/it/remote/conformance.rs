@@ -35,16 +35,18 @@ async fn conforms(cache: &dyn LayerCache) {
 
 const MAX: usize = 8 << 20;
 
-fn keys(layer: &str) -> [CacheKey; 6] {
+fn keys(layer: &str) -> [CacheKey; 8] {
     let image = ManifestDigest::of(layer.as_bytes());
     let layer = DiffId::of(layer.as_bytes());
     [
         CacheKey::Manifest(layer),
-        CacheKey::Index(layer),
+        CacheKey::Index(layer, 0),
         CacheKey::Chunk(layer, 0),
         CacheKey::Chunk(layer, u32::MAX),
-        CacheKey::AccessMap(layer, BlobDigest::of(b"")),
+        CacheKey::AccessMap(layer, BlobDigest::of(b""), 0),
         CacheKey::Profile(image),
+        CacheKey::Index(layer, 1),
+        CacheKey::AccessMap(layer, BlobDigest::of(b""), 1),
     ]
 }
 

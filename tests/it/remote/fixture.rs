@@ -17,7 +17,10 @@ use clip_csi::{
     digest::{BlobDigest, ChunkDigest, DiffId},
     integrity::IntegrityKey,
     metrics::Metrics,
-    remote::{BackOff, ContentCache, ContentOptions, DirCache, UploadOutcome, UploadSource},
+    remote::{
+        BackOff, ContentCache, ContentOptions, DirCache, RemoteManifest, UploadOutcome,
+        UploadSource,
+    },
     tier::{BoxFuture, CacheKey, LayerCache, LeaseHolder, Put, TierError},
 };
 
@@ -252,7 +255,7 @@ pub(super) fn key(byte: u8) -> IntegrityKey {
 pub(super) fn content_options(key: Option<IntegrityKey>) -> ContentOptions {
     ContentOptions {
         key,
-        max_index_bytes: 1 << 20,
+        max_index_bytes: 4 << 20,
         back_off: BackOff::default(),
         lease_ttl: Duration::from_secs(15),
         lease_wait: PATIENCE,
@@ -369,6 +372,30 @@ impl Layer {
     }
 }
 
+/// Fetches the index of a layer, if all of it can be had.
+pub(super) async fn index_of(cache: &ContentCache, manifest: &RemoteManifest) -> Option<Bytes> {
+    let mut index = Vec::new();
+    let keep = |part: &[u8]| {
+        index.extend(part);
+        Ok(())
+    };
+    let is_whole = cache.index(manifest, keep).await.unwrap();
+    is_whole.then(|| index.into())
+}
+
+/// Fetches the access map of a layer, if all of it can be had.
+pub(super) async fn access_map_of(cache: &ContentCache, layer: &Layer) -> Option<Bytes> {
+    let mut map = Vec::new();
+    let keep = |part: &[u8]| {
+        map.extend(part);
+        Ok(())
+    };
+    let (id, blob) = (layer.diff_id(), layer.blob());
+    let fetched = cache.access_map(&id, &blob, layer.layer_bytes(), keep);
+    let is_whole = fetched.await.unwrap();
+    is_whole.then(|| map.into())
+}
+
 impl UploadSource for Layer {
     fn diff_id(&self) -> DiffId {
         DiffId::of(&self.content)
@@ -390,12 +417,26 @@ impl UploadSource for Layer {
         (0..self.n_chunks()).map(|n| self.digest(n)).collect()
     }
 
-    fn index(&self) -> io::Result<Bytes> {
-        Ok(self.index.clone())
+    fn index(&self) -> io::Result<(u64, ChunkDigest)> {
+        Ok((self.index.len() as u64, ChunkDigest::of(&self.index)))
     }
 
-    fn access_map(&self) -> io::Result<Option<(BlobDigest, Bytes)>> {
-        Ok(self.access_map.clone().map(|it| (self.blob(), it)))
+    fn read_index(&self, into: &mut [u8], offset: u64) -> io::Result<()> {
+        let start = usize::try_from(offset).unwrap();
+        into.copy_from_slice(&self.index[start..start + into.len()]);
+        Ok(())
+    }
+
+    fn access_map(&self) -> io::Result<Option<(BlobDigest, u64)>> {
+        let map = self.access_map.as_ref();
+        Ok(map.map(|it| (self.blob(), it.len() as u64)))
+    }
+
+    fn read_access_map(&self, into: &mut [u8], offset: u64) -> io::Result<()> {
+        let start = usize::try_from(offset).unwrap();
+        let map = self.access_map.as_ref().unwrap();
+        into.copy_from_slice(&map[start..start + into.len()]);
+        Ok(())
     }
 
     fn read_chunk(&self, n: u32, into: &mut Vec<u8>) -> io::Result<()> {

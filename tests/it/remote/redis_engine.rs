@@ -27,7 +27,7 @@ async fn chunks_and_profiles_expire_and_manifests_do_not() {
     for put in [Put::IfAbsent, Put::Replace] {
         for (key, ttl) in [
             (CacheKey::Manifest(layer), -1..=-1),
-            (CacheKey::Index(layer), -1..=-1),
+            (CacheKey::Index(layer, 0), -1..=-1),
             (CacheKey::Chunk(layer, 0), 900..=1000),
             (CacheKey::Profile(ManifestDigest::of(b"image")), 900..=1000),
         ] {

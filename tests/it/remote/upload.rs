@@ -18,8 +18,8 @@ use clip_csi::{
 
 use super::{
     fixture::{
-        Fault, Flaky, Layer, PATIENCE, content_options, content_with, dir_cache, key, until,
-        verify_failures,
+        Fault, Flaky, Layer, PATIENCE, access_map_of, content_options, content_with, dir_cache,
+        index_of, key, until, verify_failures,
     },
     servers::{RedisServer, S3Server},
 };
@@ -55,7 +55,7 @@ fn uploads(metrics: &Metrics, outcome: &str) -> u64 {
 /// Asserts that all of `layer` can be had.
 async fn is_whole(cache: &ContentCache, layer: &Layer) {
     let manifest = cache.manifest(&layer.diff_id()).await.unwrap();
-    assert_eq!(cache.index(&manifest).await, Some(layer.index.clone()));
+    assert_eq!(index_of(cache, &manifest).await, Some(layer.index.clone()));
     for n in 0..layer.n_chunks() {
         assert!(layer.fetch(cache, n).await, "chunk {n}");
     }
@@ -78,7 +78,7 @@ async fn puts_the_manifest_last<T: LayerCache + 'static>(engine: T) {
         CacheKey::Chunk(id, 0),
         CacheKey::Chunk(id, 1),
         CacheKey::Chunk(id, 2),
-        CacheKey::Index(id),
+        CacheKey::Index(id, 0),
         CacheKey::Manifest(id),
     ];
     assert_eq!(engine.puts(), everything);
@@ -183,7 +183,7 @@ async fn chunks_that_are_there_are_not_sent_again() {
         CacheKey::Chunk(id, 1),
         CacheKey::Chunk(id, 1),
         CacheKey::Chunk(id, 2),
-        CacheKey::Index(id),
+        CacheKey::Index(id, 0),
         CacheKey::Manifest(id),
     ];
     assert_eq!(engine.puts(), expected);
@@ -256,7 +256,7 @@ async fn a_repair_puts_what_it_names() {
     let n_puts = engine.puts().len();
     engine.delete(CacheKey::Chunk(id, 1)).await.unwrap();
     let wrong = Bytes::from_static(b"wrong");
-    for key in [CacheKey::Chunk(id, 2), CacheKey::Index(id)] {
+    for key in [CacheKey::Chunk(id, 2), CacheKey::Index(id, 0)] {
         engine.put(key, wrong.clone(), Put::Replace).await.unwrap();
     }
     let repair = |chunks: &[u32], index| Repair {
@@ -273,7 +273,7 @@ async fn a_repair_puts_what_it_names() {
     let expected = [
         CacheKey::Chunk(id, 1),
         CacheKey::Chunk(id, 2),
-        CacheKey::Index(id),
+        CacheKey::Index(id, 0),
         CacheKey::Manifest(id),
     ];
     // Two of the puts were the test's own.
@@ -293,15 +293,15 @@ async fn an_access_map_is_put_before_the_manifest_or_later() {
     let id = new.diff_id();
     uploader.enqueue(new.clone());
     until("it is uploaded", || new.outcomes().len() == 1).await;
-    let at = CacheKey::AccessMap(id, new.blob());
+    let at = CacheKey::AccessMap(id, new.blob(), 0);
     let expected = [
         CacheKey::Chunk(id, 0),
         at,
-        CacheKey::Index(id),
+        CacheKey::Index(id, 0),
         CacheKey::Manifest(id),
     ];
     assert_eq!(engine.puts(), expected);
-    let fetched = cache.access_map(&id, &new.blob(), new.layer_bytes()).await;
+    let fetched = access_map_of(&cache, &new).await;
     assert_eq!(fetched, Some(map.clone()));
     // It is there: nothing is sent.
     uploader.enqueue(new.clone());
@@ -310,16 +310,84 @@ async fn an_access_map_is_put_before_the_manifest_or_later() {
     // Its reader found it wrong: it is put again, alone.
     let reason = "wrong checksum".to_owned();
     cache.reject_access_map(&id, &new.blob(), reason).await;
-    assert_eq!(
-        cache.access_map(&id, &new.blob(), new.layer_bytes()).await,
-        None
-    );
+    assert_eq!(access_map_of(&cache, &new).await, None);
     uploader.enqueue(new.clone());
     until("it is uploaded", || new.outcomes().len() == 3).await;
     assert_eq!(engine.puts()[4..], [at]);
-    let sent_bytes = map.len() as u64;
+    // Its length goes before it.
+    let sent_bytes = 8 + map.len() as u64;
     assert_eq!(new.outcomes()[2], UploadOutcome::Uploaded { sent_bytes });
     uploader.drain(PATIENCE).await;
+}
+
+/// Bytes that do not repeat, so that parts that change places are noticed.
+fn noise(name: &str, len: usize) -> Bytes {
+    let mut bytes = vec![0; len];
+    let mut hasher = blake3::Hasher::new();
+    hasher
+        .update(name.as_bytes())
+        .finalize_xof()
+        .fill(&mut bytes);
+    bytes.into()
+}
+
+#[tokio::test]
+async fn what_is_longer_than_a_chunk_comes_in_parts() {
+    const PART_BYTES: usize = 1_044_480;
+    let (engine, _dir) = dir_cache();
+    let engine = Arc::new(Flaky::new(engine));
+    let (uploader, cache, metrics) = uploader(&engine, options());
+    let mut layer = Layer::new(1, 3);
+    layer.index = noise("index", 2 * PART_BYTES + 1);
+    layer.access_map = Some(noise("map", 2 * PART_BYTES));
+    let layer = Arc::new(layer);
+    let (id, blob) = (layer.diff_id(), layer.blob());
+    uploader.enqueue(layer.clone());
+    until("it is uploaded", || layer.outcomes().len() == 1).await;
+    // The map's start and the manifest say that all of them are there.
+    let parts = [
+        CacheKey::AccessMap(id, blob, 1),
+        CacheKey::AccessMap(id, blob, 0),
+        CacheKey::Index(id, 0),
+        CacheKey::Index(id, 1),
+        CacheKey::Index(id, 2),
+        CacheKey::Manifest(id),
+    ];
+    assert_eq!(engine.puts()[3..], parts);
+    is_whole(&cache, &layer).await;
+    assert_eq!(access_map_of(&cache, &layer).await, layer.access_map);
+    for key in parts {
+        let value = engine.get(key, 2 << 20).await.unwrap().unwrap();
+        assert!(value.len() <= PART_BYTES + 8, "{key}");
+    }
+
+    // A part of another version of the index: not all of it is wrong, and all of it is refused.
+    let manifest = cache.manifest(&id).await.unwrap();
+    let other = [&[0][..], &noise("other", PART_BYTES)].concat();
+    let at = CacheKey::Index(id, 1);
+    engine.put(at, other.into(), Put::Replace).await.unwrap();
+    assert_eq!(index_of(&cache, &manifest).await, None);
+    assert_eq!(verify_failures(&metrics), 1);
+    engine.delete(at).await.unwrap();
+    assert_eq!(index_of(&cache, &manifest).await, None);
+    assert_eq!(verify_failures(&metrics), 1, "a miss is no failure");
+
+    // A map of which a part went is no map: it is put again, all of it.
+    engine
+        .delete(CacheKey::AccessMap(id, blob, 1))
+        .await
+        .unwrap();
+    assert_eq!(access_map_of(&cache, &layer).await, None);
+    let start = CacheKey::AccessMap(id, blob, 0);
+    assert_eq!(engine.get(start, 2 << 20).await.unwrap(), None);
+    let repair = Repair {
+        chunks: Vec::new(),
+        index: true,
+    };
+    uploader.enqueue_repair(layer.clone(), repair);
+    uploader.drain(PATIENCE).await;
+    is_whole(&cache, &layer).await;
+    assert_eq!(access_map_of(&cache, &layer).await, layer.access_map);
 }
 
 #[tokio::test]
@@ -336,14 +404,12 @@ async fn an_access_map_that_is_too_long_goes_nowhere() {
     uploader.drain(PATIENCE).await;
     is_whole(&cache, &layer).await;
     let (id, blob) = (layer.diff_id(), layer.blob());
-    let at = CacheKey::AccessMap(id, blob);
+    let at = CacheKey::AccessMap(id, blob, 0);
     assert!(!engine.puts().contains(&at));
     // Somebody else puts one: it is not taken, and deleted.
-    engine.put(at, long, Put::Replace).await.unwrap();
-    assert_eq!(
-        cache.access_map(&id, &blob, layer.layer_bytes()).await,
-        None
-    );
+    let long = [&(long.len() as u64).to_le_bytes(), &long[..]].concat();
+    engine.put(at, long.into(), Put::Replace).await.unwrap();
+    assert_eq!(access_map_of(&cache, &layer).await, None);
     assert_eq!(engine.get(at, usize::MAX / 2).await.unwrap(), None);
     assert_eq!(verify_failures(&metrics), 1);
 }

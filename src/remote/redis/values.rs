@@ -1,0 +1,153 @@
+//! Sends values to Redis or Valkey without a copy of them: one command at a time, on a connection of its own.
+//!
+//! redis-rs has a value three times while it sends it: in the command, packed, and in the buffer of its
+//! connection, which keeps that size. Of what the agent may hold, a fifth would be one chunk. So `SET` is written here,
+//! as RESP2 has it (redis.io, "Redis serialization protocol specification"), and the answer is a line.
+//!
+//! # Cancellation
+//! Safe: a connection in the middle of a command is dropped with it.
+
+use std::io;
+
+use ::redis::{ConnectionAddr, ConnectionInfo};
+use tokio::{
+    io::{AsyncBufReadExt, AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufReader},
+    net::{TcpStream, UnixStream},
+};
+
+/// Bytes of an answer at most. What is longer is none that this module knows.
+const MAX_ANSWER_BYTES: u64 = 4096;
+
+/// Words from this length on are written as they are, the others together.
+const LONG_WORD_BYTES: usize = 4096;
+
+/// A connection's two directions.
+trait Duplex: AsyncRead + AsyncWrite + Send + Unpin {}
+
+impl<T: AsyncRead + AsyncWrite + Send + Unpin> Duplex for T {}
+
+/// A connection that is logged in.
+pub(super) struct Line(BufReader<Box<dyn Duplex>>);
+
+/// What the server answers that it refuses, such as `OOM command not allowed`.
+#[derive(Debug)]
+pub(super) struct Refused(pub(super) String);
+
+impl Line {
+    /// Connects and logs in.
+    ///
+    /// # Errors
+    /// Those of the network.
+    pub(super) async fn connect(info: &ConnectionInfo) -> io::Result<Result<Self, Refused>> {
+        let stream: Box<dyn Duplex> = match info.addr() {
+            ConnectionAddr::Tcp(host, port) => {
+                let stream = TcpStream::connect((host.as_str(), *port)).await?;
+                stream.set_nodelay(true)?;
+                Box::new(stream)
+            }
+            ConnectionAddr::Unix(path) => Box::new(UnixStream::connect(path).await?),
+            _ => return Err(io::ErrorKind::Unsupported.into()),
+        };
+        let mut line = Self(BufReader::with_capacity(512, stream));
+        let settings = info.redis_settings();
+        if let Some(password) = settings.password() {
+            let mut words = vec![&b"AUTH"[..]];
+            words.extend(settings.username().map(str::as_bytes));
+            words.push(password.as_bytes());
+            if let Err(refused) = line.call(&words).await? {
+                return Ok(Err(refused));
+            }
+        }
+        if settings.db() != 0 {
+            let db = settings.db().to_string();
+            if let Err(refused) = line.call(&[b"SELECT", db.as_bytes()]).await? {
+                return Ok(Err(refused));
+            }
+        }
+        Ok(Ok(line))
+    }
+
+    /// Runs a command that answers with a word or nothing.
+    ///
+    /// # Errors
+    /// Those of the network; then the connection is good for nothing more.
+    pub(super) async fn call(&mut self, words: &[&[u8]]) -> io::Result<Result<(), Refused>> {
+        let mut head = format!("*{}\r\n", words.len()).into_bytes();
+        for word in words {
+            head.extend(format!("${}\r\n", word.len()).as_bytes());
+            if word.len() < LONG_WORD_BYTES {
+                head.extend(*word);
+            } else {
+                self.0.write_all(&head).await?;
+                self.0.write_all(word).await?;
+                head.clear();
+            }
+            head.extend(b"\r\n");
+        }
+        self.0.write_all(&head).await?;
+        self.0.flush().await?;
+        let mut answer = Vec::new();
+        let mut limited = (&mut self.0).take(MAX_ANSWER_BYTES);
+        limited.read_until(b'\n', &mut answer).await?;
+        match answer.strip_suffix(b"\r\n") {
+            Some([b'+', ..] | b"$-1") => Ok(Ok(())),
+            Some([b'-', reason @ ..]) => {
+                Ok(Err(Refused(String::from_utf8_lossy(reason).into_owned())))
+            }
+            Some(_) => Err(io::Error::new(
+                io::ErrorKind::InvalidData,
+                "the server's answer is none to this command",
+            )),
+            None => Err(io::ErrorKind::UnexpectedEof.into()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What is sent, and what comes of `answer`.
+    async fn called(words: &[&[u8]], answer: &[u8]) -> (Vec<u8>, io::Result<Result<(), Refused>>) {
+        let (near, mut far) = tokio::io::duplex(1 << 20);
+        far.write_all(answer).await.unwrap();
+        far.shutdown().await.unwrap();
+        let mut line = Line(BufReader::new(Box::new(near)));
+        let got = line.call(words).await;
+        drop(line);
+        let mut sent = Vec::new();
+        far.read_to_end(&mut sent).await.unwrap();
+        (sent, got)
+    }
+
+    #[tokio::test]
+    async fn commands_are_written_as_resp_has_them() {
+        let long = [b'x'; LONG_WORD_BYTES];
+        let (sent, got) = called(&[b"SET", b"k", &long, b"NX"], b"+OK\r\n").await;
+        let text = |it: &[u8]| String::from_utf8(it.to_vec()).unwrap();
+        let expected = format!(
+            "*4\r\n$3\r\nSET\r\n$1\r\nk\r\n$4096\r\n{}\r\n$2\r\nNX\r\n",
+            text(&long)
+        );
+        assert_eq!(text(&sent), expected);
+        assert!(matches!(got, Ok(Ok(()))));
+    }
+
+    #[tokio::test]
+    async fn answers_are_told_apart() {
+        let call = async |answer: &[u8]| called(&[b"SET"], answer).await.1;
+        assert!(matches!(call(b"$-1\r\n").await, Ok(Ok(()))));
+        let refused = call(b"-OOM no\r\n").await.unwrap().unwrap_err();
+        assert_eq!(refused.0, "OOM no");
+        for wrong in [
+            &b""[..],
+            b"+OK",
+            b":1\r\n",
+            b"\r\n",
+            b"HTTP/1.1 400\r\n",
+            &[b'+'; 5000],
+        ] {
+            assert!(call(wrong).await.is_err(), "{wrong:?}");
+        }
+    }
+}
