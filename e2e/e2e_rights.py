@@ -31,8 +31,10 @@ class Rights(ClusterCase):
         self.addCleanup(self.registry.stop)
         self.reference = f"{PRIVATE_REGISTRY}/e2e/small:{images.TAG}"
         for namespace in (OURS, THEIRS):
-            self.create({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": namespace}})
-            process.wait_until(lambda namespace=namespace: self.kubectl("get", "serviceaccount", "default", "--namespace", namespace, check=False).returncode == 0, "a ServiceAccount", 60)
+            # They stay as long as the cluster: the rights that the chart grants are in them.
+            self.cluster.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": namespace}})
+            accounts = f"api/v1/namespaces/{namespace}/serviceaccounts"
+            self.cluster.wait(accounts, "default", lambda it: it is not None, "the ServiceAccount that pods need")
         self.upgrade()
 
     def upgrade(self) -> None:
@@ -67,10 +69,10 @@ class Rights(ClusterCase):
         say(f"the driver had its new values after {time.monotonic() - begin:.1f} s")
 
     def lets_in(self, *users: str) -> None:
-        self.registry.set(users={f"{user}:right": ["e2e/small"] for user in users})
+        self.registry.set(users={f"{user}:hunter2": ["e2e/small"] for user in users})
 
     def secret_of(self, user: str, namespace: str) -> dict:
-        it = secret("pull", namespace, **{".dockerconfigjson": docker_config(PRIVATE_REGISTRY, user, "right")})
+        it = secret("pull", namespace, **{".dockerconfigjson": docker_config(PRIVATE_REGISTRY, user, "hunter2")})
         return {**it, "type": "kubernetes.io/dockerconfigjson"}
 
     def start(self, name: str, namespace: str, **settings) -> None:
@@ -82,7 +84,7 @@ class Rights(ClusterCase):
         """The pod becomes ready and reads its volume."""
         def ready():
             time.sleep(0.3)
-            return condition(self.cluster.get("pod", name, "--namespace", namespace), "Ready")
+            return condition(self.cluster.get(f"api/v1/namespaces/{namespace}/pods/{name}"), "Ready")
         try:
             process.wait_until(ready, f"pod {name} to be ready", 90)
         except process.Failed as error:
@@ -94,15 +96,15 @@ class Rights(ClusterCase):
         """The pod does not start, and its events say why."""
         def told():
             time.sleep(0.3)
-            events = self.cluster.get("events", "--namespace", namespace, "--field-selector", f"involvedObject.name={name},type=Warning")["items"]
+            events = self.cluster.get(f"api/v1/namespaces/{namespace}/events", fieldSelector=f"involvedObject.name={name},type=Warning")["items"]
             return next((it["message"] for it in events if all(word in it["message"] for word in words)), None)
         try:
             message = process.wait_until(told, f"an event of pod {name} with {words}", 60)
         except process.Failed as error:
             self.fail(f"{error}\n{self.kubectl('describe', 'pod', name, '--namespace', namespace).stdout}")
         say(f"event of pod {name}: {message}")
-        self.assertNotIn("right", message.replace("the right", ""))
-        self.assertFalse(condition(self.cluster.get("pod", name, "--namespace", namespace), "Ready"))
+        self.assertNotIn("hunter2", message)
+        self.assertFalse(condition(self.cluster.get(f"api/v1/namespaces/{namespace}/pods/{name}"), "Ready"))
 
     def test_namespaces(self):
         """One namespace may pull the image, another may not: its pod is refused, though all of it is on the node and mounted."""

@@ -48,6 +48,6 @@ func answer() error {
 	registry, _, _ := strings.Cut(request.Image, "/")
 	return json.NewEncoder(os.Stdout).Encode(map[string]any{
 		"kind": "CredentialProviderResponse", "apiVersion": request.APIVersion, "cacheKeyType": "Registry", "cacheDuration": "1m",
-		"auth": map[string]any{registry: map[string]string{"username": strings.ReplaceAll(account, ":", "-"), "password": "right"}},
+		"auth": map[string]any{registry: map[string]string{"username": strings.ReplaceAll(account, ":", "-"), "password": "hunter2"}},
 	})
 }
