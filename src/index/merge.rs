@@ -305,7 +305,7 @@ impl<S: Scratch> Merge<S> {
 fn entries<B: IndexBytes>(
     layer: &LayerIndex<B>,
 ) -> impl Iterator<Item = Result<EntryRef<'_>, IndexError>> {
-    const AT_ONCE: usize = 4096;
+    const AT_ONCE: usize = 1024;
     let numbered = layer.entries().enumerate();
     numbered.map(|(number, entry)| {
         if number.is_multiple_of(AT_ONCE) {

@@ -3,7 +3,7 @@
 use std::ops::{Deref, Range};
 
 /// How much is read at once where all is read.
-const PIECE_BYTES: usize = 1 << 20;
+const PIECE_BYTES: usize = 256 << 10;
 
 /// The bytes of an index, in memory or mapped from a file.
 pub trait IndexBytes: Deref<Target = [u8]> {

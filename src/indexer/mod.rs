@@ -129,6 +129,9 @@ impl Indexer {
         let turn = Arc::clone(&self.merging).lock_owned().await;
         let merged = tokio::task::spawn_blocking(move || {
             let _turn = turn;
+            // What brought the layers here is over, and the tables need its place.
+            sys::trim_allocator();
+            sys::drop_code();
             let wrong = |source| merge_error(source, manifest, &path);
             let failed = |err: io::Error| disk_error(&path, err.to_string());
             // The index has a checksum and can be made anew: no reader waits for the disk.

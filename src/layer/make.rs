@@ -234,8 +234,10 @@ impl Inner {
                 warn!(layer.diff_id = %desc.diff_id, error = %error_chain(err), "decompressing layer failed");
             }
         }
-        // A fill's buffers are a large part of the process; the next one may be long in coming.
+        // A fill's buffers are a large part of the process, and so is the code that led to it; the next
+        // one may be long in coming.
         sys::trim_allocator();
+        sys::drop_code();
     }
 
     async fn first_fill(

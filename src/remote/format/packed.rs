@@ -18,25 +18,6 @@ const LEAST_SAVING: usize = 20;
 /// An lz4 sequence makes at most 255 bytes out of each input byte, and some are literals.
 const MAX_LZ4_RATIO: u64 = 255;
 
-/// Appends `content` to `value`, compressed if that pays, and returns the codec.
-fn pack(content: &[u8], value: &mut Vec<u8>) -> u8 {
-    let start = value.len();
-    value.resize(start + get_maximum_output_size(content.len()), 0);
-    let worth = content.len() - content.len() / LEAST_SAVING;
-    match compress_into(content, &mut value[start..]) {
-        Ok(len) if len < worth => {
-            value.truncate(start + len);
-            LZ4
-        }
-        // An error would mean that the buffer is too small; raw is right in any case.
-        _ => {
-            value.truncate(start);
-            value.extend(content);
-            RAW
-        }
-    }
-}
-
 /// Returns exactly `len` bytes and not one more, whatever the payload claims.
 fn unpack(codec: u8, payload: Bytes, len: usize, what: &'static str) -> Result<Bytes, FormatError> {
     let wrong_length = |found: usize| FormatError::Length {
@@ -62,10 +43,23 @@ fn unpack(codec: u8, payload: Bytes, len: usize, what: &'static str) -> Result<B
     }
 }
 
-/// Encodes a chunk, or a part of an index.
+/// Encodes a chunk, or a part of an index, compressed if that pays.
 pub(crate) fn encode_part(content: &[u8]) -> Vec<u8> {
-    let mut value = vec![RAW];
-    value[0] = pack(content, &mut value);
+    // Zeros from the allocator: of so large a block, what is not written is no memory.
+    let mut value = vec![0; 1 + get_maximum_output_size(content.len())];
+    let worth = content.len() - content.len() / LEAST_SAVING;
+    match compress_into(content, &mut value[1..]) {
+        Ok(len) if len < worth => {
+            value.truncate(1 + len);
+            value[0] = LZ4;
+        }
+        // An error would mean that the buffer is too small; raw is right in any case.
+        _ => {
+            value.truncate(1);
+            value.extend(content);
+            value[0] = RAW;
+        }
+    }
     value
 }
 
