@@ -14,7 +14,7 @@ CARGO_FLAGS := --locked
 say = @printf '\n==> %s\n' "$(1)"
 
 .DEFAULT_GOAL := help
-.PHONY: help install build check unit sanity e2e cluster-builds test demo bench
+.PHONY: help install build check unit sanity storage e2e cluster-builds test demo bench
 
 help: ## List these commands
 	@grep -hE '^[a-z0-9]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9]+):.*## /\1\t/' | while IFS=$$'\t' read -r name text; do printf '  make %-8s %s\n' "$$name" "$$text"; done
@@ -75,7 +75,11 @@ unit: ## Unit and integration tests
 sanity: ## csi-sanity, unfiltered, on real mounts; also while agent and serve are killed every second (root; part of e2e)
 	@$(MAKE) e2e CASES=csi-sanity,csi-sanity-while-agent-and-serve-are-killed
 
-e2e: install ## End-to-end tests alone (root; CASES=name,name or E2E="-k NAME" picks some; cold about 25 minutes)
+storage: install ## Kubernetes' own end-to-end tests of CSI drivers on the cluster (root; not part of test, because it takes minutes to build)
+	@./e2e/tools.sh kubernetes >/dev/null
+	python3 e2e/storage_suite.py
+
+e2e: install ## End-to-end tests alone (root; CASES=name,name or E2E="-k NAME" picks some; cold about half an hour)
 	@cargo fetch --quiet --locked
 	# All, unless some cases are picked: those make what they need.
 	if [ -z "$(CASES)$(E2E)" ]; then

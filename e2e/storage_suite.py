@@ -79,7 +79,7 @@ def main() -> int:
     with process.workspace("storage") as work, environment.Environment(work) as shared:
         environment.shared = shared
         cluster, release = shared.cluster(), shared.release()
-        release.install({"node": {"writable": {"enabled": True}}})
+        release.install({"node": {"maxWritableBytes": 64 << 20}})
         image = cluster.push("small")
         with cluster.plane.machine.network():
             containers.push(REGISTRY, work, {BUSYBOX: containers.shell})
