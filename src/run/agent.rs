@@ -16,12 +16,12 @@ use tracing::{info, warn};
 use super::{
     BadConfig,
     engine::Engine,
-    in_process::{bind_admin, startup_taint},
+    in_process::{serve_admin, startup_taint},
     node::{stop_signal, stopped},
     opener::Opener,
 };
 use crate::{
-    admin::{self, Page, Ready},
+    admin::{Page, Ready},
     cli::AgentArgs,
     config::Config,
     exposition,
@@ -73,19 +73,7 @@ pub(super) async fn run(args: AgentArgs, config: Config) -> anyhow::Result<ExitC
         own: metrics.clone(),
         run_dir: run_dir.clone(),
     };
-    let admin = match args.metrics_addr {
-        Some(address) => {
-            let listener = bind_admin(address).await?;
-            let shutdown = stopped(stop.clone());
-            Some(tokio::spawn(admin::serve(
-                listener,
-                page,
-                Arc::clone(&ready),
-                shutdown,
-            )))
-        }
-        None => None,
-    };
+    let admin = serve_admin(args.metrics_addr, page, &ready, &stop).await?;
     let store = engine.store.clone();
     let opener = Arc::new(Opener::new(engine));
     let agent = Agent::new(Arc::clone(&opener) as _, store, Handle::current());

@@ -7,11 +7,11 @@ use tracing::info;
 
 use super::{
     BadConfig,
-    in_process::bind_admin,
+    in_process::serve_admin,
     node::{socket_path, stop_signal, stopped},
 };
 use crate::{
-    admin::{self, Ready},
+    admin::Ready,
     cli::ControllerArgs,
     csi::{PluginName, Server, bind_private},
     metrics::Metrics,
@@ -28,17 +28,7 @@ pub(super) async fn run(args: ControllerArgs) -> anyhow::Result<ExitCode> {
     let metrics = Metrics::new();
     let ready = Arc::new(Ready::not_yet("starting"));
     let stop = stop_signal()?;
-    let admin = match args.metrics_addr {
-        Some(address) => {
-            let listener = bind_admin(address).await?;
-            let (metrics, ready) = (metrics.clone(), Arc::clone(&ready));
-            let shutdown = stopped(stop.clone());
-            Some(tokio::spawn(admin::serve(
-                listener, metrics, ready, shutdown,
-            )))
-        }
-        None => None,
-    };
+    let admin = serve_admin(args.metrics_addr, metrics.clone(), &ready, &stop).await?;
     let server = Server::controller(plugin_name, &metrics);
     let bound = bind_private(&socket).with_context(|| format!("socket {}", socket.display()))?;
     info!(path = %socket.display(), "serving CSI");

@@ -3,7 +3,7 @@
 use std::{net::SocketAddr, process::ExitCode, sync::Arc, time::Duration};
 
 use anyhow::Context;
-use tokio::net::TcpListener;
+use tokio::{net::TcpListener, sync::watch, task::JoinHandle};
 use tracing::{info, warn};
 
 use super::{
@@ -13,7 +13,7 @@ use super::{
     node::{self, NodeSettings, Parts, stop_signal, stopped},
 };
 use crate::{
-    admin::{self, Ready},
+    admin::{self, Page, Ready},
     cli::NodeArgs,
     config::Config,
     metrics::Metrics,
@@ -40,17 +40,7 @@ pub(super) async fn run(
     };
     // Before anything is bound: configured files are read here.
     let engine = Engine::of_node(&config, metrics.clone(), &args.driver_name)?;
-    let admin = match args.metrics_addr {
-        Some(address) => {
-            let listener = bind_admin(address).await?;
-            let (metrics, ready) = (metrics.clone(), Arc::clone(&ready));
-            let shutdown = stopped(stop.clone());
-            Some(tokio::spawn(admin::serve(
-                listener, metrics, ready, shutdown,
-            )))
-        }
-        None => None,
-    };
+    let admin = serve_admin(args.metrics_addr, metrics.clone(), &ready, &stop).await?;
     let mounter = Arc::new(InProcess::new(engine, config.fuse.clone())?);
     let drain = Duration::from_secs(config.node.drain_seconds);
     let parts = Parts {
@@ -76,13 +66,23 @@ pub(super) async fn run(
     node::serve(settings, parts, &metrics, &ready, &Notices::default(), stop).await
 }
 
-/// Listens for who asks for /metrics and the like.
-pub(super) async fn bind_admin(address: SocketAddr) -> anyhow::Result<TcpListener> {
+/// Serves /metrics and the like until the stop, if an address is given; what is returned ends then.
+pub(super) async fn serve_admin(
+    address: Option<SocketAddr>,
+    page: impl Page,
+    ready: &Arc<Ready>,
+    stop: &watch::Receiver<bool>,
+) -> anyhow::Result<Option<JoinHandle<()>>> {
+    let Some(address) = address else {
+        return Ok(None);
+    };
     let listener = TcpListener::bind(address)
         .await
         .with_context(|| format!("binding --metrics-addr {address}"))?;
     info!(address = %listener.local_addr()?, "serving /metrics, /healthz and /readyz");
-    Ok(listener)
+    let shutdown = stopped(stop.clone());
+    let serving = admin::serve(listener, page, Arc::clone(ready), shutdown);
+    Ok(Some(tokio::spawn(serving)))
 }
 
 /// What `--startup-taint` asks for, and where.
