@@ -25,8 +25,14 @@ class Crash(UnderReaders):
         super().setUp()
         self.node = self.warm(idle_source_seconds=0)
         self.reference = self.env.push(OTHER)
-        # What is there while `v` alone is published.
-        self.alone = sorted(self.node.left_behind())
+        # What is there while `v` alone is published, and who filled its layers is done: then the agent has each open once.
+        self.alone = process.wait_until(self.at_rest, "the agent to be done with the layers", 20)
+
+    def at_rest(self) -> list[str] | None:
+        """What is there, unless the agent has a file open twice."""
+        there = sorted(self.node.left_behind())
+        agents = [it for it in there if it.startswith("agent has")]
+        return there if len(agents) == len(set(agents)) else None
 
     @contextlib.contextmanager
     def each(self, steps: tuple[str, ...]):

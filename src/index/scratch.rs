@@ -4,9 +4,9 @@
 //! files without a name, of which a bounded number of pages is in memory. What fits there never
 //! reaches a disk, so that a usual image costs nothing for it.
 //!
-//! - [`paged`]: a file of which some pages are held;
-//! - [`sorted`]: a map from bytes to a number, in order, in such a file;
-//! - [`output`]: writes a finished file with its checksum.
+//! - `paged`: a file of which some pages are held;
+//! - `sorted`: a map from bytes to a number, in order, in such a file;
+//! - `output`: writes a finished file with its checksum.
 
 use std::{fmt, io};
 
