@@ -14,7 +14,7 @@ CARGO_FLAGS := --locked
 say = @printf '\n==> %s\n' "$(1)"
 
 .DEFAULT_GOAL := help
-.PHONY: help install build check unit sanity storage e2e cluster-builds test demo bench
+.PHONY: help install build check unit sanity storage e2e kubernetes builds test demo bench
 
 help: ## List these commands
 	@grep -hE '^[a-z0-9]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9]+):.*## /\1\t/' | while IFS=$$'\t' read -r name text; do printf '  make %-8s %s\n' "$$name" "$$text"; done
@@ -41,12 +41,13 @@ bench: ## Measure against the best that could be, in ratios (root, idle machine;
 
 test: ## Everything that continuous integration runs (root; installs what is missing; 25 to 40 minutes, the longer the first time)
 	$(call say,1/3 Installing what is missing)
-	@$(MAKE) install
+	@$(MAKE) kubernetes & trap 'wait' EXIT
+	$(MAKE) install
 	$(call say,2/3 Format; then end-to-end tests with a real registry, real images and a real Kubernetes)
 	@cargo fmt --check
 	# What needs no cluster runs beside the cluster's cases, which mostly wait, and is shown after them.
 	log="$$(mktemp)"
-	(export CARGO_INCREMENTAL=0; $(MAKE) cluster-builds && nice $(MAKE) unit check >"$$log" 2>&1) & beside=$$!
+	(export CARGO_INCREMENTAL=0; $(MAKE) builds && nice $(MAKE) unit check >"$$log" 2>&1) & beside=$$!
 	# Waited for also after a failure: nothing runs on.
 	trap 'wait; rm -f "$$log"' EXIT
 	failed=0
@@ -79,22 +80,29 @@ storage: install ## Kubernetes' own end-to-end tests of CSI drivers on the clust
 	@./e2e/tools.sh kubernetes >/dev/null
 	python3 e2e/storage_suite.py
 
-e2e: install ## End-to-end tests alone (root; CASES=name,name or E2E="-k NAME" picks some; cold about half an hour)
-	@cargo fetch --quiet --locked
+e2e: ## End-to-end tests alone (root; CASES=name,name or E2E="-k NAME" picks some; cold about half an hour)
+	@trap 'wait' EXIT
 	# All, unless some cases are picked: those make what they need.
-	if [ -z "$(CASES)$(E2E)" ]; then
-		$(MAKE) cluster-builds &
-		trap 'wait' EXIT
-		nice python3 e2e/images.py build
-	fi
+	[ -n "$(CASES)$(E2E)" ] || $(MAKE) kubernetes &
+	$(MAKE) install
+	[ -n "$(CASES)$(E2E)" ] || $(MAKE) builds &
+	cargo fetch --quiet --locked
 	nice ./e2e/tools.sh >/dev/null
 	# What is tested is what ships: the programs of the project's image, unless others are named.
 	CLIP_CSI_BIN="$${CLIP_CSI_BIN:-$$(python3 e2e/cluster/project_image.py --programs | tail -n 1)/clip-csi}" python3 e2e/run.py --cases "$(CASES)" $(E2E)
 
-# Two at once, because linking leaves a core idle; the image first, because most cases need it. Whoever comes second waits.
-cluster-builds:
-	@cargo fetch --quiet --locked
+# It takes longest, and needs Go alone: where that is, before anything is installed.
+kubernetes:
+	@! command -v go >/dev/null || ./e2e/tools.sh kubernetes >/dev/null
+
+# All that is built for the end-to-end tests. What all cases wait for is not niced: whoever comes second waits and finds it.
+builds:
+	@trap 'wait' EXIT
+	cargo fetch --quiet --locked
 	python3 e2e/cluster/project_image.py >/dev/null & image=$$!
-	trap 'wait' EXIT
-	for it in csi kubernetes s3 provisioner; do nice ./e2e/tools.sh $$it >/dev/null; done
+	./e2e/tools.sh kubernetes >/dev/null & kubernetes=$$!
+	nice ./e2e/tools.sh csi >/dev/null
+	nice python3 e2e/images.py build
 	wait $$image
+	wait $$kubernetes
+	nice ./e2e/tools.sh s3 >/dev/null

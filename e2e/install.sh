@@ -112,7 +112,7 @@ go_self_updating=1.21
 go_here() { GOTOOLCHAIN=local go version 2>/dev/null | sed -n 's/^go version go\([0-9.]*\).*/\1/p'; }
 tools_are_built() {
     GO_SKIP_BUILD=1 "$E2E_DIR/tools.sh" csi &&
-        { [ "$what" = demo ] || { GO_SKIP_BUILD=1 "$E2E_DIR/tools.sh" s3 && GO_SKIP_BUILD=1 "$E2E_DIR/tools.sh" kubernetes && GO_SKIP_BUILD=1 "$E2E_DIR/tools.sh" provisioner; }; }
+        { [ "$what" = demo ] || { GO_SKIP_BUILD=1 "$E2E_DIR/tools.sh" s3 && GO_SKIP_BUILD=1 "$E2E_DIR/tools.sh" kubernetes; }; }
 }
 if tools_are_built >/dev/null 2>&1; then
     say "Go: not needed, all that it builds is in the cache"

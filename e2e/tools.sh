@@ -1,9 +1,8 @@
 #!/usr/bin/env bash
 # Builds the Go programs of e2e/tools into the cache and prints the directory they are in.
-# usage: tools.sh [csi|kubernetes|provisioner|s3|storage]
+# usage: tools.sh [csi|kubernetes|s3|storage]
 #   csi         csi-sanity, csictl, and what tests and benchmarks need: testregistry, benchreader, credentialprovider (the default)
 #   kubernetes  Kubernetes' own programs, Helm, the cluster's sidecars, and in crds/ the kinds of Prometheus' operator
-#   provisioner csi-provisioner, the sidecar that makes volumes for claims
 #   s3          versitygw, a server that speaks S3
 #   storage     Kubernetes' own end-to-end tests of CSI drivers
 # A no-op when the cache holds them for these very sources.
@@ -12,15 +11,14 @@ set -euo pipefail
 
 what="${1:-csi}"
 flags='-s -w'
-# Not inlined, a program takes two thirds of the time to build. Those that are measured are not built so.
+# Not inlined, a program takes two thirds of the time to build. The one that measures is not built so.
 compiler=(-gcflags 'all=-l -dwarf=false')
 verb=(build)
 case "$what" in
 csi)
     module="$E2E_DIR/tools"
-    compiler=()
     sources=("$module"/*/*.go)
-    packages=(./csictl ./testregistry ./benchreader ./credentialprovider github.com/kubernetes-csi/csi-test/v5/cmd/csi-sanity)
+    packages=(./csictl ./testregistry ./credentialprovider github.com/kubernetes-csi/csi-test/v5/cmd/csi-sanity)
     about="csi-sanity, csictl, testregistry, benchreader and credentialprovider (Go, once; a minute or two)"
     ;;
 kubernetes)
@@ -29,6 +27,7 @@ kubernetes)
     packages=(
         k8s.io/kubernetes/cmd/{kube-apiserver,kube-controller-manager,kube-scheduler,kubelet,kubectl}
         helm.sh/helm/v4/cmd/helm sigs.k8s.io/controller-tools/cmd/controller-gen ./csi-node-driver-registrar ./livenessprobe
+        github.com/kubernetes-csi/external-provisioner/v6/cmd/csi-provisioner
     )
     version="$(sed -n 's|^\tk8s.io/kubernetes v\([0-9.]*\).*|\1|p' "$module/go.mod")"
     # Without these it calls itself v0.0.0, and Helm and kubelet refuse to work with it.
@@ -36,13 +35,6 @@ kubernetes)
         flags+=" -X $it.gitVersion=v$version -X $it.gitMajor=1 -X $it.gitMinor=$(cut -d. -f2 <<<"$version")"
     done
     about="Kubernetes $version and Helm (Go, once; about five minutes on two idle cores)"
-    ;;
-provisioner)
-    # A module of its own: it wants another Kubernetes than the cluster's.
-    module="$E2E_DIR/tools/provisioner"
-    sources=()
-    packages=(github.com/kubernetes-csi/external-provisioner/v6/cmd/csi-provisioner)
-    about="csi-provisioner (Go, once; a minute or two on two idle cores)"
     ;;
 s3)
     module="$E2E_DIR/tools/s3"
@@ -57,7 +49,7 @@ storage)
     verb=(test -c)
     about="Kubernetes' tests of CSI drivers (Go, once; about three minutes on two idle cores)"
     ;;
-*) die "usage: tools.sh [csi|kubernetes|provisioner|s3|storage]" ;;
+*) die "usage: tools.sh [csi|kubernetes|s3|storage]" ;;
 esac
 
 key="$(cat "$0" "$module"/go.mod "$module"/go.sum "${sources[@]}" | sha256sum | cut -c1-12)"
@@ -74,8 +66,11 @@ if [ ! -d "$out" ]; then
     new="$(mktemp -d "$CLIP_E2E_CACHE/tools.XXXXXX")"
     trap 'rm -rf "$new"' EXIT
     # -mod=readonly: go.mod and go.sum are the pin, a build never changes them.
-    (cd "$module" && CGO_ENABLED=0 GOTOOLCHAIN=auto GOFLAGS=-mod=readonly go "${verb[@]}" -trimpath -buildvcs=false \
-        "${compiler[@]}" -ldflags "$flags" -o "$new/" "${packages[@]}"
+    export CGO_ENABLED=0 GOTOOLCHAIN=auto GOFLAGS=-mod=readonly
+    (cd "$module" && go "${verb[@]}" -trimpath -buildvcs=false "${compiler[@]}" -ldflags "$flags" -o "$new/" "${packages[@]}"
+        if [ "$what" = csi ]; then
+            go build -trimpath -buildvcs=false -ldflags "$flags" -o "$new/" ./benchreader
+        fi
         if [ "$what" = kubernetes ]; then
             "$new/controller-gen" crd paths=github.com/prometheus-operator/prometheus-operator/pkg/apis/monitoring/v1 "output:crd:dir=$new/crds"
             rm "$new/controller-gen"

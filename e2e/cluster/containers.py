@@ -62,10 +62,10 @@ def shell(_directory: pathlib.Path) -> tuple[Tar, dict]:
     return layer, {"Cmd": ["/bin/sh"], "Env": ["PATH=/bin"]}
 
 
-def sidecar(program: str, tools_of: str = "kubernetes"):
+def sidecar(program: str):
     def build(_directory: pathlib.Path) -> tuple[Tar, dict]:
         layer = Tar()
-        layer.file(program, (tools(tools_of) / program).read_bytes(), mode=0o755)
+        layer.file(program, (tools() / program).read_bytes(), mode=0o755)
         return layer, {"Entrypoint": [f"/{program}"]}
     return build
 
@@ -76,7 +76,7 @@ IMAGES = {
     "shell:1": shell,
     "sig-storage/csi-node-driver-registrar:v2.17.0": sidecar("csi-node-driver-registrar"),
     "sig-storage/livenessprobe:v2.19.0": sidecar("livenessprobe"),
-    "sig-storage/csi-provisioner:v6.4.0": sidecar("csi-provisioner", "provisioner"),
+    "sig-storage/csi-provisioner:v6.3.0": sidecar("csi-provisioner"),
 }
 
 
