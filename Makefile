@@ -87,22 +87,23 @@ e2e: ## End-to-end tests alone (root; CASES=name,name or E2E="-k NAME" picks som
 	$(MAKE) install
 	[ -n "$(CASES)$(E2E)" ] || $(MAKE) builds &
 	cargo fetch --quiet --locked
-	nice ./e2e/tools.sh >/dev/null
+	nice -n 5 ./e2e/tools.sh >/dev/null
 	# What is tested is what ships: the programs of the project's image, unless others are named.
 	CLIP_CSI_BIN="$${CLIP_CSI_BIN:-$$(python3 e2e/cluster/project_image.py --programs | tail -n 1)/clip-csi}" python3 e2e/run.py --cases "$(CASES)" $(E2E)
 
-# It takes longest, and needs Go alone: where that is, before anything is installed.
+# It needs Go alone: where that is, before anything is installed.
 kubernetes:
-	@! command -v go >/dev/null || ./e2e/tools.sh kubernetes >/dev/null
+	@! command -v go >/dev/null || nice ./e2e/tools.sh kubernetes >/dev/null
 
-# All that is built for the end-to-end tests. What all cases wait for is not niced: whoever comes second waits and finds it.
+# All that is built for the end-to-end tests; whoever comes second waits and finds it. The project's image goes first, because its end, linking,
+# leaves a core idle for the rest; then what the cases without a cluster want, and then the cluster.
 builds:
 	@trap 'wait' EXIT
 	cargo fetch --quiet --locked
 	python3 e2e/cluster/project_image.py >/dev/null & image=$$!
-	./e2e/tools.sh kubernetes >/dev/null & kubernetes=$$!
-	nice ./e2e/tools.sh csi >/dev/null
-	nice python3 e2e/images.py build
+	nice ./e2e/tools.sh kubernetes >/dev/null & kubernetes=$$!
+	nice -n 5 ./e2e/tools.sh csi >/dev/null
+	nice -n 5 python3 e2e/images.py build
 	wait $$image
 	wait $$kubernetes
 	nice ./e2e/tools.sh s3 >/dev/null

@@ -12,11 +12,13 @@ from cluster.release import secret
 from harness import driver, process, testregistry
 from harness.process import say
 
-N1 = NODES[0]
+N1, N2 = NODES[:2]
 OURS, THEIRS = "rights-ours", "rights-theirs"
 AUDIENCE = "registry.example"
 # A registry that only a hosts.toml knows how to reach.
 MIRRORED = "mirrored.example"
+# The keys of layers' content in the remote content cache.
+CHUNKS = "clip:*:o:*"
 
 
 class Rights(ClusterCase):
@@ -25,9 +27,9 @@ class Rights(ClusterCase):
     def setUp(self):
         super().setUp()
         self.release = self.env.release()
-        self.image = images.get("small")
         plane = self.cluster.plane.machine
-        self.registry = testregistry.TestRegistry(self.work, {"e2e/small": self.image.layout.directory}, where=plane, port=int(PRIVATE_REGISTRY.rpartition(":")[2]))
+        layouts = {f"e2e/{name}": images.get(name).layout.directory for name in ("small", "demo1")}
+        self.registry = testregistry.TestRegistry(self.work, layouts, where=plane, port=int(PRIVATE_REGISTRY.rpartition(":")[2]))
         self.addCleanup(self.registry.stop)
         self.reference = f"{PRIVATE_REGISTRY}/e2e/small:{images.TAG}"
         for namespace in (OURS, THEIRS):
@@ -68,20 +70,19 @@ class Rights(ClusterCase):
         self.release.has_rights = True
         say(f"the driver had its new values after {time.monotonic() - begin:.1f} s")
 
-    def lets_in(self, *users: str) -> None:
-        self.registry.set(users={f"{user}:hunter2": ["e2e/small"] for user in users})
+    def lets_in(self, *users: str, **settings) -> None:
+        self.registry.set(users={f"{user}:hunter2": ["e2e/small", "e2e/demo1"] for user in users}, **settings)
 
     def secret_of(self, user: str, namespace: str) -> dict:
         it = secret("pull", namespace, **{".dockerconfigjson": docker_config(PRIVATE_REGISTRY, user, "hunter2")})
         return {**it, "type": "kubernetes.io/dockerconfigjson"}
 
     def start(self, name: str, namespace: str, **settings) -> None:
-        it = pod(name, node=N1, **{"image": self.reference, **settings})
+        it = pod(name, **{"node": N1, "image": self.reference, **settings})
         it["metadata"]["namespace"] = namespace
         self.create(it)
 
-    def starts(self, name: str, namespace: str) -> None:
-        """The pod becomes ready and reads its volume."""
+    def becomes_ready(self, name: str, namespace: str) -> None:
         def ready():
             time.sleep(0.3)
             return condition(self.cluster.get(f"api/v1/namespaces/{namespace}/pods/{name}"), "Ready")
@@ -89,8 +90,17 @@ class Rights(ClusterCase):
             process.wait_until(ready, f"pod {name} to be ready", 90)
         except process.Failed as error:
             self.fail(f"{error}\n{self.kubectl('describe', 'pod', name, '--namespace', namespace).stdout}{self.release.logs(N1)}")
+
+    def starts(self, name: str, namespace: str) -> None:
+        """The pod becomes ready and reads its volume."""
+        self.becomes_ready(name, namespace)
         read = self.kubectl("exec", name, "--namespace", namespace, "--", "cat", "/mnt/hello").stdout
         self.assertEqual(read, "hello\n")
+
+    def checksum(self, name: str, namespace: str) -> str:
+        """That of all the files that the pod's volume has."""
+        read = "cd /mnt && find . -type f | sort | tr '\\n' '\\0' | xargs -0 cat | sha256sum"
+        return self.kubectl("exec", name, "--namespace", namespace, "--", "sh", "-c", read).stdout
 
     def is_refused(self, name: str, namespace: str, *words: str) -> None:
         """The pod does not start, and its events say why."""
@@ -141,3 +151,27 @@ class Rights(ClusterCase):
         self.start("mirrored", OURS, image=f"{MIRRORED}/e2e/small:{images.TAG}")
         self.starts("mirrored", OURS)
         self.assertIn("mirror failed, passing it over", self.release.logs(N1, 200))
+
+    def test_expired_token(self):
+        """Tokens live for a second, and nothing is read before the pod's first one has ended: reading asks for another, and the pod hears nothing of it."""
+        self.lets_in("friend", token_seconds=1)
+        self.create(self.secret_of("friend", OURS))
+        self.release.empty_all()
+        demo = {"image": f"{PRIVATE_REGISTRY}/e2e/demo1:{images.TAG}", "secret": "pull"}
+        uploaded = self.metric(N2, "remote_uploads_total", outcome="ok")
+        self.start("filled", OURS, node=N2, **demo)
+        self.becomes_ready("filled", OURS)
+        right = self.checksum("filled", OURS)
+        process.wait_until(lambda: time.sleep(0.3) or self.metric(N2, "remote_uploads_total", outcome="ok") > uploaded, "the upload of the layer", 60)
+        # The index stays, so that the next node mounts at once; all content has to come from the registry.
+        self.cluster.redis.command("EVAL", "for _, key in ipairs(redis.call('KEYS', ARGV[1])) do redis.call('DEL', key) end", "0", CHUNKS)
+        self.start("reads", OURS, attributes={"prefetch": "none"}, **demo)
+        self.becomes_ready("reads", OURS)
+        time.sleep(1.5)
+        self.registry.reset()
+        self.assertEqual(self.checksum("reads", OURS), right)
+        sent = self.registry.total().bytes_sent
+        say(f"{sent / 1e6:.1f} MB came from the registry after the first token had ended")
+        self.assertGreater(sent, 5_000_000)
+        warnings = self.cluster.get(f"api/v1/namespaces/{OURS}/events", fieldSelector="involvedObject.name=reads,type=Warning")["items"]
+        self.assertEqual([it["message"] for it in warnings], [])

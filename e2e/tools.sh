@@ -52,7 +52,8 @@ storage)
 *) die "usage: tools.sh [csi|kubernetes|s3|storage]" ;;
 esac
 
-key="$(cat "$0" "$module"/go.mod "$module"/go.sum "${sources[@]}" | sha256sum | cut -c1-12)"
+# What is built of what; the number is raised when how that is done changes below.
+key="$({ echo 1 "$flags" "${compiler[@]}" "${packages[@]}"; cat "$module"/go.mod "$module"/go.sum "${sources[@]}"; } | sha256sum | cut -c1-12)"
 out="$CLIP_E2E_CACHE/tools-$what-$key"
 # Two runs do not build the same: the second one waits, and finds it. The lock ends with this process.
 exec 9>"$CLIP_E2E_CACHE/tools-$what.lock"

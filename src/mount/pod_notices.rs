@@ -6,6 +6,7 @@
 
 use std::{
     collections::HashMap,
+    path::Path,
     sync::Mutex,
     time::{Duration, Instant},
 };
@@ -13,6 +14,7 @@ use std::{
 use serde::{Deserialize, Serialize};
 
 use super::{PodInfo, lock};
+use crate::digest::ManifestDigest;
 
 /// Notices that wait, at most; of more, the latest are of no use. A node holds 110 pods by default.
 const MAX_WAITING: usize = 128;
@@ -77,6 +79,15 @@ impl PodNotices {
             reason,
             message,
         });
+    }
+
+    /// Adds that the mount of an image is dead.
+    pub(super) fn add_dead(&self, pod: &PodRef, manifest: ManifestDigest, target: &Path) {
+        let message = format!(
+            "the mount of image {manifest} at {} is dead, and every access to it fails: delete the pod, so that it is made anew",
+            target.display()
+        );
+        self.add(pod, "VolumeDead", message);
     }
 
     /// Takes all.

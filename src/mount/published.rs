@@ -25,11 +25,10 @@ pub(super) struct Published {
     pub(super) asked: Asked,
 }
 
-/// What a publication was asked for with, as far as this process knows: nothing of one that a former
-/// process made.
-#[derive(Debug, Clone, Default)]
+/// What a publication was asked for with, as far as this process knows.
+#[derive(Debug, Clone)]
 pub(super) struct Asked {
-    /// Its rights ([`ImageRequest::work`]).
+    /// Its rights ([`ImageRequest::work`]); not those of one that a former process made.
     pub(super) work: Option<[u8; 32]>,
     /// Whose it is.
     pub(super) pod: Option<PodRef>,

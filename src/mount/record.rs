@@ -1,6 +1,6 @@
 //! Remembers what is published, across restarts: one small JSON file per volume and target.
 //!
-//! Layout: `<state-dir>/volumes/<publication>.json`, version 2 (version 1 is read, too), written whole or not at all. A file that
+//! Layout: `<state-dir>/volumes/<publication>.json`, version 3 (those before are read, too), written whole or not at all. A file that
 //! cannot be read is renamed to `….json.bad`, once, and stands in nobody's way: unpublish knows
 //! the driver's mounts without it.
 
@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use tracing::warn;
 
 use super::{
-    Device, MountError, TargetPath, Usage, VolumeId,
+    Device, MountError, PodRef, TargetPath, Usage, VolumeId,
     target::{PublicationId, remove},
 };
 use crate::{
@@ -23,8 +23,8 @@ use crate::{
     disk,
 };
 
-/// The format that is written. Version 1 had neither `usage` nor `written_over`.
-const RECORD_VERSION: u32 = 2;
+/// The format that is written. Version 1 had neither `usage` nor `written_over`, version 2 no `pod`.
+const RECORD_VERSION: u32 = 3;
 
 /// The oldest format that is read.
 const OLDEST_VERSION: u32 = 1;
@@ -69,6 +69,8 @@ pub struct VolumeRecord {
     pub usage: Option<Usage>,
     /// What lies below the layer that can be written, if there is one.
     pub written_over: Option<WrittenOver>,
+    /// Whose it is, if kubelet has said so.
+    pub pod: Option<PodRef>,
 }
 
 /// The source mount below a layer that can be written: the volume is alive for as long as that is.
@@ -95,6 +97,8 @@ struct Wire {
     usage: Option<Usage>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     written_over: Option<WrittenOver>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pod: Option<PodRef>,
 }
 
 impl From<Device> for WrittenOver {
@@ -135,6 +139,7 @@ impl VolumeRecord {
             attributes: from_hex(&wire.attributes).ok_or(field("attributes"))?,
             usage: wire.usage,
             written_over: wire.written_over,
+            pod: wire.pod,
         })
     }
 
@@ -152,6 +157,7 @@ impl VolumeRecord {
             attributes: to_hex(&self.attributes),
             usage: self.usage,
             written_over: self.written_over,
+            pod: self.pod.clone(),
         })?;
         content.push(b'\n');
         Ok(content)
@@ -302,10 +308,13 @@ fn put_aside(path: &Path, err: &RecordError) {
 mod tests {
     use super::*;
 
-    /// The bytes of version 2: a change of them is a new version.
-    const GOLDEN: &str = "{\"version\":2,\"volume_id\":\"csi-1\",\"target_path\":\"/pods/a b/mount\",\"image\":\"registry.example/app:1\",\"manifest\":\"sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855\",\"attributes\":\"0707070707070707070707070707070707070707070707070707070707070707\",\"usage\":{\"bytes\":5,\"inodes\":2},\"written_over\":{\"major\":0,\"minor\":53}}\n";
+    /// The bytes of version 3: a change of them is a new version.
+    const GOLDEN: &str = "{\"version\":3,\"volume_id\":\"csi-1\",\"target_path\":\"/pods/a b/mount\",\"image\":\"registry.example/app:1\",\"manifest\":\"sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855\",\"attributes\":\"0707070707070707070707070707070707070707070707070707070707070707\",\"usage\":{\"bytes\":5,\"inodes\":2},\"written_over\":{\"major\":0,\"minor\":53},\"pod\":{\"namespace\":\"team\",\"name\":\"web-0\",\"uid\":\"u1\"}}\n";
 
-    /// The end of the bytes of version 1.
+    /// What version 2 did not have.
+    const POD: &str = ",\"pod\":{\"namespace\":\"team\",\"name\":\"web-0\",\"uid\":\"u1\"}";
+
+    /// What version 1 did not have, either.
     const MORE: &str =
         ",\"usage\":{\"bytes\":5,\"inodes\":2},\"written_over\":{\"major\":0,\"minor\":53}";
 
@@ -324,23 +333,36 @@ mod tests {
                 major: 0,
                 minor: 53,
             }),
+            pod: Some(PodRef {
+                namespace: "team".to_owned(),
+                name: "web-0".to_owned(),
+                uid: "u1".to_owned(),
+            }),
         }
     }
 
     #[test]
-    fn golden_bytes_of_both_versions() {
+    fn golden_bytes_of_all_versions() {
         assert_eq!(
             String::from_utf8(record().encode().unwrap()).unwrap(),
             GOLDEN
         );
         assert_eq!(VolumeRecord::parse(GOLDEN.as_bytes()).unwrap(), record());
-        let first = GOLDEN
+        let second = GOLDEN
+            .replace(POD, "")
+            .replace("\"version\":3", "\"version\":2");
+        let known = VolumeRecord {
+            pod: None,
+            ..record()
+        };
+        assert_eq!(VolumeRecord::parse(second.as_bytes()).unwrap(), known);
+        let first = second
             .replace(MORE, "")
             .replace("\"version\":2", "\"version\":1");
         let known = VolumeRecord {
             usage: None,
             written_over: None,
-            ..record()
+            ..known
         };
         assert_eq!(VolumeRecord::parse(first.as_bytes()).unwrap(), known);
     }
@@ -349,13 +371,13 @@ mod tests {
     fn what_is_not_a_record_is_told_why() {
         for (from, to, want) in [
             (
-                "\"version\":2",
-                "\"version\":3,\"new\":0",
-                "record version 3, this release reads 1 to 2",
+                "\"version\":3",
+                "\"version\":4,\"new\":0",
+                "record version 4, this release reads 1 to 3",
             ),
             (
-                "\"version\":2",
-                "\"version\":2,\"new\":0",
+                "\"version\":3",
+                "\"version\":3,\"new\":0",
                 "not a volume record",
             ),
             ("\"csi-1\"", "\"\"", "field volume_id is malformed"),

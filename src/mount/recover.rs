@@ -13,6 +13,7 @@ use tracing::info;
 use super::{
     ImageMounter, MountError, MountTable, MountTableConfig, VolumeRecord,
     dead::DeadVolumes,
+    pod_notices::PodNotices,
     published::{Asked, Published},
     record::Records,
     sources::{self, Sources},
@@ -81,7 +82,8 @@ impl MountTable {
         let swept = records
             .sweep()
             .map_err(|err| MountError::system("reading records in", &volumes_dir, err))?;
-        let (live, dead) = sort_volumes(&swept.kept, &sources)?;
+        let notices = PodNotices::default();
+        let (live, dead) = sort_volumes(&swept.kept, &sources, &notices)?;
         let recovered = Recovered {
             volumes: swept.kept.len(),
             dead_volumes: dead.len(),
@@ -104,6 +106,7 @@ impl MountTable {
             records,
             live,
             dead: DeadVolumes::new(dead, metrics.dead_volumes.clone()),
+            notices,
             lock,
         };
         let table = Self::new(config, mounter, recovery, metrics.volumes.clone());
@@ -115,11 +118,12 @@ impl MountTable {
 pub(super) type LiveVolumes = Vec<(PublicationId, Published)>;
 
 /// Sorts the volumes of `records` whose target still has a mount: those whose source is served, with
-/// where they are, and those whose mount is dead. After a reboot there is no mount, and the volume is
+/// where they are, and those whose mount is dead, which their pods are told. After a reboot there is no mount, and the volume is
 /// merely not published.
 fn sort_volumes(
     records: &[VolumeRecord],
     sources: &Sources,
+    notices: &PodNotices,
 ) -> Result<(LiveVolumes, Vec<PublicationId>), MountError> {
     let info = mounts()?;
     let (mut live, mut dead) = (Vec::new(), Vec::new());
@@ -136,8 +140,15 @@ fn sort_volumes(
             None => Some(seen.device),
         };
         if source.is_some_and(|it| sources.rejoin(record.manifest, it, id)) {
-            live.push((id, Published::of(record, path, Asked::default())));
+            let asked = Asked {
+                work: None,
+                pod: record.pod.clone(),
+            };
+            live.push((id, Published::of(record, path, asked)));
         } else {
+            if let Some(pod) = &record.pod {
+                notices.add_dead(pod, record.manifest, &path);
+            }
             dead.push(id);
         }
     }

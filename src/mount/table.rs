@@ -101,6 +101,8 @@ pub(super) struct Recovery {
     /// Volumes whose mounts have survived.
     pub(super) live: LiveVolumes,
     pub(super) dead: DeadVolumes,
+    /// What the pods of these should be told.
+    pub(super) notices: PodNotices,
     /// Keeps another process off the directory.
     pub(super) lock: File,
 }
@@ -126,6 +128,7 @@ impl MountTable {
             records,
             live,
             dead,
+            notices,
             lock,
         } = recovery;
         gauge.set(i64::try_from(live.len()).unwrap_or(i64::MAX));
@@ -139,7 +142,7 @@ impl MountTable {
                 published: Mutex::new(live.into_iter().collect()),
                 gauge,
                 dead,
-                notices: PodNotices::default(),
+                notices,
                 _lock: lock,
             }),
         }
@@ -164,12 +167,7 @@ impl MountTable {
             }
             n_dead += 1;
             if let Some(pod) = &it.asked.pod {
-                let message = format!(
-                    "the mount of image {} at {} is dead, and every access to it fails: delete the pod, so that it is made anew",
-                    it.manifest,
-                    it.path.display()
-                );
-                self.inner.notices.add(pod, "VolumeDead", message);
+                self.inner.notices.add_dead(pod, it.manifest, &it.path);
             }
         }
         self.inner.dead.set_own(n_dead);
@@ -221,6 +219,7 @@ impl MountTable {
             attributes: image.attributes(&view),
             usage: None,
             written_over: None,
+            pod: image.pod.as_deref().map(PodRef::from),
         };
         let (inner, wanted) = (Arc::clone(&self.inner), record.clone());
         match on_blocking_pool(move || inner.examine(&wanted, sharing)).await? {
@@ -234,7 +233,7 @@ impl MountTable {
         let patience = self.inner.config.prepare_wait;
         let asked = Asked {
             work: Some(image.work()),
-            pod: image.pod.as_deref().map(PodRef::from),
+            pod: record.pod.clone(),
         };
         let when_slow = |progress: String| {
             if let Some(pod) = &asked.pod {

@@ -52,7 +52,8 @@ pub struct RemoteConfig {
     pub kind: RemoteKind,
     /// The directory, for `dir`.
     pub path: Option<PathBuf>,
-    /// The server, for `redis`: `redis://[user[:password]@]host[:port][/db]`.
+    /// The server, for `redis`: `redis://[user[:password]@]host[:port][/db]`; or some of a cluster's:
+    /// `redis-cluster://[user[:password]@]host[:port][,host[:port]]…`.
     #[serde(deserialize_with = "secret")]
     pub url: Option<Secret<String>>,
     /// A file with the password, for `redis`, instead of one in the URL.
@@ -145,8 +146,8 @@ pub enum RemoteConfigError {
     },
     /// The URL cannot be used. It is not quoted, because it may hold a password.
     #[error(
-        "remote.url is malformed: it must be redis://[user[:password]@]host[:port][/db] or \
-         unix:///path (TLS, rediss://, is not supported)"
+        "remote.url is malformed: it must be redis://[user[:password]@]host[:port][/db], \
+         redis-cluster://[user[:password]@]host[:port][,host[:port]]... or unix:///path (TLS, rediss://, is not supported)"
     )]
     Url,
     /// A setting of S3 cannot work.

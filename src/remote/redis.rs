@@ -1,7 +1,8 @@
-//! Keeps values in Redis or Valkey: one server, one multiplexed connection, made when first needed.
+//! Keeps values in Redis or Valkey, one server or a cluster: one multiplexed connection to each, made when first needed.
 //!
 //! Chunks expire; manifests and indices do not, so that `maxmemory-policy volatile-lfu` evicts
-//! chunks only. Values are put on a connection of their own (`values`). Commands used: `GETRANGE`, `STRLEN`, `EXISTS`, `SET`, `DEL`, for leases `EVAL` with
+//! chunks only. Values are put on a connection of their own (`values`), except in a cluster, where redis-rs alone knows whom
+//! to send them to. Commands used: `GETRANGE`, `STRLEN`, `EXISTS`, `SET`, `DEL`, for leases `EVAL` with
 //! `GET`, `SET`, `PTTL` and `DEL`, and what opens a connection (`HELLO`, `AUTH`, `SELECT`).
 //!
 //! # Cancellation
@@ -9,6 +10,7 @@
 //! has its reply thrown away there. After a timeout the connection is replaced, so that a server
 //! that hangs does not pile up requests.
 
+mod servers;
 mod values;
 
 use std::{
@@ -16,10 +18,7 @@ use std::{
     time::Duration,
 };
 
-use ::redis::{
-    AsyncConnectionConfig, Client, Cmd, ErrorKind, FromRedisValue, IntoConnectionInfo, RedisError,
-    aio::MultiplexedConnection,
-};
+use ::redis::{Client, Cmd, ErrorKind, FromRedisValue, RedisError};
 use bytes::Bytes;
 use tokio::time::{Instant, timeout};
 
@@ -29,6 +28,7 @@ use crate::{
 };
 
 use super::{config::RemoteConfigError, gate::time_for};
+use servers::{Handle, Servers};
 use values::{Line, Refused};
 
 /// A value that may be longer than this is measured before it is fetched: to give it the time that
@@ -65,7 +65,7 @@ pub struct RedisOptions {
 
 /// A remote content cache in Redis or Valkey.
 pub struct RedisCache {
-    client: Client,
+    servers: Servers,
     options: RedisOptions,
     /// std Mutex: held to copy or replace a handle, never across an await.
     slot: Mutex<Slot>,
@@ -87,7 +87,7 @@ struct Slot {
 #[derive(Clone)]
 struct Connection {
     number: u64,
-    handle: MultiplexedConnection,
+    handle: Handle,
 }
 
 impl std::fmt::Debug for RedisCache {
@@ -101,7 +101,8 @@ impl std::fmt::Debug for RedisCache {
 }
 
 impl RedisCache {
-    /// Wraps the server at `url`: `redis://[user[:password]@]host[:port][/db]`, or `unix:///path`.
+    /// Wraps the server at `url`: `redis://[user[:password]@]host[:port][/db]`, or `unix:///path`; or the cluster that
+    /// `redis-cluster://[user[:password]@]host[:port][,host[:port]]…` names some servers of.
     ///
     /// `password` replaces the one in the URL. Does no I/O: a server that is down is found out by
     /// the first request.
@@ -113,16 +114,8 @@ impl RedisCache {
         password: Option<&Secret<String>>,
         options: RedisOptions,
     ) -> Result<Self, RemoteConfigError> {
-        // The cause is dropped, because it may quote the URL with its password.
-        let parsed = url.expose().as_str().into_connection_info();
-        let mut info = parsed.map_err(|_| RemoteConfigError::Url)?;
-        if let Some(password) = password {
-            let settings = info.redis_settings().clone();
-            info = info.set_redis_settings(settings.set_password(password.expose()));
-        }
-        let client = Client::open(info).map_err(|_| RemoteConfigError::Url)?;
         Ok(Self {
-            client,
+            servers: Servers::parse(url, password)?,
             options,
             slot: Mutex::default(),
             connecting: tokio::sync::Mutex::new(()),
@@ -131,7 +124,7 @@ impl RedisCache {
     }
 
     fn address(&self) -> String {
-        self.client.get_connection_info().addr().to_string()
+        self.servers.address()
     }
 
     fn slot(&self) -> MutexGuard<'_, Slot> {
@@ -169,14 +162,7 @@ impl RedisCache {
             }
         }
         let after = self.options.connect_timeout;
-        // redis-rs' own timeouts are off: ours cover the login as well.
-        let config = AsyncConnectionConfig::new()
-            .set_connection_timeout(None)
-            .set_response_timeout(None);
-        let made = self
-            .client
-            .get_multiplexed_async_connection_with_config(&config);
-        let made = match timeout(after, made).await {
+        let made = match timeout(after, self.servers.connect()).await {
             Ok(made) => made.map_err(|error| self.unavailable(&error)),
             Err(_) => Err(TierError::Timeout { after }),
         };
@@ -247,6 +233,7 @@ impl RedisCache {
                 key,
                 reason: "not a string".to_owned(),
             },
+            Some("OOM") => self.full(&error.to_string()),
             _ => TierError::Io {
                 reason: format!("{} answered: {error}", self.address()),
             },
@@ -255,14 +242,31 @@ impl RedisCache {
 
     /// Puts a value. A connection that turns out to be broken is replaced once, as in
     /// [`request`](Self::request).
-    async fn put_value(&self, words: &[&[u8]], bytes: usize) -> Result<(), TierError> {
+    async fn put_value(
+        &self,
+        key: CacheKey,
+        words: &[&[u8]],
+        bytes: usize,
+    ) -> Result<(), TierError> {
+        let client = match &self.servers {
+            Servers::One(client) => client,
+            Servers::Cluster { .. } => {
+                let mut command = Cmd::with_capacity(words.len(), bytes);
+                for word in words {
+                    command.arg(*word);
+                }
+                // One at a time, as below: a value is held three times meanwhile.
+                let _line = self.line.lock().await;
+                return self.request(key, &command, bytes).await;
+            }
+        };
         let after = time_for(self.options.request_timeout, bytes);
         let mut slot = self.line.lock().await;
         loop {
             // Whatever ends this early leaves no line in the middle of a command.
             let (mut line, fresh) = match slot.take() {
                 Some(line) => (line, false),
-                None => (self.new_line().await?, true),
+                None => (self.new_line(client).await?, true),
             };
             match timeout(after, line.call(words)).await {
                 Ok(Ok(answer)) => {
@@ -279,12 +283,12 @@ impl RedisCache {
         }
     }
 
-    async fn new_line(&self) -> Result<Line, TierError> {
+    async fn new_line(&self, client: &Client) -> Result<Line, TierError> {
         let after = self.options.connect_timeout;
         let unavailable = |what: String| TierError::Unavailable {
             reason: format!("{}: {what}", self.address()),
         };
-        match timeout(after, Line::connect(self.client.get_connection_info())).await {
+        match timeout(after, Line::connect(client.get_connection_info())).await {
             Ok(Ok(Ok(line))) => Ok(line),
             Ok(Ok(Err(Refused(reason)))) => Err(unavailable(format!(
                 "{reason} (check the user and the password file)"
@@ -297,12 +301,19 @@ impl RedisCache {
     /// Converts what the server answers to a value that it does not take.
     fn refused(&self, Refused(reason): &Refused) -> TierError {
         match reason.starts_with("OOM ") {
-            true => TierError::Full {
-                reason: format!("{reason} (raise maxmemory or set an eviction policy)"),
-            },
+            true => self.full(reason),
             false => TierError::Io {
                 reason: format!("{} answered: {reason}", self.address()),
             },
+        }
+    }
+
+    fn full(&self, reason: &str) -> TierError {
+        TierError::Full {
+            reason: format!(
+                "{}: {reason} (raise maxmemory or set an eviction policy)",
+                self.address()
+            ),
         }
     }
 
@@ -382,7 +393,7 @@ impl LayerCache for RedisCache {
             if let Some(seconds) = &expires {
                 words.extend([&b"EX"[..], seconds.as_bytes()]);
             }
-            self.put_value(&words, value.len()).await
+            self.put_value(key, &words, value.len()).await
         })
     }
 
@@ -440,14 +451,19 @@ mod tests {
 
     #[test]
     fn no_password_is_printed() {
-        let url = Secret::new("redis://user:hunter2@127.0.0.1:1/3".to_owned());
         let other = Secret::new("swordfish".to_owned());
-        for password in [None, Some(&other)] {
-            let cache = RedisCache::connect(&url, password, options()).unwrap();
-            let shown = format!("{cache:?}");
-            assert!(shown.contains("127.0.0.1:1"), "{shown}");
-            assert!(!shown.contains("hunter2"), "{shown}");
-            assert!(!shown.contains("swordfish"), "{shown}");
+        for url in [
+            "redis://user:hunter2@127.0.0.1:1/3",
+            "redis-cluster://user:hunter2@127.0.0.1:1,127.0.0.2:2",
+        ] {
+            for password in [None, Some(&other)] {
+                let url = Secret::new(url.to_owned());
+                let cache = RedisCache::connect(&url, password, options()).unwrap();
+                let shown = format!("{cache:?}");
+                assert!(shown.contains("127.0.0.1:1"), "{shown}");
+                assert!(!shown.contains("hunter2"), "{shown}");
+                assert!(!shown.contains("swordfish"), "{shown}");
+            }
         }
     }
 
@@ -459,6 +475,9 @@ mod tests {
             "http://127.0.0.1/hunter2",
             "redis://user:hunter2@/notadb",
             "rediss://user:hunter2@127.0.0.1:6379",
+            "redis-cluster://",
+            "redis-cluster://user:hunter2@127.0.0.1:1,",
+            "redis-cluster://user:hunter2@127.0.0.1:1/1",
         ] {
             let refused = RedisCache::connect(&Secret::new(url.to_owned()), None, options());
             let error = refused.unwrap_err().to_string();

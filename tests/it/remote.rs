@@ -10,6 +10,7 @@ mod conformance;
 mod content;
 mod fixture;
 mod lease;
+mod redis_cluster;
 mod redis_engine;
 mod s3_engine;
 mod servers;

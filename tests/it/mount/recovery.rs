@@ -7,13 +7,14 @@ use std::{
 use clip_csi::{
     disk,
     metrics::Metrics,
-    mount::{MountError, MountInfo, MountTable, Recovered, SOURCE_NAME},
+    mount::{MountError, MountInfo, MountTable, PodInfo, PodRef, Recovered, SOURCE_NAME},
+    secret::Secret,
 };
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use tokio::time::timeout;
 
 use super::{World, device_at, image_at, not_found, unavailable};
-use crate::mount_fixture::{FakeMounter, Scratch, skip_without_mounts};
+use crate::mount_fixture::{FakeMounter, Scratch, publish_request, skip_without_mounts};
 
 #[tokio::test]
 async fn a_source_that_died_is_replaced_when_the_volume_is_published_again() {
@@ -161,6 +162,36 @@ async fn after_a_crash_sources_are_cleared_and_volumes_can_be_unpublished_or_pub
     world.unpublish("v1", &again).await;
     fs::remove_file(volumes.join("broken.json.bad")).unwrap();
     world.assert_nothing_is_left(&again);
+}
+
+#[tokio::test]
+async fn a_pod_whose_volume_has_died_with_a_former_process_is_told_so() {
+    skip_without_mounts!("mount: notices after a crash");
+    let world = World::new();
+    let (known, unknown) = (world.scratch.target("known"), world.scratch.target("not"));
+    let mut request = publish_request("v1", &known, "app");
+    request.image.pod = Some(Box::new(PodInfo {
+        namespace: "team".to_owned(),
+        name: "web-0".to_owned(),
+        uid: "uid-1".to_owned(),
+        service_account: "default".to_owned(),
+        tokens: Secret::new(String::new()),
+    }));
+    world.table.publish(request).await.unwrap();
+    world.publish("v2", &unknown, "app").await.unwrap();
+
+    let (world, recovered) = world.crash_and_recover();
+    assert_eq!(recovered.dead_volumes, 2);
+    let told = world.table.take_pod_notices();
+    let pod = PodRef {
+        namespace: "team".to_owned(),
+        name: "web-0".to_owned(),
+        uid: "uid-1".to_owned(),
+    };
+    assert_eq!(told.len(), 1);
+    assert_eq!((told[0].reason, &told[0].pod), ("VolumeDead", &pod));
+    world.unpublish("v1", &known).await;
+    world.unpublish("v2", &unknown).await;
 }
 
 #[tokio::test]

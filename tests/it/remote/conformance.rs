@@ -16,7 +16,9 @@ use futures_util::future::join_all;
 
 use super::{
     fixture::{Fault, Flaky, PATIENCE, dir_cache},
-    servers::{RedisServer, S3Server, free_port, redis_cache, redis_options, s3_cache},
+    servers::{
+        RedisCluster, RedisServer, S3Server, free_port, redis_cache, redis_options, s3_cache,
+    },
 };
 
 /// Runs the whole kit; each part has a layer of its own.
@@ -316,6 +318,23 @@ async fn redis_conforms_under_faults() {
 }
 
 #[tokio::test]
+async fn redis_cluster_conforms() {
+    if let Some(cluster) = RedisCluster::start("redis_cluster_conforms").await {
+        conforms(&cluster.cache()).await;
+    }
+}
+
+#[tokio::test]
+async fn redis_cluster_conforms_under_faults() {
+    let name = "redis_cluster_conforms_under_faults";
+    let Some(cluster) = RedisCluster::start(name).await else {
+        return;
+    };
+    conforms(&delayed(cluster.cache())).await;
+    failures_change_nothing(cluster.cache()).await;
+}
+
+#[tokio::test]
 async fn s3_conforms() {
     if let Some(server) = S3Server::start("s3_conforms").await {
         conforms(&server.cache()).await;
@@ -361,6 +380,8 @@ async fn a_dead_server_is_unavailable() {
     let port = free_port();
     let redis = redis_cache(&format!("redis://:hunter2@127.0.0.1:{port}"));
     fails_without_a_server(&redis, is_right).await;
+    let cluster = redis_cache(&format!("redis-cluster://:hunter2@127.0.0.1:{port}"));
+    fails_without_a_server(&cluster, is_right).await;
     let s3 = s3_cache(port, "hunter2", PATIENCE);
     fails_without_a_server(&s3, is_right).await;
 }
@@ -379,9 +400,12 @@ async fn a_slow_server_costs_the_time_it_is_given() {
     };
     let url = Secret::new(format!("redis://:hunter2@127.0.0.1:{port}"));
     let redis = RedisCache::connect(&url, None, options).unwrap();
+    let url = Secret::new(format!("redis-cluster://:hunter2@127.0.0.1:{port}"));
+    let cluster = RedisCache::connect(&url, None, options).unwrap();
     let s3 = s3_cache(port, "hunter2", short);
     let started = Instant::now();
     fails_without_a_server(&redis, is_right).await;
+    fails_without_a_server(&cluster, is_right).await;
     fails_without_a_server(&s3, is_right).await;
     assert!(started.elapsed() < PATIENCE);
 }

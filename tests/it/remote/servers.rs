@@ -113,6 +113,74 @@ pub(super) fn free_port() -> u16 {
     listener.local_addr().unwrap().port()
 }
 
+/// Three `redis-server`s that are a cluster, killed at the end.
+pub(super) struct RedisCluster {
+    pub(super) servers: Vec<RedisServer>,
+}
+
+/// The slots of a cluster (redis.io, "Redis cluster specification").
+const N_SLOTS: usize = 16384;
+
+impl RedisCluster {
+    /// Starts a cluster, or says why the test `name` is skipped.
+    pub(super) async fn start(name: &str) -> Option<Self> {
+        let mut servers = Vec::new();
+        for _ in 0..3 {
+            let bus = free_port().to_string();
+            let mut arguments = vec!["--cluster-enabled", "yes", "--cluster-port", &bus];
+            // As the documentation advises: what is not lost is served.
+            arguments.extend(["--cluster-require-full-coverage", "no"]);
+            servers.push((RedisServer::start(name, &arguments).await?, bus));
+        }
+        let (first, bus) = &servers[0];
+        for (at, (server, _)) in servers.iter().enumerate() {
+            let slots = (at * N_SLOTS / 3, (at + 1) * N_SLOTS / 3 - 1);
+            let mut own = redis::cmd("CLUSTER");
+            own.arg("ADDSLOTSRANGE").arg(slots.0).arg(slots.1);
+            own.exec(&mut server.raw()).unwrap();
+            let mut meet = redis::cmd("CLUSTER");
+            meet.arg("MEET").arg("127.0.0.1").arg(first.port).arg(bus);
+            meet.exec(&mut server.raw()).unwrap();
+        }
+        let cluster = Self {
+            servers: servers.into_iter().map(|(server, _)| server).collect(),
+        };
+        cluster.come_together().await;
+        Some(cluster)
+    }
+
+    /// Waits until each server says that all slots are served.
+    pub(super) async fn come_together(&self) {
+        for server in &self.servers {
+            let mut is_ok = false;
+            for _ in 0..1000 {
+                let mut asked = redis::cmd("CLUSTER");
+                let info: String = asked.arg("INFO").query(&mut server.raw()).unwrap();
+                is_ok = info.contains("cluster_state:ok") && info.contains("known_nodes:3");
+                if is_ok {
+                    break;
+                }
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+            assert!(is_ok, "the cluster does not come together");
+        }
+    }
+
+    /// An engine that was told of one server.
+    pub(super) fn cache(&self) -> RedisCache {
+        redis_cache(&format!(
+            "redis-cluster://127.0.0.1:{}",
+            self.servers[1].port
+        ))
+    }
+
+    /// How many keys each server has.
+    pub(super) fn n_keys(&self) -> Vec<usize> {
+        let asked = |it: &RedisServer| redis::cmd("DBSIZE").query(&mut it.raw()).unwrap();
+        self.servers.iter().map(asked).collect()
+    }
+}
+
 /// A versitygw with an empty bucket on a free loopback port, killed at the end.
 pub(super) struct S3Server {
     child: Child,
