@@ -38,6 +38,7 @@ pub mod layer;
 
 pub mod fs;
 pub mod indexer;
+pub mod warm;
 
 pub mod fuse;
 

@@ -21,6 +21,7 @@ use crate::{
     },
     remote::{self, Uploader},
     service_accounts::ClusterServiceAccounts,
+    warm::Warmer,
 };
 
 /// Opens images.
@@ -122,6 +123,15 @@ impl Engine {
             used.map_err(BadConfig::new)?;
         }
         Ok(engine)
+    }
+
+    /// What warms images with these parts.
+    pub(super) fn warmer(&self) -> Warmer<'_> {
+        Warmer {
+            registry: &self.registry,
+            store: &self.store,
+            indexer: &self.indexer,
+        }
     }
 
     /// Resolves the image and opens it.

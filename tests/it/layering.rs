@@ -74,6 +74,21 @@ const MODULES: &[(&str, &[&str])] = &[
         ],
     ),
     (
+        "warm",
+        &[
+            "chunk",
+            "digest",
+            "index",
+            "indexer",
+            "layer",
+            "metrics",
+            "registry",
+            "remote",
+            "telemetry",
+            "tier",
+        ],
+    ),
+    (
         "fuse",
         &[
             "digest",
@@ -167,6 +182,7 @@ const MODULES: &[(&str, &[&str])] = &[
             "sys",
             "telemetry",
             "tier",
+            "warm",
         ],
     ),
     ("main", &["run", "cli", "sys"]),
