@@ -228,6 +228,12 @@ pub trait BlobSource: Send + Sync + fmt::Debug {
         false
     }
 
+    /// Whether this source is of use only as long as a layer has no other one: it brings no right of its
+    /// own to ask the origin, and must not take the place of one that does.
+    fn gives_way(&self) -> bool {
+        false
+    }
+
     /// Returns the index of `layer` that somebody who is trusted has pushed beside the image, or
     /// `None` if there is none that may be believed.
     ///
@@ -364,6 +370,10 @@ pub enum CacheKey {
     Lease(DiffId),
     /// Which chunks of the image were touched first.
     Profile(ManifestDigest),
+    /// The image's manifest, as its registry gave it.
+    ImageManifest(ManifestDigest),
+    /// An image's configuration, as its registry gave it.
+    ImageConfig(BlobDigest),
 }
 
 impl fmt::Display for CacheKey {
@@ -377,6 +387,8 @@ impl fmt::Display for CacheKey {
             }
             Self::Lease(layer) => write!(f, "clip:oci:layer:decompressed:{layer}:lease"),
             Self::Profile(image) => write!(f, "clip:oci:image:profile:{image}"),
+            Self::ImageManifest(image) => write!(f, "clip:oci:image:manifest:{image}"),
+            Self::ImageConfig(config) => write!(f, "clip:oci:image:config:{config}"),
         }
     }
 }
@@ -540,6 +552,14 @@ mod tests {
         assert_eq!(
             CacheKey::Profile(image).to_string(),
             format!("clip:oci:image:profile:{image}")
+        );
+        assert_eq!(
+            CacheKey::ImageManifest(image).to_string(),
+            format!("clip:oci:image:manifest:{image}")
+        );
+        assert_eq!(
+            CacheKey::ImageConfig(blob).to_string(),
+            format!("clip:oci:image:config:{blob}")
         );
     }
 

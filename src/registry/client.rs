@@ -5,9 +5,13 @@ use std::{
     time::{Duration, Instant},
 };
 
+use bytes::Bytes;
+use oci_client::manifest::{OciImageIndex, OciImageManifest};
+
 use super::{
     blob::RepositoryBlobs,
     config::{RegistryConfig, RegistryConfigError},
+    documents::{DocumentLimits, ImageDocuments},
     keyring::Keyring,
     manifest::{self, Choice, Fault, Manifest},
     node_credentials::NodeCredentials,
@@ -148,20 +152,7 @@ impl RegistryClient {
         if let Some(resolved) = self.proven(image, platform, &requester) {
             return Ok(resolved);
         }
-        let session = Arc::new(self.open_session(image, requester.clone()));
-        let asks_origin = session.always_asks_origin() || session.credentials().await?.is_some();
-        let resolving = Resolving {
-            session: &session,
-            image,
-            platform,
-            proof: if asks_origin {
-                Route::OriginOnly
-            } else {
-                Route::MirrorsFirst
-            },
-        };
-        let resolved = resolving.run().await?;
-        self.remember(image, &requester, session);
+        let (resolved, _documents) = self.ask(image, platform, &requester).await?;
         // What a tag means may change at any time.
         if image.digest().is_some() {
             let mut proofs = self.proofs.lock().expect("no panic while it is held");
@@ -178,6 +169,54 @@ impl RegistryClient {
             });
         }
         Ok(resolved)
+    }
+
+    /// As [`resolve`](Self::resolve), and gives the documents that say so; the registry is asked in any case.
+    ///
+    /// # Errors
+    /// As for [`resolve`](Self::resolve).
+    ///
+    /// # Cancellation
+    /// Safe, likewise.
+    pub async fn resolve_documents(
+        &self,
+        image: &ImageRef,
+        platform: &Platform,
+        requester: impl Into<Requester>,
+    ) -> Result<(ResolvedImage, ImageDocuments), SourceError> {
+        self.ask(image, platform, &requester.into()).await
+    }
+
+    /// What documents may have.
+    pub fn document_limits(&self) -> DocumentLimits {
+        let config = &self.transport.config;
+        DocumentLimits {
+            max_bytes: config.max_manifest_len(),
+            max_layers: config.max_layers,
+        }
+    }
+
+    async fn ask(
+        &self,
+        image: &ImageRef,
+        platform: &Platform,
+        requester: &Requester,
+    ) -> Result<(ResolvedImage, ImageDocuments), SourceError> {
+        let session = Arc::new(self.open_session(image, requester.clone()));
+        let asks_origin = session.always_asks_origin() || session.credentials().await?.is_some();
+        let resolving = Resolving {
+            session: &session,
+            image,
+            platform,
+            proof: if asks_origin {
+                Route::OriginOnly
+            } else {
+                Route::MirrorsFirst
+            },
+        };
+        let found = resolving.run().await?;
+        self.remember(image, requester, session);
+        Ok(found)
     }
 
     /// What the registry gave to the same requester a moment ago.
@@ -270,15 +309,38 @@ struct Resolving<'a> {
     proof: Route,
 }
 
+/// A document that was checked against its digest.
+struct Checked<T> {
+    parsed: T,
+    digest: ManifestDigest,
+    bytes: Bytes,
+}
+
+type ImageManifest = Checked<Box<OciImageManifest>>;
+
+impl Checked<Manifest> {
+    /// The image's manifest, or the index that it is instead.
+    fn into_image(self) -> Result<ImageManifest, OciImageIndex> {
+        match self.parsed {
+            Manifest::Image(parsed) => Ok(Checked {
+                parsed,
+                digest: self.digest,
+                bytes: self.bytes,
+            }),
+            Manifest::Index(index) => Err(index),
+        }
+    }
+}
+
 impl Resolving<'_> {
-    async fn run(&self) -> Result<ResolvedImage, SourceError> {
+    async fn run(&self) -> Result<(ResolvedImage, ImageDocuments), SourceError> {
         let selector = self.image.manifest_selector();
         let top = self
             .manifest(&selector, self.image.digest(), self.proof)
             .await?;
-        let (manifest, digest) = match top {
-            (Manifest::Image(manifest), digest) => (manifest, digest),
-            (Manifest::Index(index), _) => {
+        let manifest = match top.into_image() {
+            Ok(manifest) => manifest,
+            Err(index) => {
                 let choice =
                     manifest::choose(&index, self.platform).map_err(|it| self.error(it))?;
                 match choice {
@@ -288,8 +350,8 @@ impl Resolving<'_> {
                 }
             }
         };
-        let config = manifest::config_desc(&manifest).map_err(|it| self.error(it))?;
-        let config = self.config(config).await?;
+        let config = manifest::config_desc(&manifest.parsed).map_err(|it| self.error(it))?;
+        let (config, config_bytes) = self.config(config).await?;
         if let Some(platform) = config.platform()
             && self.platform.fit(&platform).is_none()
         {
@@ -297,23 +359,25 @@ impl Resolving<'_> {
         }
         let max_layers = self.session.transport.config.max_layers;
         let layers =
-            manifest::layers(&manifest, &config, max_layers).map_err(|it| self.error(it))?;
-        Ok(ResolvedImage {
-            manifest: digest,
+            manifest::layers(&manifest.parsed, &config, max_layers).map_err(|it| self.error(it))?;
+        let resolved = ResolvedImage {
+            manifest: manifest.digest,
             layers,
-        })
+        };
+        let documents = ImageDocuments {
+            manifest: manifest.bytes,
+            config: config_bytes,
+        };
+        Ok((resolved, documents))
     }
 
     /// Looks into the indexes of an index, one level deep.
-    async fn nested(
-        &self,
-        nested: &[ManifestDigest],
-    ) -> Result<(Box<oci_client::manifest::OciImageManifest>, ManifestDigest), SourceError> {
+    async fn nested(&self, nested: &[ManifestDigest]) -> Result<ImageManifest, SourceError> {
         let mut seen = Vec::new();
         for digest in nested.iter().take(MAX_NESTED_INDEXES) {
-            match self.by_digest(*digest).await? {
-                (Manifest::Image(manifest), digest) => return Ok((manifest, digest)),
-                (Manifest::Index(index), _) => {
+            match self.by_digest(*digest).await?.into_image() {
+                Ok(manifest) => return Ok(manifest),
+                Err(index) => {
                     match manifest::choose(&index, self.platform).map_err(|it| self.error(it))? {
                         Choice::Manifest(digest) => return self.image_manifest(digest).await,
                         Choice::Nested(_) => {
@@ -330,23 +394,19 @@ impl Resolving<'_> {
     }
 
     /// Gets a manifest that must be an image's.
-    async fn image_manifest(
-        &self,
-        digest: ManifestDigest,
-    ) -> Result<(Box<oci_client::manifest::OciImageManifest>, ManifestDigest), SourceError> {
-        match self.by_digest(digest).await? {
-            (Manifest::Image(manifest), digest) => Ok((manifest, digest)),
-            (Manifest::Index(_), _) => Err(self.error(Fault::Unsupported(
-                "its index has another index where an image should be".to_owned(),
-            ))),
-        }
+    async fn image_manifest(&self, digest: ManifestDigest) -> Result<ImageManifest, SourceError> {
+        self.by_digest(digest)
+            .await?
+            .into_image()
+            .map_err(|_index| {
+                self.error(Fault::Unsupported(
+                    "its index has another index where an image should be".to_owned(),
+                ))
+            })
     }
 
     /// Gets a manifest or an index that a checked index names.
-    async fn by_digest(
-        &self,
-        digest: ManifestDigest,
-    ) -> Result<(Manifest, ManifestDigest), SourceError> {
+    async fn by_digest(&self, digest: ManifestDigest) -> Result<Checked<Manifest>, SourceError> {
         self.manifest(&digest.to_string(), Some(digest), Route::MirrorsFirst)
             .await
     }
@@ -357,7 +417,7 @@ impl Resolving<'_> {
         selector: &str,
         expected: Option<ManifestDigest>,
         route: Route,
-    ) -> Result<(Manifest, ManifestDigest), SourceError> {
+    ) -> Result<Checked<Manifest>, SourceError> {
         let object = Object {
             op: Op::Manifest,
             path: format!("manifests/{selector}"),
@@ -384,7 +444,11 @@ impl Resolving<'_> {
             }
             let manifest = manifest::parse(&document.bytes, document.content_type.as_deref())
                 .map_err(|it| self.error(it))?;
-            Ok((manifest, digest))
+            Ok(Checked {
+                parsed: manifest,
+                digest,
+                bytes: document.bytes,
+            })
         };
         self.session.document(&object, form, route, check).await
     }
@@ -393,7 +457,7 @@ impl Resolving<'_> {
     async fn config(
         &self,
         config: manifest::ConfigDesc,
-    ) -> Result<manifest::ImageConfig, SourceError> {
+    ) -> Result<(manifest::ImageConfig, Bytes), SourceError> {
         let settings = &self.session.transport.config;
         if settings.max_manifest_bytes < config.size_bytes {
             return Err(self.error(Fault::Unsupported(format!(
@@ -416,7 +480,8 @@ impl Resolving<'_> {
                 let reason = format!("{} has digest {digest}, not {}", object.what, config.digest);
                 return Err(protocol(&document.host, reason));
             }
-            manifest::parse_config(&document.bytes).map_err(|it| self.error(it))
+            let parsed = manifest::parse_config(&document.bytes).map_err(|it| self.error(it))?;
+            Ok((parsed, document.bytes))
         };
         self.session
             .document(&object, form, Route::MirrorsFirst, check)

@@ -7,7 +7,8 @@
 //! From the outside in: `client` (what an image is made of) and `blob` (a stream that resumes) ask
 //! a `session` (one repository at its mirrors and its registry, on behalf of one `requester`), which asks
 //! `auth` for a token, that the `keyring` for credentials, and `transport` for one GET, over connections as `tls` makes them. `retry`
-//! alone decides what is tried again at a registry, `mirrors` what a mirror may cost. `reference`, `platform`, `credentials` and `manifest` are pure.
+//! alone decides what is tried again at a registry, `mirrors` what a mirror may cost. `reference`, `platform`, `credentials`, `manifest` and
+//! `documents` are pure.
 //!
 //! An index that was pushed beside an image: `artifact` is its format (pure), `referrers` finds it,
 //! `pushed` decides whether to believe it and reads it, `push` writes it.
@@ -31,6 +32,7 @@ mod challenge;
 mod client;
 mod config;
 mod credentials;
+mod documents;
 mod endpoint;
 mod hosts_dir;
 mod keyring;
@@ -52,6 +54,7 @@ mod transport;
 pub use client::{RegistryClient, ResolvedImage};
 pub use config::{HostConfig, RegistryConfig, RegistryConfigError};
 pub use credentials::{Credentials, DockerConfig, DockerConfigError};
+pub use documents::{DocumentError, DocumentLimits, ImageDocuments};
 pub use platform::{Platform, PlatformError};
 pub use push::{LayerPush, PushError, Pushed};
 pub use pushed::PushedIndexOptions;

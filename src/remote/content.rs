@@ -334,7 +334,7 @@ impl ContentCache {
     }
 
     /// Does as [`Self::missed`], and deletes a wrong value, which nobody replaces while it is there.
-    async fn missed_for_good(&self, key: CacheKey, refusal: Refusal) {
+    pub(super) async fn missed_for_good(&self, key: CacheKey, refusal: Refusal) {
         let is_wrong = matches!(refusal, Refusal::Wrong(_));
         self.missed(key, refusal);
         if is_wrong {
@@ -343,7 +343,7 @@ impl ContentCache {
     }
 
     /// Counts and logs why there was no answer; the gate has done it for a broken remote.
-    fn missed(&self, key: CacheKey, refusal: Refusal) {
+    pub(super) fn missed(&self, key: CacheKey, refusal: Refusal) {
         let Refusal::Wrong(error) = refusal else {
             return;
         };
@@ -369,7 +369,9 @@ impl ContentCache {
             CacheKey::Chunk(..)
             | CacheKey::AccessMap(..)
             | CacheKey::Lease(_)
-            | CacheKey::Profile(_) => return true,
+            | CacheKey::Profile(_)
+            | CacheKey::ImageManifest(_)
+            | CacheKey::ImageConfig(_) => return true,
         };
         // Nothing panics with the lock held.
         let mut warned = self.0.warned.lock().unwrap_or_else(PoisonError::into_inner);

@@ -82,6 +82,8 @@ impl DirCache {
             }
             CacheKey::Lease(id) => layer(id).join("lease"),
             CacheKey::Profile(image) => place(image.hex()).join("profile"),
+            CacheKey::ImageManifest(image) => place(image.hex()).join("image-manifest"),
+            CacheKey::ImageConfig(config) => place(config.hex()).join("image-config"),
         }
     }
 
@@ -299,6 +301,8 @@ mod tests {
             CacheKey::Chunk(layer, 17),
             CacheKey::AccessMap(layer, BlobDigest::of(b""), 0),
             CacheKey::Profile(ManifestDigest::of(b"")),
+            CacheKey::ImageManifest(ManifestDigest::of(b"")),
+            CacheKey::ImageConfig(BlobDigest::of(b"")),
         ] {
             for put in [Put::IfAbsent, Put::Replace] {
                 cache
@@ -320,6 +324,8 @@ mod tests {
             names,
             [
                 &format!("access-{hex}-0"),
+                "image-config",
+                "image-manifest",
                 "index-0",
                 "index-1",
                 "lease",

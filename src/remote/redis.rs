@@ -379,6 +379,8 @@ impl LayerCache for RedisCache {
                 CacheKey::Manifest(_)
                 | CacheKey::Index(..)
                 | CacheKey::AccessMap(..)
+                | CacheKey::ImageManifest(_)
+                | CacheKey::ImageConfig(_)
                 | CacheKey::Lease(_),
                 _,
             ) => None,

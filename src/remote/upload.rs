@@ -29,7 +29,7 @@ use queue::{Job, Queue};
 /// A layer on the local disk that is to be uploaded.
 ///
 /// All methods may block on the local disk; they are called on the blocking pool, except for
-/// [`diff_id`](Self::diff_id) and [`done`](Self::done), which must not block.
+/// [`diff_id`](Self::diff_id), [`failed`](Self::failed) and [`done`](Self::done), which must not block.
 pub trait UploadSource: Send + Sync + fmt::Debug {
     /// Names the layer.
     fn diff_id(&self) -> DiffId;
@@ -80,6 +80,9 @@ pub trait UploadSource: Send + Sync + fmt::Debug {
     /// # Errors
     /// Those of the disk, or that the chunk was evicted; they end this layer's upload.
     fn read_chunk(&self, n: u32, into: &mut Vec<u8>) -> io::Result<()>;
+
+    /// Called before [`done`](Self::done), if it is to be told of a failure: why.
+    fn failed(&self, _reason: &str) {}
 
     /// Called once for each accepted request, from any thread, when nothing more is done for it.
     fn done(&self, outcome: UploadOutcome);
@@ -288,6 +291,7 @@ async fn upload(cache: &ContentCache, job: &Job, options: UploadOptions) -> Uplo
             Stop::Later { wait, error } => (wait, error),
             Stop::Never { error } => {
                 warn!(layer.diff_id = %layer, error, "layer is not uploaded to remote cache");
+                job.source().failed(&error);
                 return UploadOutcome::Failed;
             }
         };
@@ -298,6 +302,7 @@ async fn upload(cache: &ContentCache, job: &Job, options: UploadOptions) -> Uplo
                 error,
                 "giving up the upload of a layer to remote cache"
             );
+            job.source().failed(&error);
             return UploadOutcome::Failed;
         }
         debug!(layer.diff_id = %layer, error, ?wait, "upload to remote cache waits");

@@ -8,6 +8,7 @@
 
 mod conformance;
 mod content;
+mod documents;
 mod fixture;
 mod lease;
 mod redis_cluster;

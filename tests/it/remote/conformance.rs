@@ -37,8 +37,9 @@ async fn conforms(cache: &dyn LayerCache) {
 
 const MAX: usize = 8 << 20;
 
-fn keys(layer: &str) -> [CacheKey; 8] {
+fn keys(layer: &str) -> [CacheKey; 10] {
     let image = ManifestDigest::of(layer.as_bytes());
+    let config = BlobDigest::of(layer.as_bytes());
     let layer = DiffId::of(layer.as_bytes());
     [
         CacheKey::Manifest(layer),
@@ -49,6 +50,8 @@ fn keys(layer: &str) -> [CacheKey; 8] {
         CacheKey::Profile(image),
         CacheKey::Index(layer, 1),
         CacheKey::AccessMap(layer, BlobDigest::of(b""), 1),
+        CacheKey::ImageManifest(image),
+        CacheKey::ImageConfig(config),
     ]
 }
 
