@@ -15,6 +15,9 @@ use crate::digest::{DiffId, ManifestDigest};
 /// so that the bound only keeps files from piling up where every build is an image of its own.
 pub(super) const MAX_IMAGES: usize = 1000;
 
+/// The part of `cache.max_bytes` that is left to readers below the high watermark: two percent.
+const SPARE_MARGIN: u64 = 50;
+
 /// How much the cache may take.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Bounds {
@@ -108,6 +111,19 @@ impl Bounds {
                 0
             },
         }
+    }
+
+    /// Bytes that may come for nobody yet: as far as the high watermark, and as the disk allows, each
+    /// with a margin, so that the next reader does not begin with an eviction.
+    pub(super) fn spare_bytes(&self, level: Level) -> u64 {
+        let margin_bytes = self.max_bytes / SPARE_MARGIN;
+        let wanted_bytes = level.used_bytes.saturating_add(margin_bytes);
+        let capacity_bytes = match self.max_bytes {
+            0 => u64::MAX,
+            _ => self.high_bytes.saturating_sub(wanted_bytes),
+        };
+        let disk_bytes = level.free_bytes.saturating_sub(2 * self.min_free_bytes);
+        capacity_bytes.min(disk_bytes)
     }
 
     /// The bound that `coming_bytes` more would break; the disk's is the harder one.

@@ -231,7 +231,8 @@ impl Inner {
             return;
         }
         // To the end in any case: what is recorded is added to what is known.
-        let known = self.profile(&image).await.unwrap_or_default();
+        let known = self.profile(image.manifest, &image.n_chunks).await;
+        let known = known.unwrap_or_default();
         let mut fetch = Box::pin(async {
             if !known.touches.is_empty() {
                 self.replay(&image, &known.touches).await;
@@ -277,9 +278,13 @@ impl Inner {
             .then_some(coming)
     }
 
-    /// The image's profile: the one on disk, or the one in the remote content cache.
-    async fn profile(&self, image: &Image) -> Option<Profile> {
-        let manifest = image.manifest;
+    /// The profile of an image whose layers have so many chunks: the one on disk, or the one in the
+    /// remote content cache.
+    pub(super) async fn profile(
+        &self,
+        manifest: ManifestDigest,
+        n_chunks: &[u32],
+    ) -> Option<Profile> {
         let path = self.paths.profile(manifest);
         let read = {
             let path = path.clone();
@@ -292,7 +297,7 @@ impl Inner {
                 "profile of an image is unusable, recording it anew");
         };
         match read.await {
-            Ok(Ok(content)) => match profile::decode(&content, manifest, &image.n_chunks) {
+            Ok(Ok(content)) => match profile::decode(&content, manifest, n_chunks) {
                 Ok(profile) => return Some(profile),
                 Err(err) => {
                     wrong(Tier::Disk, &err);
@@ -308,7 +313,7 @@ impl Inner {
         }
         let cache = &self.remote.as_ref()?.cache;
         let content = cache.profile(&manifest, MAX_PROFILE_BYTES).await?;
-        match profile::decode(&content, manifest, &image.n_chunks) {
+        match profile::decode(&content, manifest, n_chunks) {
             Ok(profile) => {
                 self.keep_on_disk(manifest, content.into()).await;
                 Some(profile)

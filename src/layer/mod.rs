@@ -39,6 +39,7 @@ pub mod images;
 pub mod reader;
 pub mod scratch;
 pub mod store;
+pub mod warm;
 
 mod access;
 mod evict;
@@ -60,6 +61,8 @@ mod span;
 mod state;
 mod through;
 mod upload;
+
+pub use upload::UploadEnd;
 
 use std::{ops::Range, path::PathBuf};
 

@@ -113,9 +113,11 @@ impl Inner {
                 if self.adopt(layer, chunk).await? {
                     return Ok(Tier::Disk);
                 }
+                let waiting = self.readers.enter();
                 if self.fetch_chunk(layer, chunk).await? {
                     return Ok(Tier::ContentCache);
                 }
+                drop(waiting);
                 if let Some(access) = self.access(layer).await
                     && self
                         .read_random(layer, &access, chunk, Window::Likely)
@@ -315,6 +317,22 @@ impl Inner {
             });
         });
         receiver
+    }
+
+    /// Waits until a refill has ended.
+    pub(super) async fn streamed(
+        mut progress: watch::Receiver<RefillState>,
+    ) -> Result<(), PresentError> {
+        loop {
+            match progress.borrow_and_update().clone() {
+                RefillState::Running => {}
+                RefillState::Done => return Ok(()),
+                RefillState::Failed(err) => return Err(err),
+            }
+            if progress.changed().await.is_err() {
+                return Ok(());
+            }
+        }
     }
 
     /// Streams the layer's blob past its missing chunks.

@@ -32,9 +32,9 @@ use crate::{
 const MAX_STRIDES: u32 = 4;
 
 /// How long a stream pauses for readers, at most, before each chunk.
-const MAX_PAUSE: Duration = Duration::from_millis(20);
+pub(super) const MAX_PAUSE: Duration = Duration::from_millis(20);
 
-/// Readers that wait for random access: streams make way for them.
+/// Readers that wait, for random access or for the remote content cache: others make way for them.
 #[derive(Debug, Default)]
 pub(super) struct Demand(AtomicUsize);
 
@@ -48,10 +48,10 @@ impl Demand {
         Demanded(self)
     }
 
-    /// As [`make_way`](Self::make_way), for a task.
-    pub(super) async fn let_pass(&self) {
+    /// As [`make_way`](Self::make_way), for a task, which waits for at most `pause`.
+    pub(super) async fn let_pass(&self, pause: Duration) {
         let since = Instant::now();
-        while 0 < self.0.load(Ordering::Relaxed) && since.elapsed() < MAX_PAUSE {
+        while 0 < self.0.load(Ordering::Relaxed) && since.elapsed() < pause {
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
     }
@@ -369,14 +369,14 @@ mod tests {
     #[tokio::test]
     async fn readers_are_let_pass_but_not_for_ever() {
         let demand = Demand::default();
-        assert_eq!(demand.let_pass().now_or_never(), Some(()));
+        assert_eq!(demand.let_pass(MAX_PAUSE).now_or_never(), Some(()));
         let reader = demand.enter();
-        assert_eq!(demand.let_pass().now_or_never(), None);
+        assert_eq!(demand.let_pass(MAX_PAUSE).now_or_never(), None);
         let since = Instant::now();
-        demand.let_pass().await;
+        demand.let_pass(MAX_PAUSE).await;
         assert!(MAX_PAUSE <= since.elapsed());
         drop(reader);
-        assert_eq!(demand.let_pass().now_or_never(), Some(()));
+        assert_eq!(demand.let_pass(MAX_PAUSE).now_or_never(), Some(()));
     }
 
     #[test]

@@ -19,8 +19,8 @@ use tracing::info;
 use super::{
     images::Image,
     present::LOST_CHUNKS,
-    random::Window,
-    store::{Inner, Layer, RefillState},
+    random::{MAX_PAUSE, Window},
+    store::{Inner, Layer},
 };
 use crate::{index::profile::Touch, telemetry::error_chain, tier::PresentError};
 
@@ -223,19 +223,10 @@ impl Inner {
         }
         drop(file);
         let layer = weak.upgrade().ok_or(Stop::Unused)?;
-        let mut progress = self.start_refill(&layer);
+        let progress = self.start_refill(&layer);
         // Who waits here does not have it open: the stream is for others.
         drop(layer);
-        loop {
-            match progress.borrow_and_update().clone() {
-                RefillState::Running => {}
-                RefillState::Done => return Ok(()),
-                RefillState::Failed(err) => return Err(Stop::Failed(err)),
-            }
-            if progress.changed().await.is_err() {
-                return Ok(());
-            }
-        }
+        Self::streamed(progress).await.map_err(Stop::Failed)
     }
 
     /// Brings a chunk without a stream: from the remote content cache, or else, with the rest of the
@@ -246,7 +237,7 @@ impl Inner {
         chunk: u32,
         by_parts: Option<&mut ByParts<'a>>,
     ) -> Result<Brought, Stop> {
-        self.demand.let_pass().await;
+        self.demand.let_pass(MAX_PAUSE).await;
         let layer = &layer.upgrade().ok_or(Stop::Unused)?;
         let file = &layer.file;
         let is_present = || file.has(chunk..chunk + 1);

@@ -12,7 +12,7 @@ use std::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use tokio::{runtime::Handle, task::JoinHandle};
@@ -22,7 +22,7 @@ use super::{
     CacheConfig,
     catalog::{self, Removed},
     disk::CachePaths,
-    evict::{self, Bound, Bounds, Item, ItemId, Level, MAX_IMAGES, Removal},
+    evict::{self, Bound, Bounds, Item, ItemId, Level, MAX_IMAGES, Need, Removal},
 };
 use crate::{disk, metrics::Metrics};
 
@@ -162,6 +162,47 @@ impl Room {
         let level = self.level();
         self.bounds.need(level, coming_bytes).bytes() == 0
             && self.bounds.broken_by(level, coming_bytes).is_none()
+    }
+
+    /// Bytes that may come for nobody yet.
+    pub(super) fn spare_bytes(&self) -> u64 {
+        self.bounds.spare_bytes(self.level())
+    }
+
+    /// Makes `wanted_bytes` of room for nobody yet out of what was not used for `unused_for`, if that
+    /// is enough and there is need; returns how much room there is then.
+    ///
+    /// # Blocking
+    /// While layers are removed.
+    pub(super) fn make_spare(&self, wanted_bytes: u64, unused_for: Option<Duration>) -> u64 {
+        let spare_bytes = self.spare_bytes();
+        let (true, Some(unused_for)) = (spare_bytes < wanted_bytes, unused_for) else {
+            return spare_bytes;
+        };
+        let _one_at_a_time = lock(&self.warned);
+        let Ok(mut items) = self.look() else {
+            return spare_bytes;
+        };
+        let since = SystemTime::now().checked_sub(unused_for);
+        let since = since.unwrap_or(SystemTime::UNIX_EPOCH);
+        items.retain(|it| it.last_use <= since);
+        let old_bytes: u64 = items.iter().map(|it| it.bytes).sum();
+        let spare_bytes = self.spare_bytes();
+        let need_bytes = wanted_bytes.saturating_sub(spare_bytes);
+        // Where all of it would not be enough, it would only do harm.
+        if need_bytes <= old_bytes {
+            let need = Need {
+                capacity_bytes: need_bytes,
+                disk_bytes: 0,
+            };
+            let freed_bytes = evict::reclaim(items, need, |it, reason| self.remove(it, reason));
+            self.used_bytes.fetch_sub(freed_bytes, Ordering::Relaxed);
+            self.publish_account();
+            if let Err(err) = catalog::remove_orphaned_images(&self.paths) {
+                debug!(error = %err, "image indexes without layers stay");
+            }
+        }
+        self.spare_bytes()
     }
 
     /// Writes; if the disk is full all of a sudden, makes room and tries once more.

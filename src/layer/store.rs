@@ -9,7 +9,7 @@ use std::{
     os::unix::fs::DirBuilderExt,
     sync::{
         Arc, Mutex, PoisonError, Weak,
-        atomic::{AtomicU32, Ordering},
+        atomic::{AtomicU32, AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -81,6 +81,10 @@ pub(super) struct Inner {
     pub(super) decompressions: Semaphore,
     pub(super) random_reads: Semaphore,
     pub(super) demand: Demand,
+    /// Readers that wait for the remote content cache: who warms makes way for them.
+    pub(super) readers: Demand,
+    /// Bytes that are kept for images in the warming, and not written yet.
+    pub(super) warming_bytes: AtomicU64,
     pub(super) through: Through,
     pub(super) images: Images,
     /// std Mutex: held to add or reap a task, never across an await.
@@ -276,6 +280,8 @@ impl LayerStore {
             decompressions: Semaphore::new(config.max_decompressions.max(1)),
             random_reads: Semaphore::new(RANDOM_READS),
             demand: Demand::default(),
+            readers: Demand::default(),
+            warming_bytes: AtomicU64::new(0),
             through: Through::default(),
             images: Images::default(),
             config,
@@ -452,6 +458,9 @@ impl Inner {
     pub(super) fn open_layer(&self, origin: &Origin) -> Result<Option<Arc<Layer>>, PresentError> {
         let diff_id = origin.desc.diff_id;
         if let Some(layer) = self.opened(diff_id) {
+            if origin.source.gives_way() {
+                return Ok(Some(layer));
+            }
             *layer.origin.lock().unwrap_or_else(PoisonError::into_inner) = origin.clone();
             return Ok(Some(layer));
         }

@@ -6,10 +6,11 @@ use std::{
     io,
     os::unix::fs::FileExt,
     path::Path,
-    sync::Arc,
+    sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 
+use tokio::sync::oneshot;
 use tracing::{debug, warn};
 
 use super::{
@@ -20,7 +21,7 @@ use crate::{
     codec::access_map::AccessMap,
     digest::{self, BlobDigest, ChunkDigest, DiffId},
     disk,
-    remote::{LeaseGuard, Repair, UploadOutcome, UploadSource},
+    remote::{Enqueued, LeaseGuard, Repair, UploadOutcome, UploadSource},
     sys::MappedFile,
     tier::LayerDesc,
 };
@@ -32,12 +33,57 @@ use crate::{
 /// flushed; then chunks are verified again after a reboot.
 const FLUSH_DELAY: Duration = Duration::from_secs(1);
 
+/// How an upload that somebody waits for has ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum UploadEnd {
+    /// What was to be put is in the store.
+    There {
+        /// Bytes that were sent.
+        sent_bytes: u64,
+    },
+    /// It was given up.
+    Failed {
+        /// Why.
+        reason: String,
+    },
+    /// The store of layers was shut down first.
+    Stopped,
+    /// Another request for the same layer took its place, and goes on.
+    Merged,
+}
+
 /// A complete layer on its way to the remote content cache.
 #[derive(Debug)]
 struct LayerUpload {
+    // First, so that the layer is let go of before anybody is told.
     file: Arc<LayerFile>,
     blob: BlobDigest,
     blob_bytes: u64,
+    told: Told,
+}
+
+/// Tells how an upload has ended, when all of it is over.
+#[derive(Debug, Default)]
+struct Told {
+    /// std Mutex: held to replace it.
+    end: Mutex<Option<UploadEnd>>,
+    to: Option<oneshot::Sender<UploadEnd>>,
+}
+
+impl Told {
+    fn note(&self, end: UploadEnd) {
+        *self.end.lock().unwrap_or_else(PoisonError::into_inner) = Some(end);
+    }
+}
+
+impl Drop for Told {
+    fn drop(&mut self) {
+        let end = self.end.get_mut().unwrap_or_else(PoisonError::into_inner);
+        if let Some(to) = self.to.take() {
+            // Who waited may have given up.
+            let _ = to.send(end.take().unwrap_or(UploadEnd::Stopped));
+        }
+    }
 }
 
 impl UploadSource for LayerUpload {
@@ -93,7 +139,22 @@ impl UploadSource for LayerUpload {
         self.file.verify_chunk(n, into).map(|_is_right| ())
     }
 
+    fn failed(&self, reason: &str) {
+        self.told.note(UploadEnd::Failed {
+            reason: reason.to_owned(),
+        });
+    }
+
     fn done(&self, outcome: UploadOutcome) {
+        match outcome {
+            UploadOutcome::Uploaded { sent_bytes } => {
+                self.told.note(UploadEnd::There { sent_bytes });
+            }
+            UploadOutcome::AlreadyThere => self.told.note(UploadEnd::There { sent_bytes: 0 }),
+            UploadOutcome::Merged => self.told.note(UploadEnd::Merged),
+            // The reason was given before.
+            UploadOutcome::Failed | UploadOutcome::Stopped => {}
+        }
         match outcome {
             UploadOutcome::Uploaded { .. } | UploadOutcome::AlreadyThere => {
                 let marker = self.file.dir().join(UPLOAD_PENDING);
@@ -137,6 +198,7 @@ pub(super) fn resume(inner: &Arc<Inner>) {
                     file: Arc::new(file.in_room(&inner.room)),
                     blob,
                     blob_bytes,
+                    told: Told::default(),
                 };
                 remote.uploader.enqueue(Arc::new(upload));
             }
@@ -146,7 +208,11 @@ pub(super) fn resume(inner: &Arc<Inner>) {
 }
 
 /// Marks the layer as one to be uploaded, and describes its upload.
-fn marked(desc: &LayerDesc, file: &Arc<LayerFile>) -> Arc<LayerUpload> {
+fn marked(
+    desc: &LayerDesc,
+    file: &Arc<LayerFile>,
+    to: Option<oneshot::Sender<UploadEnd>>,
+) -> Arc<LayerUpload> {
     if let Err(err) = mark(file.dir(), desc) {
         warn!(layer.diff_id = %desc.diff_id, error = %err, "upload would not survive a restart");
     }
@@ -154,6 +220,10 @@ fn marked(desc: &LayerDesc, file: &Arc<LayerFile>) -> Arc<LayerUpload> {
         file: Arc::clone(file),
         blob: desc.blob,
         blob_bytes: desc.blob_bytes,
+        told: Told {
+            end: Mutex::default(),
+            to,
+        },
     })
 }
 
@@ -161,9 +231,30 @@ impl Inner {
     /// Has the layer uploaded by and by, or `repair`ed where the remote has it already.
     pub(super) fn upload_later(&self, desc: &LayerDesc, file: &Arc<LayerFile>, repair: Repair) {
         let Some(remote) = &self.remote else { return };
-        let upload = marked(desc, file);
+        let upload = marked(desc, file, None);
         // A refusal is counted and logged there; the mark stays for the next start.
         remote.uploader.enqueue_repair(upload, repair);
+    }
+
+    /// As [`upload_later`](Self::upload_later), and waits until that has ended.
+    pub(super) async fn upload_now(
+        &self,
+        desc: &LayerDesc,
+        file: &Arc<LayerFile>,
+        repair: Repair,
+    ) -> UploadEnd {
+        let failed = |reason: &str| UploadEnd::Failed {
+            reason: reason.to_owned(),
+        };
+        let Some(remote) = &self.remote else {
+            return failed("there is no remote content cache");
+        };
+        let (to, ended) = oneshot::channel();
+        let upload = marked(desc, file, Some(to));
+        match remote.uploader.enqueue_repair(upload, repair) {
+            Enqueued::Accepted => ended.await.unwrap_or(UploadEnd::Stopped),
+            Enqueued::Refused => failed("too many layers wait for their upload"),
+        }
     }
 
     /// Has a layer uploaded that is new; other nodes wait for it as long as there is a `lease`.
@@ -174,7 +265,7 @@ impl Inner {
         lease: Option<LeaseGuard>,
     ) {
         let Some(remote) = &self.remote else { return };
-        let upload = marked(desc, file);
+        let upload = marked(desc, file, None);
         // As above; refused, the lease ends here.
         match lease {
             Some(lease) => remote.uploader.enqueue_leased(upload, lease),
