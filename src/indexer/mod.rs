@@ -26,7 +26,7 @@ use crate::{
     metrics::Metrics,
     registry::ResolvedImage,
     sys::{self, MappedFile},
-    tier::{BlobSource, PresentError},
+    tier::{BlobSource, LayerDesc, PresentError},
 };
 
 /// Says why an image has no index.
@@ -115,6 +115,25 @@ impl Indexer {
         Ok(OpenImage { index, layers })
     }
 
+    /// The layers of an image whose index is on disk, lowest first; asks nobody.
+    pub async fn known_layers(&self, manifest: ManifestDigest) -> Option<Vec<LayerDesc>> {
+        let path = self.store.paths().image(manifest);
+        let read = tokio::task::spawn_blocking(move || map_index(&File::open(path).ok()?).ok());
+        let index = read.await.ok()??;
+        if index.manifest() != manifest {
+            return None;
+        }
+        let layers = (0..index.n_layers()).map(|at| {
+            let layer = index.layer(at)?;
+            Some(LayerDesc {
+                diff_id: layer.diff_id,
+                blob: layer.blob,
+                blob_bytes: layer.blob_bytes,
+            })
+        });
+        layers.collect()
+    }
+
     /// Merges the layers' indexes and keeps the result at `path`.
     async fn merge(
         &self,
@@ -172,14 +191,21 @@ fn merge_error(source: IndexError, manifest: ManifestDigest, path: &Path) -> Ind
     }
 }
 
+/// Maps the index in `file` and checks that it is whole.
+fn map_index(file: &File) -> Result<ImageIndex<MappedFile>, String> {
+    // An empty file cannot be mapped.
+    let mapped = MappedFile::new(file).map_err(|err| err.to_string())?;
+    let index = ImageIndex::open(mapped).map_err(|err| err.to_string())?;
+    index.verify().map_err(|err| err.to_string())?;
+    // The checksum touched every page; few of them are needed again soon.
+    index.source().drop_resident();
+    Ok(index)
+}
+
 /// Opens the index at `path` if it is whole and `image`'s; removes it if it is not.
 fn open_index(path: &Path, image: &ResolvedImage) -> Option<ImageIndex<MappedFile>> {
     let file = File::open(path).ok()?;
-    // An empty file cannot be mapped.
-    let mapped = MappedFile::new(&file).map_err(|err| err.to_string());
-    let opened = mapped.and_then(|it| {
-        let index = ImageIndex::open(it).map_err(|err| err.to_string())?;
-        index.verify().map_err(|err| err.to_string())?;
+    let opened = map_index(&file).and_then(|index| {
         let same_layers = index.n_layers() as usize == image.layers.len()
             && (0..)
                 .zip(&image.layers)
@@ -191,8 +217,6 @@ fn open_index(path: &Path, image: &ResolvedImage) -> Option<ImageIndex<MappedFil
     });
     match opened {
         Ok(index) => {
-            // The checksum touched every page; few of them are needed again soon.
-            index.source().drop_resident();
             if let Err(err) = disk::touch(&file) {
                 // Then it is evicted too early, if at all.
                 debug!(path = %path.display(), error = %err, "noting the use of an image index");

@@ -194,6 +194,12 @@ pub(super) struct Image {
 }
 
 impl Image {
+    /// Whether the disk has all of its layers.
+    fn is_all_there(&self) -> bool {
+        let mut layers = self.layers.iter();
+        layers.all(|it| it.upgrade().is_some_and(|it| it.file.is_complete()))
+    }
+
     /// Waits until somebody wants that much, for ever if nobody will.
     async fn wanted(&self, level: Prefetch) {
         let mut wants = self.wants.clone();
@@ -231,8 +237,17 @@ impl Inner {
             return;
         }
         // To the end in any case: what is recorded is added to what is known.
-        let known = self.profile(image.manifest, &image.n_chunks).await;
-        let known = known.unwrap_or_default();
+        let known = match image.is_all_there() {
+            // What is on disk is neither recorded nor fetched: nobody need be asked.
+            true => Profile {
+                touches: Vec::new(),
+                is_whole: true,
+            },
+            false => {
+                let known = self.profile(image.manifest, &image.n_chunks).await;
+                known.unwrap_or_default()
+            }
+        };
         let mut fetch = Box::pin(async {
             if !known.touches.is_empty() {
                 self.replay(&image, &known.touches).await;

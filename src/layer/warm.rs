@@ -17,14 +17,14 @@ use tracing::debug;
 
 use super::{
     catalog::{self, Removed},
-    store::{Inner, Layer, LayerStore, crashed},
+    store::{Inner, Layer, LayerStore, Origin, crashed},
     upload::UploadEnd,
 };
 use crate::{
     digest::{DiffId, ManifestDigest},
     index::profile::Touch,
     remote::{ContentCache, Repair},
-    tier::{LayerDesc, PresentError},
+    tier::{BlobSource, LayerDesc, PresentError},
 };
 
 /// How long a chunk for nobody waits for readers, at most: where they never cease, warming goes on at
@@ -58,6 +58,11 @@ pub struct Reservation {
 }
 
 impl Reservation {
+    /// Bytes that are kept still.
+    pub fn left_bytes(&self) -> u64 {
+        self.left_bytes.load(Ordering::Relaxed)
+    }
+
     /// Gives back what has been written.
     pub fn spent(&self, bytes: u64) {
         let take = |left: u64| Some(left.saturating_sub(bytes));
@@ -80,6 +85,22 @@ impl LayerStore {
     /// The remote content cache, if there is one.
     pub fn remote(&self) -> Option<&ContentCache> {
         self.inner().remote.as_ref().map(|it| &it.cache)
+    }
+
+    /// Opens a layer if the disk has it, or some of it; asks nobody else.
+    ///
+    /// # Errors
+    /// [`PresentError`] if the disk failed.
+    pub fn layer_on_disk(
+        &self,
+        desc: &LayerDesc,
+        source: Arc<dyn BlobSource>,
+    ) -> Result<Option<Arc<Layer>>, PresentError> {
+        let origin = Origin {
+            desc: desc.clone(),
+            source,
+        };
+        self.inner().open_layer(&origin)
     }
 
     /// Which chunks were wanted first of an image whose layers have so many chunks, in order, if

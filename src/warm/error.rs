@@ -2,7 +2,9 @@
 
 use crate::{
     digest::{DiffId, ManifestDigest},
-    tier::SourceError,
+    index::IndexError,
+    indexer::IndexerError,
+    tier::{PresentError, SourceError},
 };
 
 /// Says why an image could not be seeded or filled.
@@ -66,7 +68,7 @@ pub enum WarmError {
     },
     /// There is no room for the image that is nobody's.
     #[error(
-        "image {manifest} needs {needs_bytes} bytes more on the cache disk, and {free_bytes} may be used for warming: {hint}"
+        "image {manifest} needs {needs_bytes} bytes more on the cache disk, of which {free_bytes} may be used for it: {hint}"
     )]
     NoSpace {
         /// The image.
@@ -89,7 +91,71 @@ pub enum WarmError {
     Cancelled,
 }
 
+/// What to do where the disk is too small.
+pub(super) const ROOM_HINT: &str = "free space on it, give the cache a larger disk or cache.max_bytes, or warm less; what is in use, or was \
+     lately, is not evicted for it";
+
 impl WarmError {
+    /// What it means that a layer could not be had; needed and free bytes are told where it matters.
+    pub(super) fn of_layer(
+        manifest: ManifestDigest,
+        err: PresentError,
+        needs_bytes: u64,
+        free_bytes: u64,
+    ) -> Self {
+        match err {
+            PresentError::Origin { source, .. } => Self::Registry(source),
+            PresentError::NoSpace { .. } | PresentError::CacheFull { .. } => Self::NoSpace {
+                manifest,
+                needs_bytes,
+                free_bytes,
+                hint: ROOM_HINT,
+            },
+            PresentError::Limit { limit, max, .. } => Self::TooLarge {
+                manifest,
+                limit: limit.into_owned(),
+                max,
+            },
+            PresentError::Refused { .. } => Self::Refused {
+                manifest,
+                reason: err.to_string(),
+            },
+            PresentError::Disk { reason } => Self::Disk { reason },
+            PresentError::Timeout { .. } => Self::Registry(SourceError::Unavailable {
+                registry: "the registry".to_owned(),
+                reason: err.to_string(),
+            }),
+            PresentError::Unknown { .. } => Self::Cancelled,
+        }
+    }
+
+    /// What it means that the image's index could not be made.
+    pub(super) fn of_index(
+        manifest: ManifestDigest,
+        err: IndexerError,
+        needs_bytes: u64,
+        free_bytes: u64,
+    ) -> Self {
+        match err {
+            IndexerError::Layer(err) => Self::of_layer(manifest, err, needs_bytes, free_bytes),
+            IndexerError::Merge {
+                source: IndexError::Limit { limit, max },
+                ..
+            } => Self::TooLarge {
+                manifest,
+                limit: limit.to_owned(),
+                max,
+            },
+            IndexerError::Merge { source, .. } => Self::Refused {
+                manifest,
+                reason: source.to_string(),
+            },
+            IndexerError::Disk { .. } => Self::Disk {
+                reason: err.to_string(),
+            },
+        }
+    }
+
     /// Its name in conditions, events and metrics: from a closed set, in upper camel case.
     pub fn reason(&self) -> &'static str {
         match self {

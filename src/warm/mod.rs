@@ -19,6 +19,7 @@ mod fill;
 mod pace;
 mod progress;
 mod seed;
+mod source;
 
 use serde::{Deserialize, Serialize};
 

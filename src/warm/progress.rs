@@ -56,7 +56,8 @@ impl WarmProgress {
             layers_total: read(&self.layers_total),
             layers_done: read(&self.layers_done),
             bytes_total: read(&self.bytes_total),
-            bytes_done: read(&self.bytes_done),
+            // What was fetched again is not counted twice.
+            bytes_done: read(&self.bytes_done).min(read(&self.bytes_total)),
         }
     }
 
