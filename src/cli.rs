@@ -71,6 +71,8 @@ pub enum Command {
         /// The directory.
         dir: PathBuf,
     },
+    /// Put an image into the remote content cache, so that nodes need not ask its registry for layers.
+    Warm(WarmArgs),
     /// Build, push or look at image indexes.
     #[command(subcommand)]
     Index(IndexCommand),
@@ -265,6 +267,39 @@ pub struct MountArgs {
     /// Serve in the foreground until the mount ends, instead of in the background.
     #[arg(long)]
     pub foreground: bool,
+}
+
+/// Settings of `clip-csi warm`.
+#[derive(Debug, Args)]
+pub struct WarmArgs {
+    /// The image.
+    #[command(flatten)]
+    pub image: ImageArgs,
+    /// How much of the image must be there at the end; layers that the remote does not know are put there
+    /// whole in any case.
+    #[arg(long, value_enum, default_value = "all")]
+    pub what: WarmWhatArg,
+    /// Bytes per second at most; 0: any number.
+    #[arg(long, value_name = "BYTES", default_value_t = 0)]
+    pub bytes_per_second: u64,
+    /// Push the image's index beside it, too, as `index push` does.
+    #[arg(long, conflicts_with = "local")]
+    pub push_index: bool,
+    /// Fill the local disk cache instead: out of the remote content cache, for an image by digest without
+    /// asking its registry; where no remote is configured, from the registry.
+    #[arg(long)]
+    pub local: bool,
+}
+
+/// How much of an image is to be there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum WarmWhatArg {
+    /// What a mount needs before its first read.
+    Index,
+    /// And the chunks that were read first when the image was mounted before.
+    Recorded,
+    /// All of it.
+    All,
 }
 
 /// Build, push or look at image indexes.

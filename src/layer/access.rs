@@ -6,9 +6,15 @@ use std::{
     io::{self, BufWriter},
     ops::Range,
     path::{Path, PathBuf},
+    sync::{Arc, PoisonError},
 };
 
-use super::disk::{ACCESS, LayerFile};
+use tracing::warn;
+
+use super::{
+    disk::{ACCESS, LayerFile},
+    store::{Inner, Layer},
+};
 use crate::{
     chunk::{self, CHUNK_BYTES},
     codec::{
@@ -41,6 +47,17 @@ const MAX_BLOB_BYTES: u64 = 8 * STRIDE_BYTES;
 /// A block of zlib has at most 64 KiB, stored; compressors that make longer ones cost a second
 /// request.
 const BLOCK_SLACK_BYTES: u64 = 96 << 10;
+
+/// What is known of where a layer's blob can be entered.
+#[derive(Debug, Clone, Default)]
+pub(super) enum AccessState {
+    /// Nobody has asked.
+    #[default]
+    Unknown,
+    /// Nobody knows, or it led astray.
+    Nowhere,
+    Known(Arc<Access>),
+}
 
 /// Where a layer's blob can be entered.
 #[derive(Debug)]
@@ -255,6 +272,89 @@ impl Access {
             blob: span.blob.start..self.map.blob_end_for(end),
             is_guess: false,
             ..span
+        }
+    }
+}
+
+impl Layer {
+    /// Reads no part of the blob any more: what is known of it is wrong.
+    pub(super) fn forget_access(&self) {
+        self.set_access(AccessState::Nowhere);
+    }
+
+    /// Looks anew where the blob can be entered: a stream has found out.
+    pub(super) fn renew_access(&self) {
+        self.set_access(AccessState::Unknown);
+    }
+
+    fn set_access(&self, state: AccessState) {
+        *self.access.lock().unwrap_or_else(PoisonError::into_inner) = state;
+    }
+}
+
+impl Inner {
+    /// Where the blob of `layer` can be entered, if anybody knows.
+    pub(super) async fn access(&self, layer: &Arc<Layer>) -> Option<Arc<Access>> {
+        let desc = layer.origin().desc;
+        let state = || {
+            let state = layer.access.lock();
+            state.unwrap_or_else(PoisonError::into_inner).clone()
+        };
+        let known = |state| match state {
+            AccessState::Known(access) => Some(Some(access)),
+            AccessState::Nowhere => Some(None),
+            AccessState::Unknown => None,
+        };
+        if let Some(access) = known(state()) {
+            return access.filter(|it: &Arc<Access>| it.is_of(&desc));
+        }
+        let _flight = self.access_flights.join(desc.diff_id).await;
+        if let Some(access) = known(state()) {
+            return access.filter(|it: &Arc<Access>| it.is_of(&desc));
+        }
+        let access = self.find_access(layer, &desc).await.map(Arc::new);
+        layer.set_access(match &access {
+            Some(access) => AccessState::Known(Arc::clone(access)),
+            None => AccessState::Nowhere,
+        });
+        access
+    }
+
+    /// Opens the access map on disk, or takes that of the remote content cache.
+    async fn find_access(&self, layer: &Arc<Layer>, desc: &LayerDesc) -> Option<Access> {
+        let open = || {
+            let (file, desc) = (Arc::clone(&layer.file), desc.clone());
+            self.runtime
+                .spawn_blocking(move || Access::open(&file, &desc))
+        };
+        match open().await {
+            Ok(Ok(access)) => return Some(access),
+            Ok(Err(err)) if err.kind() == io::ErrorKind::NotFound => {}
+            Ok(Err(err)) => {
+                warn!(layer.diff_id = %desc.diff_id, error = %err, "access map of a layer is unusable");
+                // The next stream makes it anew.
+                let _ = fs::remove_file(layer.file.dir().join(ACCESS));
+            }
+            Err(_) => return None,
+        }
+        let cache = &self.remote.as_ref()?.cache;
+        let new = disk::Unpublished::create(&layer.file.dir().join(ACCESS)).ok()?;
+        let keep = |part: &[u8]| disk::write_to_map(new.file(), part);
+        let layer_bytes = layer.file.layer_bytes();
+        let fetched = cache.access_map(&desc.diff_id, &desc.blob, layer_bytes, keep);
+        if !fetched.await.ok()? {
+            return None;
+        }
+        new.publish().ok()?;
+        match open().await {
+            Ok(Ok(access)) => Some(access),
+            Ok(Err(err)) => {
+                let reject = cache.reject_access_map(&desc.diff_id, &desc.blob, err.to_string());
+                reject.await;
+                let _ = fs::remove_file(layer.file.dir().join(ACCESS));
+                None
+            }
+            Err(_) => None,
         }
     }
 }

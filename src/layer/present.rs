@@ -113,7 +113,7 @@ impl Inner {
                 if self.adopt(layer, chunk).await? {
                     return Ok(Tier::Disk);
                 }
-                let waiting = self.readers.enter();
+                let waiting = self.warming.readers.enter();
                 if self.fetch_chunk(layer, chunk).await? {
                     return Ok(Tier::ContentCache);
                 }

@@ -3,13 +3,13 @@
 
 use std::{
     collections::HashMap,
-    fs::{self, DirBuilder, File},
+    fs::{DirBuilder, File},
     io,
     ops::Range,
     os::unix::fs::DirBuilderExt,
     sync::{
         Arc, Mutex, PoisonError, Weak,
-        atomic::{AtomicU32, AtomicU64, Ordering},
+        atomic::{AtomicU32, Ordering},
     },
     time::Duration,
 };
@@ -23,9 +23,9 @@ use tracing::{info, warn};
 
 use super::{
     CacheConfig,
-    access::Access,
+    access::AccessState,
     catalog,
-    disk::{ACCESS, CachePaths, LayerFile},
+    disk::{CachePaths, LayerFile},
     fill::Blame,
     flight::Flights,
     images::{Images, Users},
@@ -35,10 +35,10 @@ use super::{
     scratch::{NewFile, ScratchFile},
     through::Through,
     upload,
+    warm::Warming,
 };
 use crate::{
     digest::DiffId,
-    disk,
     metrics::{Metrics, Tier},
     remote::{ContentCache, Uploader},
     tier::{
@@ -81,10 +81,7 @@ pub(super) struct Inner {
     pub(super) decompressions: Semaphore,
     pub(super) random_reads: Semaphore,
     pub(super) demand: Demand,
-    /// Readers that wait for the remote content cache: who warms makes way for them.
-    pub(super) readers: Demand,
-    /// Bytes that are kept for images in the warming, and not written yet.
-    pub(super) warming_bytes: AtomicU64,
+    pub(super) warming: Warming,
     pub(super) through: Through,
     pub(super) images: Images,
     /// std Mutex: held to add or reap a task, never across an await.
@@ -117,20 +114,9 @@ pub struct Layer {
     /// std Mutex: held to look and to start, never across an await.
     pub(super) random: Mutex<RandomReads>,
     /// std Mutex: held to copy or replace it, never across an await.
-    access: Mutex<AccessState>,
+    pub(super) access: Mutex<AccessState>,
     /// The images in use that have it.
     pub(super) users: Users,
-}
-
-/// What is known of where a layer's blob can be entered.
-#[derive(Debug, Clone, Default)]
-enum AccessState {
-    /// Nobody has asked.
-    #[default]
-    Unknown,
-    /// Nobody knows, or it led astray.
-    Nowhere,
-    Known(Arc<Access>),
 }
 
 /// Where a layer comes from: its blob, and a source with the credentials of whoever asked last.
@@ -213,20 +199,6 @@ impl Layer {
             .for_each(|it| self.users.touched(it));
     }
 
-    /// Reads no part of the blob any more: what is known of it is wrong.
-    pub(super) fn forget_access(&self) {
-        self.set_access(AccessState::Nowhere);
-    }
-
-    /// Looks anew where the blob can be entered: a stream has found out.
-    pub(super) fn renew_access(&self) {
-        self.set_access(AccessState::Unknown);
-    }
-
-    fn set_access(&self, state: AccessState) {
-        *self.access.lock().unwrap_or_else(PoisonError::into_inner) = state;
-    }
-
     pub(super) fn origin(&self) -> Origin {
         self.origin
             .lock()
@@ -280,8 +252,7 @@ impl LayerStore {
             decompressions: Semaphore::new(config.max_decompressions.max(1)),
             random_reads: Semaphore::new(RANDOM_READS),
             demand: Demand::default(),
-            readers: Demand::default(),
-            warming_bytes: AtomicU64::new(0),
+            warming: Warming::default(),
             through: Through::default(),
             images: Images::default(),
             config,
@@ -458,10 +429,9 @@ impl Inner {
     pub(super) fn open_layer(&self, origin: &Origin) -> Result<Option<Arc<Layer>>, PresentError> {
         let diff_id = origin.desc.diff_id;
         if let Some(layer) = self.opened(diff_id) {
-            if origin.source.gives_way() {
-                return Ok(Some(layer));
+            if !origin.source.gives_way() {
+                *layer.origin.lock().unwrap_or_else(PoisonError::into_inner) = origin.clone();
             }
-            *layer.origin.lock().unwrap_or_else(PoisonError::into_inner) = origin.clone();
             return Ok(Some(layer));
         }
         let file = match LayerFile::open(&self.paths.layer(diff_id), diff_id) {
@@ -500,71 +470,6 @@ impl Inner {
         layers.retain(|_, it| 0 < it.strong_count());
         layers.insert(diff_id, Arc::downgrade(&layer));
         Ok(Some(layer))
-    }
-
-    /// Where the blob of `layer` can be entered, if anybody knows.
-    pub(super) async fn access(&self, layer: &Arc<Layer>) -> Option<Arc<Access>> {
-        let desc = layer.origin().desc;
-        let state = || {
-            let state = layer.access.lock();
-            state.unwrap_or_else(PoisonError::into_inner).clone()
-        };
-        let known = |state| match state {
-            AccessState::Known(access) => Some(Some(access)),
-            AccessState::Nowhere => Some(None),
-            AccessState::Unknown => None,
-        };
-        if let Some(access) = known(state()) {
-            return access.filter(|it: &Arc<Access>| it.is_of(&desc));
-        }
-        let _flight = self.access_flights.join(desc.diff_id).await;
-        if let Some(access) = known(state()) {
-            return access.filter(|it: &Arc<Access>| it.is_of(&desc));
-        }
-        let access = self.find_access(layer, &desc).await.map(Arc::new);
-        layer.set_access(match &access {
-            Some(access) => AccessState::Known(Arc::clone(access)),
-            None => AccessState::Nowhere,
-        });
-        access
-    }
-
-    /// Opens the access map on disk, or takes that of the remote content cache.
-    async fn find_access(&self, layer: &Arc<Layer>, desc: &LayerDesc) -> Option<Access> {
-        let open = || {
-            let (file, desc) = (Arc::clone(&layer.file), desc.clone());
-            self.runtime
-                .spawn_blocking(move || Access::open(&file, &desc))
-        };
-        match open().await {
-            Ok(Ok(access)) => return Some(access),
-            Ok(Err(err)) if err.kind() == io::ErrorKind::NotFound => {}
-            Ok(Err(err)) => {
-                warn!(layer.diff_id = %desc.diff_id, error = %err, "access map of a layer is unusable");
-                // The next stream makes it anew.
-                let _ = fs::remove_file(layer.file.dir().join(ACCESS));
-            }
-            Err(_) => return None,
-        }
-        let cache = &self.remote.as_ref()?.cache;
-        let new = disk::Unpublished::create(&layer.file.dir().join(ACCESS)).ok()?;
-        let keep = |part: &[u8]| disk::write_to_map(new.file(), part);
-        let layer_bytes = layer.file.layer_bytes();
-        let fetched = cache.access_map(&desc.diff_id, &desc.blob, layer_bytes, keep);
-        if !fetched.await.ok()? {
-            return None;
-        }
-        new.publish().ok()?;
-        match open().await {
-            Ok(Ok(access)) => Some(access),
-            Ok(Err(err)) => {
-                let reject = cache.reject_access_map(&desc.diff_id, &desc.blob, err.to_string());
-                reject.await;
-                let _ = fs::remove_file(layer.file.dir().join(ACCESS));
-                None
-            }
-            Err(_) => None,
-        }
     }
 
     /// Makes room for a layer that is to be made, or refuses it.

@@ -17,6 +17,7 @@ use tracing::debug;
 
 use super::{
     catalog::{self, Removed},
+    random::Demand,
     store::{Inner, Layer, LayerStore, Origin, crashed},
     upload::UploadEnd,
 };
@@ -50,6 +51,15 @@ pub enum Warmed {
     NoRoom,
 }
 
+/// What whoever warms and everybody else have to know of each other.
+#[derive(Debug, Default)]
+pub(super) struct Warming {
+    /// Readers that wait for the remote content cache: who warms makes way for them.
+    pub(super) readers: Demand,
+    /// Bytes that are kept for images, and not written yet.
+    kept_bytes: AtomicU64,
+}
+
 /// Room that is kept for an image in the warming, against all others that are.
 #[derive(Debug)]
 pub struct Reservation {
@@ -70,7 +80,7 @@ impl Reservation {
             .left_bytes
             .fetch_update(Ordering::Relaxed, Ordering::Relaxed, take);
         let before = before.unwrap_or_else(|left| left);
-        let total = &self.inner.warming_bytes;
+        let total = &self.inner.warming.kept_bytes;
         total.fetch_sub(before.min(bytes), Ordering::Relaxed);
     }
 }
@@ -121,7 +131,8 @@ impl LayerStore {
         unused_for: Option<Duration>,
     ) -> Result<Reservation, u64> {
         let inner = self.inner();
-        let others_bytes = inner.warming_bytes.fetch_add(bytes, Ordering::Relaxed);
+        let kept_bytes = &inner.warming.kept_bytes;
+        let others_bytes = kept_bytes.fetch_add(bytes, Ordering::Relaxed);
         // Given back when it is dropped, also because there is no room.
         let reservation = Reservation {
             inner: Arc::clone(inner),
@@ -159,7 +170,7 @@ impl LayerStore {
         if is_present() {
             return Ok(Warmed::Present);
         }
-        inner.readers.let_pass(MAX_PAUSE).await;
+        inner.warming.readers.let_pass(MAX_PAUSE).await;
         inner.demand.let_pass(MAX_PAUSE).await;
         if inner.room.spare_bytes() < file.chunk_bytes(chunk) {
             return Ok(Warmed::NoRoom);

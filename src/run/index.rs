@@ -68,6 +68,20 @@ pub(super) async fn build(
 pub(super) async fn push(args: ImageArgs, mut config: Config) -> anyhow::Result<ExitCode> {
     config.registry.use_pushed_indexes = false;
     let wanted = Wanted::from_args(&args, &mut config)?;
+    let engine = Engine::start(&config, Metrics::new())?;
+    push_with(&engine, &wanted, &config).await?;
+    engine
+        .stop(Duration::from_secs(config.node.drain_seconds))
+        .await;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// As [`push`], with an engine that uses no pushed index itself.
+pub(super) async fn push_with(
+    engine: &Engine,
+    wanted: &Wanted,
+    config: &Config,
+) -> anyhow::Result<()> {
     let key = config.remote.integrity_key().map_err(BadConfig::new)?;
     if key.is_none() {
         warn!(
@@ -75,8 +89,7 @@ pub(super) async fn push(args: ImageArgs, mut config: Config) -> anyhow::Result<
              and only if registry.trust_pinned_indexes is set there"
         );
     }
-    let engine = Engine::start(&config, Metrics::new())?;
-    let (resolved, opened) = engine.open(&wanted).await?;
+    let (resolved, opened) = engine.open(wanted).await?;
     let mut out = io::stdout();
     writeln!(
         out,
@@ -85,7 +98,7 @@ pub(super) async fn push(args: ImageArgs, mut config: Config) -> anyhow::Result<
     )?;
     let mut layers = Vec::with_capacity(opened.layers.len());
     for (layer, desc) in opened.layers.iter().zip(&resolved.layers) {
-        let pushed = layer_push(&engine, layer, desc).await?;
+        let pushed = layer_push(engine, layer, desc).await?;
         let map_bytes = pushed.access_map.as_ref().map_or(0, Bytes::len);
         writeln!(
             out,
@@ -104,10 +117,7 @@ pub(super) async fn push(args: ImageArgs, mut config: Config) -> anyhow::Result<
     writeln!(out, "pushed   {} bytes", pushed.blob_bytes)?;
     writeln!(out, "index    {}", pushed.artifact)?;
     out.flush()?;
-    engine
-        .stop(Duration::from_secs(config.node.drain_seconds))
-        .await;
-    Ok(ExitCode::SUCCESS)
+    Ok(())
 }
 
 /// Makes the whole layer present, and its index anew.

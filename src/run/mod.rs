@@ -20,6 +20,7 @@ pub mod program;
 mod references;
 pub mod serve;
 mod status;
+mod warm;
 
 use std::process::ExitCode;
 
@@ -123,6 +124,7 @@ fn execute(cli: Cli, config: Config) -> anyhow::Result<ExitCode> {
         Command::Mount(args) if args.foreground => in_runtime(mount::serve(args, config)),
         Command::Mount(args) => mount::in_background(&args),
         Command::Unmount { dir } => mount::unmount(&dir),
+        Command::Warm(args) => in_runtime(warm::run(args, config)),
         Command::Index(IndexCommand::Build { image, output }) => {
             in_runtime(index::build(image, output, config))
         }

@@ -47,3 +47,4 @@ mod tar_fuzz;
 mod tar_tools;
 mod tidy;
 mod volumes_doc;
+mod warm;

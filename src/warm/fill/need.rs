@@ -4,6 +4,7 @@ use std::{collections::HashSet, sync::Arc};
 
 use super::{Filling, Origin};
 use crate::{
+    layer::store::Layer,
     registry::{ImageDocuments, ResolvedImage},
     remote::{Answer, ContentCache, Trust},
     tier::LayerDesc,
@@ -15,6 +16,8 @@ use crate::{
 pub(super) struct Need {
     /// Of each layer that the disk lacks: bytes that come with its index.
     pub(super) absent_bytes: Vec<Option<u64>>,
+    /// What the disk has of them: open, so that it is not evicted to make room for the rest.
+    pub(super) on_disk: Vec<Arc<Layer>>,
     /// Bytes that come in all, as far as that is known.
     pub(super) bytes: u64,
 }
@@ -92,6 +95,7 @@ impl Filling<'_> {
                 }
             };
             need.absent_bytes.push(absent_bytes);
+            need.on_disk.extend(on_disk);
             let bytes = absent_bytes.unwrap_or(0).saturating_add(later_bytes);
             need.bytes = need.bytes.saturating_add(bytes);
         }

@@ -1,0 +1,5 @@
+//! An image is put into the remote content cache once, and every node takes it from there.
+
+mod fill;
+mod seed;
+mod world;
