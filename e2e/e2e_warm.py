@@ -123,16 +123,20 @@ class Warm(Case):
     def test_a_seeder_that_is_killed_is_followed_by_another_one(self):
         name = "demo5"
         reference = self.push(name)
-        config = self.config(redis=self.redis(), key_file=self.work / "key")
+        redis = self.redis()
+        config = self.config(redis=redis, key_file=self.work / "key")
         whole = self.must_warm("measured", self.config("measured.toml", redis=self.redis(), key_file=self.work / "key"), reference)
+        manifest_key = f"clip:oci:image:manifest:{whole.said()['image'].rpartition('@')[2]}"
         killed = []
         # In turn with the cache of the one before, and with none, as on another machine.
         for number, cache in enumerate(("one", "one", "two")):
             seeder = self.warm(cache, config, reference)
-            time.sleep(self.dice.uniform(0.1, 0.7) * whole.seconds)
+            time.sleep(self.dice.uniform(0.1, 0.4) * whole.seconds)
             seeder.kill()
             seeder.wait()
             killed.append(seeder)
+            if number == 0:
+                self.assertEqual(redis.command("EXISTS", manifest_key), "0", "it was killed in the middle")
         mark = self.registry.mark()
         last = self.must_warm("three", config, reference)
         # What the ones before had put is not put again.

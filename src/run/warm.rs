@@ -1,6 +1,7 @@
 //! `clip-csi warm`: for people, and for pipelines that push images.
 
 use std::{
+    convert::Infallible,
     io::{self, IsTerminal as _, Write},
     process::ExitCode,
     sync::Arc,
@@ -57,7 +58,7 @@ pub(super) async fn run(args: WarmArgs, mut config: Config) -> anyhow::Result<Ex
     };
     let warmed = tokio::select! {
         warmed = warming => warmed,
-        () = show(&progress) => unreachable!("it shows for ever"),
+        never = show(&progress) => match never {},
     };
     let lines = match warmed {
         Ok(lines) => lines,
@@ -179,7 +180,7 @@ fn what(arg: WarmWhatArg) -> WarmWhat {
 }
 
 /// Shows on standard error how far it is, for ever: as a bar to a person, as lines to a log.
-async fn show(progress: &WarmProgress) {
+async fn show(progress: &WarmProgress) -> Infallible {
     let mut err = io::stderr();
     let is_terminal = err.is_terminal();
     let _wiped = is_terminal.then(WipeLine::default);

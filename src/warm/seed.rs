@@ -172,8 +172,9 @@ impl Seeding<'_> {
         let n_layers = u64::try_from(image.layers.len()).unwrap_or(u64::MAX);
         self.progress.expect(n_layers, blob_bytes);
         self.progress.enter(Phase::Moving);
-        let mut known: Vec<Known> = stream::iter(&image.layers)
-            .map(|it| self.known(it))
+        // Of copies, because a closure over borrowed items makes a future that cannot be spawned.
+        let mut known: Vec<Known> = stream::iter(image.layers.iter().cloned())
+            .map(|it| async move { self.known(&it).await })
             .buffered(LAYERS_AT_ONCE)
             .try_collect()
             .await?;

@@ -1,5 +1,6 @@
 //! An image is put into the remote content cache once, and every node takes it from there.
 
 mod fill;
+mod readers;
 mod seed;
 mod world;

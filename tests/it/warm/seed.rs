@@ -36,20 +36,23 @@ async fn the_registry_is_asked_once_and_no_reader_asks_anybody() {
     assert_eq!(world.blob_gets(), [1, 1]);
     // Who only seeds keeps nothing.
     assert_eq!(seeder.chunks().await, [None, None]);
-    let again = world
-        .node("other seeder")
-        .seed(WarmWhat::All)
-        .await
-        .unwrap();
+    let other = world.node("other seeder");
+    let again = tokio::spawn(async move { other.seed(WarmWhat::All).await });
+    let again = again.await.unwrap().unwrap();
     assert_eq!((again.n_layers, again.n_layers_present), (2, 2));
     assert_eq!((again.bytes_from_registry, again.bytes_to_remote), (0, 0));
     assert_eq!(world.blob_gets(), [1, 1]);
     let asked = world.registry.requests("/").len();
     for name in ["one", "two", "three"] {
-        let node = world.node(name);
+        let node = Arc::new(world.node(name));
         let progress = Arc::new(WarmProgress::default());
         let request = node.fill_request(WarmWhat::All);
-        let filled = node.warmer().fill(&request, &progress).await.unwrap();
+        // As the agent does.
+        let filled = tokio::spawn({
+            let (node, progress) = (Arc::clone(&node), Arc::clone(&progress));
+            async move { node.warmer().fill(&request, &progress).await }
+        });
+        let filled = filled.await.unwrap().unwrap();
         let expected = Filled {
             n_layers: 3,
             bytes_wanted: layer_bytes(),
