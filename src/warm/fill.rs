@@ -24,11 +24,16 @@ use crate::{
     layer::{store::Layer, warm::Reservation},
     registry::{ImageRef, Platform, Requester, ResolvedImage},
     remote::{Answer, ContentCache},
+    sys,
     tier::{BlobSource, LayerDesc, PresentError},
 };
 
 /// Where an image may be taken from.
 #[derive(Debug, Clone)]
+#[expect(
+    clippy::large_enum_variant,
+    reason = "there is one for each image that is being filled, which is few"
+)]
 pub enum Origin {
     /// The remote content cache alone, and the local disk.
     Remote,
@@ -179,6 +184,8 @@ impl Filling<'_> {
                 self.reserve(missing_bytes, total_bytes).await?
             }
         };
+        // What opened the layers is not needed for their chunks, which take most of the time and the memory.
+        sys::drop_code();
         self.bring(&layers, &recorded, &reservation).await?;
         for chunks in &rest {
             self.bring(&layers, chunks, &reservation).await?;

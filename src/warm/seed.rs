@@ -19,6 +19,7 @@ use crate::{
     layer::{UploadEnd, store::Layer},
     registry::{ImageDocuments, ImageRef, Platform, Requester, ResolvedImage},
     remote::{Answer, ContentCache, RemoteManifest, Repair},
+    sys,
     tier::{BlobSource, LayerDesc, PresentError},
 };
 
@@ -171,6 +172,8 @@ impl Seeding<'_> {
         let blob_bytes = image.layers.iter().map(|it| it.blob_bytes).sum();
         let n_layers = u64::try_from(image.layers.len()).unwrap_or(u64::MAX);
         self.progress.expect(n_layers, blob_bytes);
+        // What asked the registry what the image is made of is not needed for its layers.
+        sys::drop_code();
         self.progress.enter(Phase::Moving);
         // Of copies, because a closure over borrowed items makes a future that cannot be spawned.
         let mut known: Vec<Known> = stream::iter(image.layers.iter().cloned())

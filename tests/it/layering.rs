@@ -76,16 +76,7 @@ const MODULES: &[(&str, &[&str])] = &[
     (
         "warm",
         &[
-            "chunk",
-            "digest",
-            "index",
-            "indexer",
-            "layer",
-            "metrics",
-            "registry",
-            "remote",
-            "telemetry",
-            "tier",
+            "chunk", "digest", "index", "indexer", "layer", "registry", "remote", "sys", "tier",
         ],
     ),
     (

@@ -8,6 +8,7 @@ use std::{
 
 use clip_csi::{
     chunk::CHUNK_BYTES,
+    disk,
     index::profile::{self, Profile, Touch},
     layer::{CacheConfig, UploadEnd, store::LayerStore},
     metrics::Metrics,
@@ -87,7 +88,7 @@ async fn what_is_not_seeded_is_said_and_asked_of_nobody() {
 async fn a_damaged_chunk_ends_in_not_seeded() {
     let world = World::seeded().await;
     let damaged = &world.stored("o-2")[0];
-    std::fs::write(damaged, b"\0garbage").unwrap();
+    disk::publish(damaged, b"\0garbage").unwrap();
     let node = world.node("node");
     let (reason, text) = reason(node.fill(WarmWhat::All).await);
     assert_eq!(reason, "NotSeeded", "{text}");
@@ -99,7 +100,7 @@ async fn without_a_remote_a_node_may_ask_the_registry() {
     let world = World::new().await;
     let node = world.node_with("node", HasRemote::No, |it| it);
     let request = FillRequest {
-        origin: node.from_registry(),
+        origin: node.origin_with_registry(),
         ..node.fill_request(WarmWhat::All)
     };
     let filled = node.fill_as(request.clone()).await.unwrap();
@@ -113,7 +114,7 @@ async fn without_a_remote_a_node_may_ask_the_registry() {
     std::fs::remove_file(&world.stored("o-1")[0]).unwrap();
     let node = world.node("node");
     let request = FillRequest {
-        origin: node.from_registry(),
+        origin: node.origin_with_registry(),
         ..request
     };
     let filled = node.fill_as(request).await.unwrap();

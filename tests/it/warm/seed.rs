@@ -7,6 +7,7 @@ use std::{
 
 use clip_csi::{
     chunk::CHUNK_BYTES,
+    disk,
     warm::{Filled, LocalCopy, Phase, SeedRequest, WarmProgress, WarmWhat},
 };
 
@@ -100,7 +101,7 @@ async fn a_damaged_document_is_not_believed_and_is_put_again() {
         let stored = world.stored(name);
         let mut content = std::fs::read(&stored[0]).unwrap();
         content[100] ^= 1;
-        std::fs::write(&stored[0], content).unwrap();
+        disk::publish(&stored[0], &content).unwrap();
         let node = world.node(&format!("{name} damaged"));
         let (reason, text) = reason(node.fill(WarmWhat::Index).await);
         assert_eq!(reason, "NotSeeded", "{text}");
@@ -195,7 +196,7 @@ async fn a_remote_that_is_down_is_told_apart_from_an_empty_one() {
     let aside = world.path("aside");
     std::fs::rename(world.remote_dir(), &aside).unwrap();
     // What is below a file cannot be read.
-    std::fs::write(world.remote_dir(), b"").unwrap();
+    disk::publish(&world.remote_dir(), b"").unwrap();
     let node = world.node("node");
     let outcomes = [
         reason(node.fill(WarmWhat::All).await),

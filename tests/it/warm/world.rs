@@ -256,7 +256,7 @@ impl Node {
         }
     }
 
-    pub(super) fn from_registry(&self) -> Origin {
+    pub(super) fn origin_with_registry(&self) -> Origin {
         Origin::Registry {
             image: self.image.clone(),
             platform: platform(),
