@@ -97,7 +97,8 @@ struct Seeding<'a> {
 /// A layer that the remote has.
 #[derive(Debug)]
 struct Known {
-    manifest: Arc<RemoteManifest>,
+    /// Bytes of it, decompressed.
+    layer_bytes: u64,
     /// Whether nothing was put.
     was_there: bool,
 }
@@ -151,7 +152,7 @@ impl Warmer<'_> {
             n_layers: count(known.len()),
             n_layers_present: count(known.iter().filter(|it| it.was_there).count()),
             blob_bytes: resolved.layers.iter().map(|it| it.blob_bytes).sum(),
-            layer_bytes: known.iter().map(|it| it.manifest.layer_bytes).sum(),
+            layer_bytes: known.iter().map(|it| it.layer_bytes).sum(),
             bytes_from_registry: measured.bytes(),
             bytes_to_remote: seeding.sent_bytes.load(Ordering::Relaxed),
         };
@@ -185,7 +186,6 @@ impl Seeding<'_> {
         let wanted = self.wanted(&known, places).await;
         for ((desc, known), wanted) in image.layers.iter().zip(&mut known).zip(wanted) {
             self.complete(desc, known, wanted).await?;
-            self.progress.layer_done();
         }
         let put = self.cache.put_image(documents.manifest, documents.config);
         put.await.map_err(|reason| WarmError::RemoteDown {
@@ -199,17 +199,21 @@ impl Seeding<'_> {
     async fn known(&self, desc: &LayerDesc) -> Result<Known, WarmError> {
         if let Some(manifest) = self.asked(&desc.diff_id).await? {
             self.progress.bytes_done(desc.blob_bytes);
+            self.progress.layer_done();
             return Ok(Known {
-                manifest,
+                layer_bytes: manifest.layer_bytes,
                 was_there: true,
             });
         }
         self.put(desc).await?;
         match self.asked(&desc.diff_id).await? {
-            Some(manifest) => Ok(Known {
-                manifest,
-                was_there: false,
-            }),
+            Some(manifest) => {
+                self.progress.layer_done();
+                Ok(Known {
+                    layer_bytes: manifest.layer_bytes,
+                    was_there: false,
+                })
+            }
             None => Err(self.loses(desc)),
         }
     }
@@ -234,7 +238,7 @@ impl Seeding<'_> {
     /// Which chunks of each layer the remote must have; `places` says which layer is where in the image.
     async fn wanted(&self, known: &[Known], places: &[usize]) -> Vec<Vec<u32>> {
         let n_chunks = |it: &Known| {
-            let n_chunks = chunk::n_chunks(it.manifest.layer_bytes);
+            let n_chunks = chunk::n_chunks(it.layer_bytes);
             // A manifest says no more than that.
             u32::try_from(n_chunks).unwrap_or(u32::MAX)
         };
