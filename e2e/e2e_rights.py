@@ -158,11 +158,12 @@ class Rights(ClusterCase):
         self.create(self.secret_of("friend", OURS))
         self.release.empty_all()
         demo = {"image": f"{PRIVATE_REGISTRY}/e2e/demo1:{images.TAG}", "secret": "pull"}
-        uploaded = self.metric(N2, "remote_uploads_total", outcome="ok")
+        uploads = lambda: driver.metric(self.release.metrics(N2), "remote_uploads_total", outcome="ok")
+        before = uploads()
         self.start("filled", OURS, node=N2, **demo)
         self.becomes_ready("filled", OURS)
         right = self.checksum("filled", OURS)
-        process.wait_until(lambda: time.sleep(0.3) or self.metric(N2, "remote_uploads_total", outcome="ok") > uploaded, "the upload of the layer", 60)
+        process.wait_until(lambda: time.sleep(0.3) or uploads() > before, "the upload of the layer", 60)
         # The index stays, so that the next node mounts at once; all content has to come from the registry.
         self.cluster.redis.command("EVAL", "for _, key in ipairs(redis.call('KEYS', ARGV[1])) do redis.call('DEL', key) end", "0", CHUNKS)
         self.start("reads", OURS, attributes={"prefetch": "none"}, **demo)
