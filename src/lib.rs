@@ -30,6 +30,7 @@ pub mod tier;
 pub mod registry;
 pub mod remote;
 
+pub mod api;
 pub mod node_events;
 pub mod node_taint;
 pub mod service_accounts;

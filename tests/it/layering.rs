@@ -7,6 +7,7 @@
 use std::{collections::BTreeSet, fs, path::Path};
 
 const MODULES: &[(&str, &[&str])] = &[
+    ("api", &[]),
     ("chunk", &[]),
     ("clock", &[]),
     ("digest", &[]),

@@ -12,6 +12,7 @@
 mod admin;
 mod checkpoints;
 mod codec;
+mod crds;
 mod csi;
 mod csi_controller;
 mod eviction;
