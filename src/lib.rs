@@ -31,6 +31,7 @@ pub mod registry;
 pub mod remote;
 
 pub mod api;
+pub mod cluster;
 pub mod node_events;
 pub mod node_taint;
 pub mod service_accounts;
@@ -39,6 +40,7 @@ pub mod layer;
 
 pub mod fs;
 pub mod indexer;
+pub mod prewarm;
 pub mod warm;
 
 pub mod fuse;

@@ -1,19 +1,11 @@
 //! Tells Kubernetes what people should see: Events of this node, and of the pods on it.
-//!
-//! Written as `kubectl describe` shows them. An event that cannot be written is in the log, and
-//! is not tried again: the metrics say the same.
 
 use std::time::Duration;
 
-use k8s_openapi::{
-    api::core::v1::{Event, EventSource, ObjectReference},
-    apimachinery::pkg::apis::meta::v1::{ObjectMeta, Time},
-    jiff::Timestamp,
-};
-use kube::{Api, Client, Config, api::PostParams};
-use tracing::{info, warn};
+use k8s_openapi::api::core::v1::ObjectReference;
+use kube::{Client, Config};
 
-use crate::telemetry::error_chain;
+use crate::cluster::{EventKind, Events};
 
 /// Events of objects without a namespace live there (kubernetes, `client-go/tools/record`).
 const NAMESPACE: &str = "default";
@@ -21,23 +13,11 @@ const NAMESPACE: &str = "default";
 /// How long a connection or an answer may take: other events wait.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Longest message that Kubernetes takes (`pkg/apis/core/validation/events.go`).
-const MAX_MESSAGE_BYTES: usize = 1024;
-
 /// Writes the events of one node.
-#[derive(Clone)]
+#[derive(Debug, Clone)]
 pub struct NodeEvents {
-    client: Client,
+    events: Events,
     node: String,
-    driver: String,
-}
-
-impl std::fmt::Debug for NodeEvents {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("NodeEvents")
-            .field("node", &self.node)
-            .finish_non_exhaustive()
-    }
 }
 
 impl NodeEvents {
@@ -49,10 +29,10 @@ impl NodeEvents {
         cluster.connect_timeout = Some(REQUEST_TIMEOUT);
         cluster.read_timeout = Some(REQUEST_TIMEOUT);
         cluster.write_timeout = Some(REQUEST_TIMEOUT);
+        let client = Client::try_from(cluster)?;
         Ok(Self {
-            client: Client::try_from(cluster)?,
+            events: Events::new(client, driver, Some(node)),
             node: node.to_owned(),
-            driver: driver.to_owned(),
         })
     }
 
@@ -89,58 +69,9 @@ impl NodeEvents {
     }
 
     async fn write(&self, namespace: &str, about: ObjectReference, reason: &str, message: &str) {
-        let now = Time(Timestamp::now());
-        let kind = about.kind.clone().unwrap_or_default();
-        let event = Event {
-            metadata: ObjectMeta {
-                generate_name: about.name.as_ref().map(|it| format!("{it}.")),
-                namespace: Some(namespace.to_owned()),
-                ..ObjectMeta::default()
-            },
-            involved_object: about,
-            reason: Some(reason.to_owned()),
-            message: Some(bounded(message).to_owned()),
-            type_: Some("Warning".to_owned()),
-            source: Some(EventSource {
-                component: Some(self.driver.clone()),
-                host: Some(self.node.clone()),
-            }),
-            first_timestamp: Some(now.clone()),
-            last_timestamp: Some(now),
-            count: Some(1),
-            ..Event::default()
-        };
-        let events: Api<Event> = Api::namespaced(self.client.clone(), namespace);
-        match events.create(&PostParams::default(), &event).await {
-            Ok(_) => info!(kind, reason, "told Kubernetes in an event"),
-            Err(err) => warn!(
-                kind,
-                reason,
-                error = error_chain(&err),
-                "cannot write an event"
-            ),
-        }
-    }
-}
-
-/// As much of a message as an event may have.
-fn bounded(message: &str) -> &str {
-    let mut end = message.len().min(MAX_MESSAGE_BYTES);
-    while !message.is_char_boundary(end) {
-        end -= 1;
-    }
-    &message[..end]
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_message_ends_where_a_character_does() {
-        assert_eq!(bounded("short"), "short");
-        let long = format!("x{}", "…".repeat(1000));
-        assert_eq!(bounded(&long).len(), 1024);
-        assert_eq!(bounded(&"…".repeat(1000)).len(), 1023);
+        let kind = EventKind::Warning;
+        self.events
+            .write(namespace, about, kind, reason, message)
+            .await;
     }
 }

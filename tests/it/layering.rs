@@ -30,6 +30,9 @@ const MODULES: &[(&str, &[&str])] = &[
         "registry",
         &["digest", "integrity", "metrics", "secret", "tier", "tls"],
     ),
+    ("cluster", &["telemetry"]),
+    ("node_events", &["cluster"]),
+    ("service_accounts", &["registry", "telemetry", "tier"]),
     (
         "remote",
         &[
@@ -81,6 +84,19 @@ const MODULES: &[(&str, &[&str])] = &[
         ],
     ),
     (
+        "prewarm",
+        &[
+            "api",
+            "cluster",
+            "digest",
+            "metrics",
+            "registry",
+            "telemetry",
+            "tier",
+            "warm",
+        ],
+    ),
+    (
         "fuse",
         &[
             "digest",
@@ -121,8 +137,6 @@ const MODULES: &[(&str, &[&str])] = &[
             "tier",
         ],
     ),
-    ("node_events", &["telemetry"]),
-    ("service_accounts", &["registry", "telemetry", "tier"]),
     ("node_taint", &["sys", "telemetry"]),
     ("pb", &[]),
     (

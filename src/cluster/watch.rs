@@ -1,0 +1,210 @@
+//! Follows the objects of a kind, and keeps none of them.
+//!
+//! A listing in pages, then a watch from its version on, with bookmarks; a watch that has lost its place begins with
+//! a listing again. Whoever is told of an object keeps what they need of it: a page of fifty is what is held at most,
+//! where a store of whole objects takes as much as the cluster has (a page of 500 Pods alone is 64 MiB, of 50 it is 13).
+
+use std::{fmt::Debug, time::Duration};
+
+use futures_util::StreamExt;
+use kube::{
+    Api, Resource,
+    api::{ListParams, WatchEvent, WatchParams},
+};
+use serde::de::DeserializeOwned;
+use tokio::time::{Instant, sleep};
+use tracing::{debug, warn};
+
+use crate::telemetry::error_chain;
+
+/// Objects of one page.
+const PAGE: u32 = 50;
+
+/// How long one watch goes on; also how long a connection that died without a word is not noticed.
+const WATCH_SECONDS: u32 = 240;
+
+/// First wait after a failure; each further one is twice as long.
+const FIRST_WAIT: Duration = Duration::from_millis(500);
+
+/// Longest wait: a cluster of nodes must not crowd an API server that comes back.
+const MAX_WAIT: Duration = Duration::from_secs(30);
+
+/// What is seen of the objects of a kind.
+#[derive(Debug)]
+pub enum Seen<K> {
+    /// A listing begins: what it does not name before [`Seen::Listed`] is not there any more.
+    Listing,
+    /// An object is there, like this.
+    Is(Box<K>),
+    /// An object has gone; this was it.
+    Gone(Box<K>),
+    /// The listing has named all.
+    Listed,
+}
+
+/// Which objects of a kind are meant.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Selector {
+    /// Only those with these labels.
+    pub labels: Option<String>,
+    /// Only those with these fields.
+    pub fields: Option<String>,
+}
+
+/// What a failed watch does next.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Next {
+    /// A listing: the version is too old.
+    List,
+    /// The watch that follows a listing.
+    First,
+    /// Another watch from the same version.
+    Watch,
+}
+
+/// Tells `see` what there is and what changes, for ever.
+///
+/// # Cancellation
+/// Safe.
+pub async fn watch<K>(api: Api<K>, selector: Selector, mut see: impl AsyncFnMut(Seen<K>))
+where
+    K: Resource + Clone + Debug + DeserializeOwned + 'static,
+{
+    let mut wait = FIRST_WAIT;
+    let mut version = None;
+    let mut last_error = String::new();
+    loop {
+        let begin = Instant::now();
+        let step = match &version {
+            None => list(&api, &selector, &mut see).await.map(|it| {
+                version = Some(it);
+                Next::First
+            }),
+            Some(from) => {
+                let mut at = from.clone();
+                let step = follow(&api, &selector, &mut at, &mut see).await;
+                version = Some(at);
+                step
+            }
+        };
+        match step {
+            Ok(next) => {
+                if next == Next::List {
+                    version = None;
+                }
+                // A watch that ends as soon as it begins is no reason to ask as fast as one can.
+                if next != Next::First && begin.elapsed() < FIRST_WAIT {
+                    sleep(FIRST_WAIT).await;
+                }
+                wait = FIRST_WAIT;
+                last_error.clear();
+            }
+            Err(err) => {
+                let text = error_chain(&err);
+                // Once for each cause: the API server may be down for hours.
+                if text != last_error {
+                    warn!(
+                        url = api.resource_url(),
+                        error = text,
+                        "a watch failed, trying again"
+                    );
+                    last_error = text;
+                }
+                sleep(wait).await;
+                wait = (wait * 2).min(MAX_WAIT);
+            }
+        }
+    }
+}
+
+/// Tells of all that is there; returns the version of the listing.
+async fn list<K>(
+    api: &Api<K>,
+    selector: &Selector,
+    see: &mut impl AsyncFnMut(Seen<K>),
+) -> kube::Result<String>
+where
+    K: Resource + Clone + Debug + DeserializeOwned + 'static,
+{
+    let mut params = ListParams {
+        label_selector: selector.labels.clone(),
+        field_selector: selector.fields.clone(),
+        limit: Some(PAGE),
+        ..ListParams::default()
+    };
+    see(Seen::Listing).await;
+    loop {
+        let page = match api.list(&params).await {
+            Ok(page) => page,
+            // The listing took longer than the API server remembers: from the beginning.
+            Err(kube::Error::Api(status))
+                if status.code == 410 && params.continue_token.is_some() =>
+            {
+                params.continue_token = None;
+                see(Seen::Listing).await;
+                continue;
+            }
+            Err(err) => return Err(err),
+        };
+        for object in page.items {
+            see(Seen::Is(Box::new(object))).await;
+        }
+        match page.metadata.continue_.filter(|it| !it.is_empty()) {
+            Some(token) => params.continue_token = Some(token),
+            None => {
+                see(Seen::Listed).await;
+                return Ok(page.metadata.resource_version.unwrap_or_default());
+            }
+        }
+    }
+}
+
+/// Tells of changes from `version` on, which goes on with them, until the watch ends.
+async fn follow<K>(
+    api: &Api<K>,
+    selector: &Selector,
+    version: &mut String,
+    see: &mut impl AsyncFnMut(Seen<K>),
+) -> kube::Result<Next>
+where
+    K: Resource + Clone + Debug + DeserializeOwned + 'static,
+{
+    let params = WatchParams {
+        label_selector: selector.labels.clone(),
+        field_selector: selector.fields.clone(),
+        ..WatchParams::default()
+    };
+    let changes = match api.watch(&params.timeout(WATCH_SECONDS), version).await {
+        Ok(changes) => changes,
+        Err(kube::Error::Api(status)) if status.code == 410 => return Ok(Next::List),
+        Err(err) => return Err(err),
+    };
+    tokio::pin!(changes);
+    while let Some(change) = changes.next().await {
+        match change? {
+            WatchEvent::Added(object) | WatchEvent::Modified(object) => {
+                advance(version, &object);
+                see(Seen::Is(Box::new(object))).await;
+            }
+            WatchEvent::Deleted(object) => {
+                advance(version, &object);
+                see(Seen::Gone(Box::new(object))).await;
+            }
+            WatchEvent::Bookmark(mark) => {
+                debug!(version = mark.metadata.resource_version, "bookmark");
+                *version = mark.metadata.resource_version;
+            }
+            // What went wrong is in a status; a version that is too old is usual after a pause.
+            WatchEvent::Error(status) if status.code == 410 => return Ok(Next::List),
+            WatchEvent::Error(status) => return Err(kube::Error::Api(status)),
+        }
+    }
+    Ok(Next::Watch)
+}
+
+/// Goes on to what `object` was the news of.
+fn advance(version: &mut String, object: &impl Resource) {
+    if let Some(at) = &object.meta().resource_version {
+        version.clone_from(at);
+    }
+}

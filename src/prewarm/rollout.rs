@@ -1,0 +1,186 @@
+//! What controller and agents must agree about: who is admitted, and what there is to have.
+
+use std::{collections::BTreeMap, fmt};
+
+use kube::Resource;
+
+use crate::api::{Content, ImageStatus};
+
+/// Annotation of an ImagePrewarm by which agents, which watch metadata alone, see whether it is their turn.
+///
+/// A hint that saves reads: whoever acts on it has read the status before, which only the controller writes.
+pub const ANNOTATION: &str = "clip-csi.dev/rollout";
+
+/// All nodes are admitted.
+pub const ALL: i32 = 1000;
+
+/// Hexadecimal digits of a revision: objects have few, and a mistake costs a look at what is there.
+const REVISION_DIGITS: usize = 12;
+
+/// Returns the place of a node in the order in which it is admitted for an object, from 0 to 999.
+///
+/// Another one for each object, so that it is not always the same nodes that begin.
+pub fn slot(node: &str, uid: &str) -> i32 {
+    let mut hash = blake3::Hasher::new();
+    hash.update(node.as_bytes())
+        .update(b"\0")
+        .update(uid.as_bytes());
+    let bytes = hash.finalize();
+    let [a, b, c, d, ..] = *bytes.as_bytes();
+    let place = u32::from_le_bytes([a, b, c, d]) % ALL.unsigned_abs();
+    i32::try_from(place).unwrap_or(0)
+}
+
+/// Names what nodes are to have of `images`, which is those with a digest: another name if it is something else.
+pub fn revision(content: Content, images: &[ImageStatus]) -> String {
+    let there: BTreeMap<_, _> = images
+        .iter()
+        .filter_map(|it| Some(((&it.image, &it.platform), it.manifest_digest.as_ref()?)))
+        .collect();
+    if there.is_empty() {
+        return String::new();
+    }
+    let mut hash = blake3::Hasher::new();
+    hash.update(&[content as u8]);
+    for ((image, platform), digest) in there {
+        for part in [image, platform, digest] {
+            hash.update(part.as_bytes()).update(b"\0");
+        }
+    }
+    hash.finalize().to_hex()[..REVISION_DIGITS].to_owned()
+}
+
+/// What [`ANNOTATION`] says. Prints as it.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Rollout {
+    /// What there is to have (`status.revision`).
+    pub revision: String,
+    /// Share of the nodes that may begin, of [`ALL`].
+    pub permille: i32,
+    /// Nodes that are to be warmed: how seldom each of them tells of its progress.
+    pub nodes: u32,
+}
+
+impl Rollout {
+    /// Reads the annotation of an object; `None` if it has none, or none that can be read.
+    pub fn of(object: &impl Resource) -> Option<Self> {
+        let annotations = object.meta().annotations.as_ref()?;
+        Self::parse(annotations.get(ANNOTATION)?)
+    }
+
+    /// Parses `revision=R,permille=P,nodes=N`.
+    pub fn parse(text: &str) -> Option<Self> {
+        let mut rollout = Self::default();
+        for part in text.split(',') {
+            let (key, value) = part.split_once('=')?;
+            match key {
+                "revision" if value.len() <= 64 => value.clone_into(&mut rollout.revision),
+                "permille" => {
+                    rollout.permille = value.parse().ok().filter(|it| (0..=ALL).contains(it))?
+                }
+                "nodes" => rollout.nodes = value.parse().ok()?,
+                // Of a newer controller.
+                _ => {}
+            }
+        }
+        Some(rollout)
+    }
+
+    /// Whether it is the turn of a node.
+    pub fn admits(&self, node: &str, uid: &str) -> bool {
+        slot(node, uid) < self.permille
+    }
+}
+
+impl fmt::Display for Rollout {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self {
+            revision,
+            permille,
+            nodes,
+        } = self;
+        write!(f, "revision={revision},permille={permille},nodes={nodes}")
+    }
+}
+
+/// Uid of an object; empty for one that was never in a cluster.
+pub fn uid(object: &impl Resource) -> &str {
+    object.meta().uid.as_deref().unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::api::ImageState;
+
+    #[test]
+    fn slots_are_spread_evenly_and_differ_by_object() {
+        let mut tens = [0; 10];
+        let mut same = 0;
+        for node in 0..1000 {
+            let node = format!("node-{node}");
+            let at = slot(&node, "uid-1");
+            assert!((0..ALL).contains(&at));
+            tens[usize::try_from(at / 100).unwrap()] += 1;
+            same += usize::from(at == slot(&node, "uid-2"));
+        }
+        // Binomial: 100 ± 28 is three standard deviations.
+        assert!(tens.iter().all(|it| (70..=130).contains(it)), "{tens:?}");
+        assert!(same < 10, "{same} of 1000 are the same");
+        // What agents of one version and a controller of another must agree about.
+        assert_eq!(slot("n1", "7e1c"), 917);
+    }
+
+    #[test]
+    fn the_annotation_is_read_as_it_is_written_and_nothing_else_is() {
+        let rollout = Rollout {
+            revision: "ab12".to_owned(),
+            permille: 250,
+            nodes: 1000,
+        };
+        let text = "revision=ab12,permille=250,nodes=1000";
+        assert_eq!(rollout.to_string(), text);
+        assert_eq!(Rollout::parse(text), Some(rollout.clone()));
+        assert_eq!(
+            Rollout::parse("revision=ab12,permille=250,nodes=1000,later=1"),
+            Some(rollout)
+        );
+        for bad in [
+            "",
+            "x",
+            "permille=1001",
+            "permille=-1",
+            "permille=x",
+            "nodes=-1",
+        ] {
+            assert_eq!(Rollout::parse(bad), None, "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn a_revision_changes_with_a_digest_and_with_nothing_that_nodes_do_not_see() {
+        let image = |name: &str, digest: &str| ImageStatus {
+            image: name.to_owned(),
+            manifest_digest: Some(digest.to_owned()),
+            ..ImageStatus::default()
+        };
+        let (a, b) = (image("a", "1"), image("b", "2"));
+        let all = revision(Content::All, &[a.clone(), b.clone()]);
+        assert_eq!(all.len(), REVISION_DIGITS);
+        let other_state = ImageStatus {
+            state: ImageState::Seeded,
+            attempts: 3,
+            ..a.clone()
+        };
+        assert_eq!(revision(Content::All, &[b.clone(), other_state]), all);
+        for other in [
+            revision(Content::Index, &[a.clone(), b.clone()]),
+            revision(Content::All, &[a.clone(), image("b", "3")]),
+            revision(Content::All, std::slice::from_ref(&a)),
+            revision(Content::All, &[image("a", "2"), image("b", "1")]),
+        ] {
+            assert_ne!(other, all);
+        }
+        assert_eq!(revision(Content::All, &[ImageStatus::default()]), "");
+    }
+}
