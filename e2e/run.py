@@ -28,7 +28,7 @@ from harness import environment, paths, process
 LANES = {
     "node": ["test_tree", "test_images", "test_readers", "test_testregistry", "test_bench", "test_sim", "e2e_tree", "e2e_sharing", "e2e_csi", "e2e_attributes", "e2e_mirrors", "e2e_credentials", "e2e_bad_input",
              "e2e_remote", "e2e_warm", "e2e_prefetch", "e2e_index", "e2e_cache", "e2e_kill", "e2e_roles", "e2e_memory", "e2e_crash", "e2e_restart", "test_chart"],
-    "cluster": ["e2e_cluster", "e2e_rights", "e2e_claims", "e2e_rollout", "e2e_operations"],
+    "cluster": ["e2e_prewarm_agents", "e2e_cluster", "e2e_rights", "e2e_claims", "e2e_prewarm", "e2e_rollout", "e2e_operations"],
 }
 
 

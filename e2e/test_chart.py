@@ -80,6 +80,11 @@ EVERYTHING = {
                 "prometheusRule": {"forceEnable": True, "labels": {"release": "p"}, "runbookUrl": "https://wiki.example/runbook", "disabledAlerts": ["ClipCsiHitRatioLow"],
                                    "alertLabels": {"team": "storage"}, "additionalGroups": [{"name": "own", "rules": [{"record": "a", "expr": "1"}]}]},
                 "grafanaDashboard": {"enabled": True, "namespace": "grafana", "annotations": {"grafana_folder": "Storage"}}},
+    "prewarm": {"enabled": True, "replicas": 3, "pullSecrets": {"namespaces": ["team-a"]}, "parallelImages": 4, "bytesPerSecond": 1 << 20,
+                "node": {"parallelImages": 3, "bytesPerSecond": 1 << 21, "evictUnusedForSeconds": 0}, "cache": {"sizeLimit": "50Gi"},
+                "env": [{"name": "HTTPS_PROXY", "value": "http://proxy:3128"}], "envFrom": [{"configMapRef": {"name": "e"}}], "priorityClassName": "important",
+                "tolerations": [{"key": "gpu", "operator": "Exists"}], "nodeSelector": {"disk": "nvme"}, "affinity": {"nodeAffinity": {}}, "annotations": {"a": "b"},
+                "podAnnotations": {"a": "b"}, "podLabels": {"a": "b"}, "serviceAccount": {"annotations": {"a": "b"}}},
     "networkPolicy": {"enabled": True, "metricsFrom": [{"namespaceSelector": {}}], "egress": [{"ports": [{"port": 443}]}]},
     "test": {"volumeImage": "registry.example:5000/app:1", "path": "etc/motd", "sha256": "0" * 64, "pullSecret": "pull"},
 }
@@ -97,6 +102,9 @@ COMBINATIONS = {
     "no objects of its own": {"csiDriver": {"create": False}, "node": {"serviceAccount": {"create": False, "name": "given"}}, "test": {"enabled": False}},
     "controller": {"controller": {"enabled": True}},
     "controller of somebody": {"controller": {"enabled": True, "serviceAccount": {"create": False, "name": "given"}}},
+    "prewarm": {"prewarm": {"enabled": True}},
+    "prewarm from a directory": {"prewarm": {"enabled": True, "crds": {"install": False}}, "remote": {"kind": "dir", "path": "/mnt/shared"}},
+    "prewarm of somebody": {"prewarm": {"enabled": True, "serviceAccount": {"create": False, "name": "given"}}},
     "on delete": {"node": {"updateStrategy": {"type": "OnDelete"}}, "fuse": {"updateStrategy": {"type": "OnDelete"}}},
     "no surge": {"fuse": {"updateStrategy": {"rollingUpdate": {"maxSurge": 0, "maxUnavailable": 1}}}},
     "other names": {"fullnameOverride": "images", "namespaceOverride": "storage", "csiDriver": {"name": "images.example.org"}},
@@ -149,6 +157,10 @@ MISTAKES = [
     ({"registries": {"insecureHosts": ["http://old.example"]}}, "insecureHosts"),
     ({"node": {"maxWritableBytes": "1Gi"}}, "maxWritableBytes"),
     ({"controller": {"replicas": 0}}, "replicas"),
+    ({"prewarm": {"replicas": 0}}, "replicas"),
+    ({"prewarm": {"cache": {"sizeLimit": "lots"}}}, "sizeLimit"),
+    ({"prewarm": {"pullSecrets": {"namespaces": ["Team"]}}}, "namespaces"),
+    ({"prewarm": {"node": {"parallelImages": 0}}}, "parallelImages"),
     ({"storageClasses": [{"name": "models", "parameters": {"images": "a"}}]}, "images"),
     ({"storageClasses": [{"name": "models", "parameters": {"image": "a", "writable": "true"}}]}, "writable"),
     ({"storageClasses": [{"name": "models", "parameters": {}}]}, "image"),
@@ -262,6 +274,9 @@ class Rendering(NeedsHelm):
     def test_every_combination_renders_for_old_and_new_clusters(self):
         for (name, values), version in itertools.product(COMBINATIONS.items(), (OLDEST, NEWEST)):
             with self.subTest(name, kube_version=version):
+                if version == OLDEST and values.get("prewarm"):
+                    self.assertIn("prewarm.enabled needs Kubernetes 1.30", template(values, kube_version=version).stderr)
+                    values = merged(values, {"prewarm": {"enabled": False}})
                 objects = self.objects(values, kube_version=version)
                 names = [(it["apiVersion"], it["kind"], it["metadata"].get("namespace"), it["metadata"]["name"]) for it in objects]
                 self.assertEqual(len(names), len(set(names)), names)
@@ -425,6 +440,19 @@ class Configuration(NeedsHelm):
                 if default is None:
                     key = re.sub(r"[A-Z]", lambda match: "_" + match.group().lower(), name)
                     self.assertRegex(text, rf"(?m)^{key} = {re.escape(json.dumps(EVERYTHING[section][name]))}$")
+        files = {name: tomllib.loads(file) for name, file in self.files(EVERYTHING).items()}
+        self.assertEqual(files["agent.toml"]["prewarm"], {"parallel_images": 3, "bytes_per_second": 1 << 21, "evict_unused_for_seconds": 0})
+        self.assertEqual(files["prewarm.toml"]["prewarm"], {"parallel_images": 4, "bytes_per_second": 1 << 20})
+
+    def test_the_prewarm_controller_reads_registries_and_remote_as_agents_do_but_for_files_of_nodes(self):
+        files = {name: tomllib.loads(file) for name, file in self.files(EVERYTHING).items()}
+        agent, prewarm = files["agent.toml"], files["prewarm.toml"]
+        self.assertEqual(prewarm["remote"], agent["remote"])
+        of_nodes = {"hosts_dir", "allow_skip_verify", "credential_provider_config", "credential_provider_bin_dir", "service_account_pull_secrets"}
+        self.assertEqual(set(agent["registry"]) - set(prewarm["registry"]), of_nodes)
+        self.assertEqual(prewarm["registry"], {key: value for key, value in agent["registry"].items() if key not in of_nodes})
+        self.assertEqual(prewarm["cache"]["dir"], mounted(container_of(self.objects(EVERYTHING), "prewarm")[1])["cache"]["mountPath"])
+        self.assertEqual(set(self.files({})), {"agent.toml", "mounts.toml"})
 
     def test_the_program_accepts_it(self):
         if not paths.binary().exists():
@@ -468,6 +496,8 @@ class Security(NeedsHelm):
             "agent": {"run", "cache", "config", "kubernetes-api", "remote-secret", "registry-secret", "hosts-dir", "provider-config", "provider-bin", f"ca-{hashlib.sha256(b'private-ca').hexdigest()[:8]}"},
             "serve": {"run", "cache", "config"},
         })
+        prewarm = set(mounted(container_of(objects, "prewarm")[1]))
+        self.assertEqual(prewarm, have["agent"] - {"run", "hosts-dir", "provider-config", "provider-bin"})
         self.assertTrue(mounted(container_of(objects, "serve")[1])["cache"]["readOnly"])
         for role in ("agent", "serve"):
             for mount in container_of(objects, role)[1]["volumeMounts"]:
@@ -493,7 +523,7 @@ class Security(NeedsHelm):
         for name, secret in secrets.items():
             self.assertEqual(secret["defaultMode"], 0o400, name)
             self.assertTrue(mounted(agent)[name]["readOnly"])
-            self.assertEqual([it["name"] for _, it in containers(objects) if name in mounted(it)], ["agent"])
+            self.assertEqual([it["name"] for _, it in containers(objects) if name in mounted(it)], ["agent", "prewarm"])
 
     def test_the_kubernetes_api_is_the_agents_and_for_what_is_enabled(self):
         kinds = {"ClusterRole", "ClusterRoleBinding", "Role", "RoleBinding"}
@@ -516,7 +546,7 @@ class Security(NeedsHelm):
                     self.assertIn("NODE_ID", [it["name"] for it in container["env"]])
 
     # All that makes the chart grant something.
-    GRANTING = {"node": {"startupTaint": {"enabled": True}}, "controller": {"enabled": True}, "registries": {"serviceAccountPullSecrets": {"enabled": True}}}
+    GRANTING = {"node": {"startupTaint": {"enabled": True}}, "controller": {"enabled": True}, "prewarm": {"enabled": True, "pullSecrets": {"namespaces": ["team-a"]}}, "registries": {"serviceAccountPullSecrets": {"enabled": True}}}
 
     def rules(self) -> dict[str, list[dict]]:
         """All that may be granted, by kind and name of role."""
@@ -532,7 +562,43 @@ class Security(NeedsHelm):
                 ("persistentvolumeclaims", "get", "list", "watch"), ("persistentvolumeclaims", "update"), ("persistentvolumes", "get", "list", "watch", "create", "delete"),
                 ("persistentvolumes", "patch", "update"), ("storageclasses", "get", "list", "watch"), ("volumeattributesclasses", "get", "list", "watch"),
                 ("events", "list", "watch", "create", "update", "patch")},
-            "Role clip-csi-controller": {("leases", "get", "create", "update")}})
+            "Role clip-csi-controller": {("leases", "get", "create", "update")},
+            "ClusterRole clip-csi-prewarm": {
+                ("imageprewarms", "list", "watch"), ("imageprewarms", "patch"), ("imageprewarms", "delete"), ("imageprewarms/status", "patch"), ("nodeimagecaches", "list", "watch"),
+                ("nodes", "list", "watch"), ("events", "create")},
+            "ClusterRole clip-csi-prewarm-pull-secrets": {("secrets", "get")},
+            "ClusterRole clip-csi-prewarm-node": {
+                ("imageprewarms", "get", "list", "watch"), ("nodeimagecaches", "get"), ("nodeimagecaches", "create", "patch"), ("nodeimagecaches/status", "patch"), ("nodes", "get")},
+            "Role clip-csi-prewarm": {("leases", "get", "create", "update")}})
+
+    def test_pre_warming_is_there_when_it_is_wanted_and_has_rights_of_its_own(self):
+        kinds = {"CustomResourceDefinition", "ValidatingAdmissionPolicy", "ValidatingAdmissionPolicyBinding", "Deployment"}
+        self.assertFalse(kinds & {it["kind"] for it in self.objects({})})
+        self.assertNotIn("--prewarm", container_of(self.objects({}), "agent")[1]["args"])
+        objects = self.objects({"prewarm": {"enabled": True}})
+        self.assertEqual(kinds, kinds & {it["kind"] for it in objects})
+        self.assertIn("--prewarm", container_of(objects, "agent")[1]["args"])
+        self.assertIn("kubernetes-api", mounted(container_of(objects, "agent")[1]))
+        pod = self.only(objects, "Deployment")["spec"]["template"]["spec"]
+        self.assertEqual((pod["serviceAccountName"], pod["automountServiceAccountToken"]), ("clip-csi-prewarm", False))
+        self.assertFalse([it for it in pod["volumes"] if "hostPath" in it])
+        [prewarm] = pod["containers"]
+        self.assertTrue({"runAsNonRoot": True, "readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]}}.items() <= prewarm["securityContext"].items())
+        policy = self.only(objects, "ValidatingAdmissionPolicy")["spec"]
+        self.assertEqual(policy["failurePolicy"], "Fail")
+        self.assertIn('"system:serviceaccount:clip-csi:clip-csi-node"', policy["matchConditions"][0]["expression"])
+        self.assertEqual(self.only(objects, "ValidatingAdmissionPolicyBinding")["spec"]["validationActions"], ["Deny"])
+        written = [yaml.safe_load(it.read_text()) for it in sorted((CHART / "files/crds").glob("*.yaml"))]
+        for definition, file in zip([it for it in objects if it["kind"] == "CustomResourceDefinition"], written, strict=True):
+            self.assertEqual(definition["metadata"]["annotations"]["helm.sh/resource-policy"], "keep")
+            self.assertEqual(definition["spec"], file["spec"])
+        self.assertNotIn("CustomResourceDefinition", {it["kind"] for it in self.objects({"prewarm": {"enabled": True, "crds": {"install": False}}})})
+
+    def test_the_prewarm_controller_reads_secrets_of_named_namespaces_alone(self):
+        named = lambda values: [(it["kind"], it["metadata"].get("namespace")) for it in self.objects(values) if it["metadata"]["name"] == "clip-csi-prewarm-pull-secrets"]
+        self.assertEqual(named({"prewarm": {"enabled": True}}), [])
+        found = named({"prewarm": {"enabled": True, "pullSecrets": {"namespaces": ["a", "b"]}}})
+        self.assertEqual(sorted(found, key=str), [("ClusterRole", None), ("RoleBinding", "a"), ("RoleBinding", "b")])
 
     def test_the_controller_is_there_when_it_is_wanted_and_only_its_provisioner_has_a_token(self):
         self.assertNotIn("Deployment", {it["kind"] for it in self.objects({})})
@@ -559,7 +625,7 @@ class Security(NeedsHelm):
 
     def test_tokens_are_asked_for_and_kept_out_of_logs_where_that_can_be(self):
         for version, in_secrets in ((OLDEST, False), (NEWEST, True)):
-            spec = self.only(self.objects(EVERYTHING, kube_version=version), "CSIDriver")["spec"]
+            spec = self.only(self.objects(merged(EVERYTHING, {"prewarm": {"enabled": False}}), kube_version=version), "CSIDriver")["spec"]
             self.assertEqual(spec["tokenRequests"], [{"audience": "sts.example", "expirationSeconds": 3600}, {"audience": ""}])
             self.assertEqual((spec["requiresRepublish"], spec.get("serviceAccountTokenInSecrets", False)), (True, in_secrets))
         spec = self.only(self.objects({}), "CSIDriver")["spec"]
@@ -569,7 +635,7 @@ class Security(NeedsHelm):
     def test_each_rule_has_its_reason_above_it(self):
         lines = template(self.GRANTING).stdout.splitlines()
         rules = [(lines[number - 1], lines[number]) for number in range(len(lines)) if lines[number].lstrip().startswith("- apiGroups:")]
-        self.assertEqual(len(rules), 16)
+        self.assertEqual(len(rules), 31)
         for above, rule in rules:
             self.assertRegex(above, r"^\s*# [A-Z].*\.$", f"no reason above {rule!r}")
 

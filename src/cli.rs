@@ -60,6 +60,8 @@ pub enum Command {
     Serve(ServeArgs),
     /// Serve CSI Identity and Controller on a Unix socket: volumes for PersistentVolumeClaims.
     Controller(ControllerArgs),
+    /// Put images into the remote content cache and pace nodes that fill from it, as ImagePrewarm objects ask.
+    PrewarmController(PrewarmControllerArgs),
     /// Give directories to a user, all that is in them included: for an init container.
     Own(OwnArgs),
     /// Say whether a process of the node answers: exit code 0 if it does.
@@ -121,6 +123,18 @@ pub struct AgentArgs {
     /// namespaces.
     #[arg(long, env = "CLIP_CSI_POD_EVENTS", requires = "events")]
     pub pod_events: bool,
+    /// Warm this node as ImagePrewarm objects ask; needs a pod whose service account may get Nodes, follow
+    /// ImagePrewarms, and write NodeImageCaches.
+    #[arg(long, env = "CLIP_CSI_PREWARM", requires = "node_id")]
+    pub prewarm: bool,
+    /// File that says how to reach the Kubernetes API for --prewarm, outside of a pod.
+    #[arg(
+        long,
+        env = "CLIP_CSI_KUBECONFIG",
+        value_name = "FILE",
+        requires = "prewarm"
+    )]
+    pub kubeconfig: Option<PathBuf>,
     /// Name of this node in Kubernetes.
     #[arg(long, env = "NODE_ID")]
     pub node_id: Option<String>,
@@ -153,6 +167,29 @@ pub struct ControllerArgs {
     /// Address of /metrics, /healthz and /readyz; none are served without it.
     #[arg(long, env = "CLIP_CSI_METRICS_ADDR", value_name = "ADDRESS:PORT")]
     pub metrics_addr: Option<SocketAddr>,
+}
+
+/// Settings of `clip-csi prewarm-controller`.
+#[derive(Debug, Args)]
+pub struct PrewarmControllerArgs {
+    /// Namespace of the lease by which one of the replicas leads.
+    #[arg(long, env = "POD_NAMESPACE")]
+    pub lease_namespace: String,
+    /// Name of that lease.
+    #[arg(long, env = "CLIP_CSI_LEASE_NAME", default_value = "clip-csi-prewarm")]
+    pub lease_name: String,
+    /// Name of this replica in the lease: its pod's.
+    #[arg(long, env = "POD_NAME")]
+    pub identity: String,
+    /// Name of the driver in Kubernetes, in whose name events are.
+    #[arg(long, env = "CLIP_CSI_DRIVER_NAME", default_value = "csi.clip-csi.dev")]
+    pub driver_name: String,
+    /// Address of /metrics, /healthz and /readyz; none are served without it.
+    #[arg(long, env = "CLIP_CSI_METRICS_ADDR", value_name = "ADDRESS:PORT")]
+    pub metrics_addr: Option<SocketAddr>,
+    /// File that says how to reach the Kubernetes API, outside of a pod.
+    #[arg(long, env = "CLIP_CSI_KUBECONFIG", value_name = "FILE")]
+    pub kubeconfig: Option<PathBuf>,
 }
 
 /// Settings of `clip-csi own`.

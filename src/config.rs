@@ -7,7 +7,10 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::{layer::CacheConfig, registry::RegistryConfig, remote::RemoteConfig};
+use crate::{
+    layer::CacheConfig, prewarm::config::PrewarmConfig, registry::RegistryConfig,
+    remote::RemoteConfig,
+};
 
 /// Says why a configuration cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -54,6 +57,8 @@ pub struct Config {
     pub fuse: FuseConfig,
     /// The CSI node service.
     pub node: NodeConfig,
+    /// Pre-warming.
+    pub prewarm: PrewarmConfig,
 }
 
 /// Settings of FUSE mounts.

@@ -77,10 +77,23 @@ const CALL_BUCKETS_SECONDS: &[f64] = &[
     5e-3, 10e-3, 25e-3, 50e-3, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0,
 ];
 
+/// What the controller that has images warmed tells: the others are a node's, and zeros of them would look like a
+/// node without a server.
+const OF_PREWARM_CONTROLLER: [&str; 7] = [
+    "clip_csi_build_info",
+    "clip_csi_layer_decompress",
+    "clip_csi_prewarm_",
+    "clip_csi_process_",
+    "clip_csi_registry_",
+    "clip_csi_remote_",
+    "clip_csi_verify_failures",
+];
+
 /// The metrics of one process.
 #[derive(Debug, Clone)]
 pub struct Metrics {
     registry: Registry,
+    role: Role,
     /// The disk whose space is read when the metrics are; set once, when the cache is opened.
     cache_disk: Arc<OnceLock<PathBuf>>,
     /// Reads by the tier that was asked and how it answered.
@@ -159,6 +172,26 @@ pub struct Metrics {
     pub csi_requests: IntCounterVec,
     /// Time of CSI calls.
     pub csi_request_duration: HistogramVec,
+    /// Whether this replica of the pre-warm controller leads (1) or waits (0).
+    pub prewarm_leader: IntGauge,
+    /// ImagePrewarms by phase.
+    pub prewarm_objects: IntGaugeVec,
+    /// Nodes that ImagePrewarms are for, by what became of it, over all of these.
+    pub prewarm_nodes: IntGaugeVec,
+    /// Age of the oldest ImagePrewarm that is not at its end.
+    pub prewarm_lag: IntGauge,
+    /// Images that are being seeded.
+    pub prewarm_seedings: IntGauge,
+    /// Attempts to seed an image that ended, by outcome.
+    pub prewarm_seed_attempts: IntCounterVec,
+    /// Writes to the Kubernetes API for pre-warming, by what was written and outcome.
+    pub prewarm_api_writes: IntCounterVec,
+    /// ImagePrewarms that wait for their turn on this node, or are under way.
+    pub prewarm_queue: IntGaugeVec,
+    /// Warm-ups of this node that ended, by outcome.
+    pub prewarm_warmups: IntCounterVec,
+    /// Bytes that warm-ups of this node wanted, by where they were.
+    pub prewarm_bytes: IntCounterVec,
     /// Resident memory of this process.
     pub process_resident_memory_bytes: Gauge,
     /// Its highest value so far.
@@ -178,6 +211,8 @@ pub enum Role {
     Agent,
     /// The server.
     Serve,
+    /// The controller that has images warmed.
+    PrewarmController,
 }
 
 impl Role {
@@ -186,6 +221,7 @@ impl Role {
             Self::Node => "node",
             Self::Agent => "agent",
             Self::Serve => "serve",
+            Self::PrewarmController => "prewarm-controller",
         }
     }
 }
@@ -246,11 +282,22 @@ impl Metrics {
             mounts_aborted: make.counter("mounts_aborted_total", "Mounts given up because no server came in time, or none could go on with them."),
             csi_requests: make.counters("csi_requests_total", "CSI calls by name and gRPC code.", &["rpc", "code"]),
             csi_request_duration: make.histograms("csi_request_duration_seconds", "Time of CSI calls.", &["rpc"], CALL_BUCKETS_SECONDS),
+            prewarm_leader: make.int_gauge("prewarm_leader", "Whether this replica of the pre-warm controller leads (1) or waits (0)."),
+            prewarm_objects: make.int_gauges("prewarm_objects", "ImagePrewarms by phase.", &["phase"]),
+            prewarm_nodes: make.int_gauges("prewarm_nodes", "Nodes that ImagePrewarms are for, by what became of it, over all of these.", &["warmup"]),
+            prewarm_lag: make.int_gauge("prewarm_lag_seconds", "Age of the oldest ImagePrewarm that is not at its end."),
+            prewarm_seedings: make.int_gauge("prewarm_seedings", "Images that are being put into the remote content cache."),
+            prewarm_seed_attempts: make.counters("prewarm_seed_attempts_total", "Attempts to put an image into the remote content cache that ended, by outcome.", &["outcome"]),
+            prewarm_api_writes: make.counters("prewarm_api_writes_total", "Writes to the Kubernetes API for pre-warming, by what was written and outcome.", &["object", "outcome"]),
+            prewarm_queue: make.int_gauges("prewarm_queue", "ImagePrewarms that this node has to do with, by what it does.", &["warmup"]),
+            prewarm_warmups: make.counters("prewarm_warmups_total", "Warm-ups of this node that ended, by outcome.", &["outcome"]),
+            prewarm_bytes: make.counters("prewarm_bytes_total", "Bytes that warm-ups of this node wanted, by the tier that had them.", &["tier"]),
             process_resident_memory_bytes: make.role_gauge("process_resident_memory_bytes", "Resident memory of this process (VmRSS)."),
             process_resident_memory_highwater_bytes: make.role_gauge("process_resident_memory_highwater_bytes", "Highest resident memory of this process so far (VmHWM)."),
             process_start_time: make.role_gauge("process_start_time_seconds", "When this process started, in seconds since 1970."),
             build_info: make.role_counters("build_info", "Always 1; the label carries the version.", &["version"]),
             cache_disk: Arc::default(),
+            role,
             registry,
         };
         for state in State::ALL {
@@ -296,6 +343,7 @@ impl Metrics {
             }
             metrics.remote_request_duration.with_label_values(&[op]);
         }
+        metrics.prewarm_at_zero();
         let now = SystemTime::now().duration_since(UNIX_EPOCH);
         metrics
             .process_start_time
@@ -305,6 +353,36 @@ impl Metrics {
             .with_label_values(&[env!("CARGO_PKG_VERSION")])
             .inc();
         metrics
+    }
+
+    /// Makes the series of pre-warming.
+    fn prewarm_at_zero(&self) {
+        for phase in [
+            "Pending",
+            "Seeding",
+            "Distributing",
+            "Ready",
+            "Degraded",
+            "Failed",
+            "Suspended",
+        ] {
+            self.prewarm_objects.with_label_values(&[phase]);
+        }
+        for warmup in ["pending", "warming", "ready", "failed"] {
+            self.prewarm_nodes.with_label_values(&[warmup]);
+            self.prewarm_queue.with_label_values(&[warmup]);
+        }
+        for outcome in ["ok", "error"] {
+            self.prewarm_seed_attempts.with_label_values(&[outcome]);
+            self.prewarm_warmups.with_label_values(&[outcome]);
+            for object in ["status", "rollout", "event", "delete", "node"] {
+                self.prewarm_api_writes
+                    .with_label_values(&[object, outcome]);
+            }
+        }
+        for tier in Tier::ALL {
+            self.prewarm_bytes.with_label_values(&[tier.label()]);
+        }
     }
 
     /// Counts a read that `tier` answered with `outcome`.
@@ -340,7 +418,12 @@ impl Metrics {
             self.layer_cache_disk_size_bytes
                 .set(gauge(space.size_bytes));
         }
-        TextEncoder::new().encode_to_string(&self.registry.gather())
+        let mut families = self.registry.gather();
+        if self.role == Role::PrewarmController {
+            let is_of_it = |name: &str| OF_PREWARM_CONTROLLER.iter().any(|it| name.starts_with(it));
+            families.retain(|it| is_of_it(it.name()));
+        }
+        TextEncoder::new().encode_to_string(&families)
     }
 
     /// The registry: for the test that compares it with the documentation.
@@ -425,5 +508,30 @@ impl Maker<'_> {
             .namespace("clip_csi")
             .buckets(buckets.to_vec());
         self.registered(HistogramVec::new(options, labels))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_prewarm_controller_says_nothing_of_mounts_that_it_has_not() {
+        let of = |role| Metrics::of(role).encode().unwrap();
+        let (agent, controller) = (of(Role::Agent), of(Role::PrewarmController));
+        for (name, is_of_it) in [
+            ("clip_csi_serve_up", false),
+            ("clip_csi_registered", false),
+            ("clip_csi_prewarm_leader", true),
+            ("clip_csi_remote_up", true),
+            ("clip_csi_build_info", true),
+        ] {
+            assert!(agent.contains(&format!("\n{name}")), "{name}");
+            assert_eq!(
+                controller.contains(&format!("\n{name}")),
+                is_of_it,
+                "{name}"
+            );
+        }
     }
 }

@@ -148,6 +148,77 @@ impl ServiceAccounts for ClusterServiceAccounts {
     }
 }
 
+/// Says why a pull secret cannot be used. Quotes nothing that was read.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum PullSecretError {
+    /// There is none of that name.
+    #[error(
+        "Secret {name:?} does not exist in namespace {namespace}: make it, or name another one"
+    )]
+    NotFound {
+        /// Where.
+        namespace: String,
+        /// Which.
+        name: String,
+    },
+    /// The driver has no right to read it.
+    #[error(
+        "the driver may not get Secrets in namespace {namespace}: its operator adds the namespace to {value}"
+    )]
+    Forbidden {
+        /// Where.
+        namespace: String,
+        /// What grants it in the chart.
+        value: &'static str,
+    },
+    /// It holds no credentials.
+    #[error("Secret {name:?} cannot be used: {reason}")]
+    Invalid {
+        /// Which.
+        name: String,
+        /// Why not.
+        reason: String,
+    },
+    /// The Kubernetes API does not answer: to be asked again.
+    #[error("the Kubernetes API does not answer: {reason}")]
+    Unavailable {
+        /// What was seen.
+        reason: String,
+    },
+}
+
+/// Reads a pull secret by its name. `value` is what grants the right in the chart, for the error.
+///
+/// # Errors
+/// [`PullSecretError`] says what to do.
+pub async fn pull_secret(
+    client: &Client,
+    namespace: &str,
+    name: &str,
+    value: &'static str,
+) -> Result<DockerConfig, PullSecretError> {
+    let secrets: Api<ClusterSecret> = Api::namespaced(client.clone(), namespace);
+    let (namespace, name) = (namespace.to_owned(), name.to_owned());
+    match secrets.get(&name).await {
+        Ok(secret) => {
+            docker_config(&secret).map_err(|reason| PullSecretError::Invalid { name, reason })
+        }
+        Err(kube::Error::Api(status)) if status.code == 404 => {
+            Err(PullSecretError::NotFound { namespace, name })
+        }
+        Err(kube::Error::Api(status)) if matches!(status.code, 401 | 403) => {
+            Err(PullSecretError::Forbidden { namespace, value })
+        }
+        Err(err) => Err(PullSecretError::Unavailable {
+            reason: match explain(&err, "secrets") {
+                ServiceAccountError::Unavailable(reason) | ServiceAccountError::Refused(reason) => {
+                    reason
+                }
+            },
+        }),
+    }
+}
+
 /// Reads the credentials out of a secret.
 fn docker_config(secret: &ClusterSecret) -> Result<DockerConfig, String> {
     let kind = secret.type_.as_deref().unwrap_or("Opaque");

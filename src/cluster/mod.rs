@@ -6,9 +6,12 @@ mod events;
 mod lease;
 mod watch;
 
-use std::time::Duration;
+use std::{path::Path, time::Duration};
 
-use kube::{Client, Config};
+use kube::{
+    Client, Config,
+    config::{InClusterError, KubeConfigOptions, Kubeconfig, KubeconfigError},
+};
 
 pub use events::{EventKind, Events};
 pub use lease::{Elector, LeaseName};
@@ -18,6 +21,32 @@ pub use watch::{Seen, Selector, watch};
 ///
 /// How long an answer may take is not bounded here: a watch has its own end.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Says why the API server cannot be asked.
+#[derive(Debug, thiserror::Error)]
+pub enum NoCluster {
+    /// There is no service account to be it with.
+    #[error(
+        "not in a pod of a cluster: set automountServiceAccountToken for this pod, or give --kubeconfig"
+    )]
+    NotInPod(#[source] InClusterError),
+    /// The file that says how cannot be used.
+    #[error("the kubeconfig cannot be used")]
+    Kubeconfig(#[source] KubeconfigError),
+}
+
+/// Finds the API server: as `kubeconfig` says, or else as a pod does.
+///
+/// # Errors
+/// [`NoCluster`] says what is missing.
+pub async fn find(kubeconfig: Option<&Path>) -> Result<Config, NoCluster> {
+    let Some(path) = kubeconfig else {
+        return Config::incluster().map_err(NoCluster::NotInPod);
+    };
+    let file = Kubeconfig::read_from(path).map_err(NoCluster::Kubeconfig)?;
+    let config = Config::from_custom_kubeconfig(file, &KubeConfigOptions::default()).await;
+    config.map_err(NoCluster::Kubeconfig)
+}
 
 /// Makes a client that may watch.
 ///

@@ -12,7 +12,7 @@ use kube::{
     api::{ListParams, WatchEvent, WatchParams},
 };
 use serde::de::DeserializeOwned;
-use tokio::time::{Instant, sleep};
+use tokio::time::{Instant, sleep, timeout};
 use tracing::{debug, warn};
 
 use crate::telemetry::error_chain;
@@ -22,6 +22,9 @@ const PAGE: u32 = 50;
 
 /// How long one watch goes on; also how long a connection that died without a word is not noticed.
 const WATCH_SECONDS: u32 = 240;
+
+/// How long a page, or the begin of a watch, may take: an API server gives a request a minute.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(65);
 
 /// First wait after a failure; each further one is twice as long.
 const FIRST_WAIT: Duration = Duration::from_millis(500);
@@ -134,7 +137,7 @@ where
     };
     see(Seen::Listing).await;
     loop {
-        let page = match api.list(&params).await {
+        let page = match answered(api.list(&params)).await {
             Ok(page) => page,
             // The listing took longer than the API server remembers: from the beginning.
             Err(kube::Error::Api(status))
@@ -174,7 +177,8 @@ where
         field_selector: selector.fields.clone(),
         ..WatchParams::default()
     };
-    let changes = match api.watch(&params.timeout(WATCH_SECONDS), version).await {
+    let params = params.timeout(WATCH_SECONDS);
+    let changes = match answered(api.watch(&params, version)).await {
         Ok(changes) => changes,
         Err(kube::Error::Api(status)) if status.code == 410 => return Ok(Next::List),
         Err(err) => return Err(err),
@@ -200,6 +204,14 @@ where
         }
     }
     Ok(Next::Watch)
+}
+
+/// What the API server answers, or that it does not.
+async fn answered<T>(request: impl Future<Output = kube::Result<T>>) -> kube::Result<T> {
+    match timeout(ANSWER_TIMEOUT, request).await {
+        Ok(answer) => answer,
+        Err(elapsed) => Err(kube::Error::Service(elapsed.into())),
+    }
 }
 
 /// Goes on to what `object` was the news of.

@@ -14,6 +14,7 @@
 //! Deliberately absent: connections between controller and nodes, jobs, pods, credentials on nodes.
 
 pub mod agent;
+pub mod config;
 pub mod controller;
 pub mod nodes;
 pub mod rollout;

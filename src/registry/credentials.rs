@@ -117,6 +117,11 @@ impl DockerConfig {
         Self::of(entries.collect())
     }
 
+    /// Makes one of several. Of entries for the same place, those of the first come first.
+    pub fn joined(configs: impl IntoIterator<Item = Self>) -> Self {
+        Self::of(configs.into_iter().flat_map(|it| it.entries).collect())
+    }
+
     fn of(mut entries: Vec<Entry>) -> Self {
         entries.sort_by(|a, b| b.key.cmp(&a.key));
         Self { entries }

@@ -19,6 +19,7 @@ use super::{
     in_process::{serve_admin, startup_taint},
     node::{stop_signal, stopped},
     opener::Opener,
+    prewarm,
 };
 use crate::{
     admin::{Page, Ready},
@@ -64,6 +65,13 @@ pub(super) async fn run(args: AgentArgs, config: Config) -> anyhow::Result<ExitC
         }
         (_, _) => None,
     };
+    let prewarm = match (args.prewarm, &args.node_id) {
+        (true, Some(node)) => {
+            let client = prewarm::client(args.kubeconfig.as_deref()).await;
+            Some((client.context("--prewarm")?, node.as_str()))
+        }
+        (_, _) => None,
+    };
     let metrics = Metrics::of(Role::Agent);
     let stop = stop_signal()?;
     let ready = Arc::new(Ready::not_yet("starting"));
@@ -96,6 +104,15 @@ pub(super) async fn run(args: AgentArgs, config: Config) -> anyhow::Result<ExitC
     };
     let has_remote = config.remote.kind != RemoteKind::None;
     let judging = watch_health(&judged, &metrics, has_remote, events.as_ref());
+    let prewarming = async {
+        if let Some((client, node)) = prewarm {
+            let parts = Arc::clone(&opener) as _;
+            prewarm::node_warming(client, node, parts, &config, &metrics)
+                .run()
+                .await;
+        }
+        std::future::pending::<()>().await;
+    };
     let untaint = async {
         if let Some((cluster, taint)) = taint {
             Box::pin(node_taint::remove(cluster, taint)).await;
@@ -108,6 +125,7 @@ pub(super) async fn run(args: AgentArgs, config: Config) -> anyhow::Result<ExitC
         () = telling => {}
         () = judging => {}
         () = untaint => {}
+        () = prewarming => {}
     }
     ready.unset("stopping");
     info!("stopping: reads of what is on disk go on, others wait for the next agent");

@@ -21,7 +21,7 @@ use crate::{
     },
     remote::{self, Uploader},
     service_accounts::ClusterServiceAccounts,
-    warm::Warmer,
+    warm::{Warmer, Warms},
 };
 
 /// Opens images.
@@ -163,6 +163,12 @@ impl Engine {
     /// Ends uploads, at most until `deadline`, and all other work.
     pub(super) async fn stop(&self, deadline: Duration) {
         self.store.shutdown(deadline).await;
+    }
+}
+
+impl Warms for Engine {
+    fn warmer(&self) -> Warmer<'_> {
+        Self::warmer(self)
     }
 }
 

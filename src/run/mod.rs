@@ -16,6 +16,7 @@ mod mounter;
 pub mod node;
 mod opener;
 mod own;
+mod prewarm;
 pub mod program;
 mod references;
 pub mod serve;
@@ -108,6 +109,7 @@ fn execute(cli: Cli, config: Config) -> anyhow::Result<ExitCode> {
         }
         Command::Agent(args) => in_runtime(agent::run(args, config)),
         Command::Controller(args) => in_runtime(controller::run(args)),
+        Command::PrewarmController(args) => in_runtime(prewarm::control(args, config)),
         Command::Serve(args) => {
             let settings = ServeSettings {
                 log,
@@ -161,7 +163,11 @@ fn start_logging(cli: &Cli) -> anyhow::Result<()> {
 /// A daemon tells what it does; a person wants to hear of trouble only.
 fn log_level(cli: &Cli) -> &str {
     let quiet = match &cli.command {
-        Command::Node(_) | Command::Agent(_) | Command::Serve(_) | Command::Controller(_) => "info",
+        Command::Node(_)
+        | Command::Agent(_)
+        | Command::Serve(_)
+        | Command::Controller(_)
+        | Command::PrewarmController(_) => "info",
         _ => "warn",
     };
     cli.common.log_level.as_deref().unwrap_or(quiet)

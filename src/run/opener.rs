@@ -22,6 +22,7 @@ use crate::{
     },
     sys::{self, MappedFile},
     tier::{BlobSource, BoxFuture, LayerDesc},
+    warm::{Warmer, Warms},
 };
 
 /// Opens images with an [`Engine`].
@@ -241,6 +242,12 @@ fn wanted(request: &ImageRequest) -> Result<Wanted, PrepareError> {
         requester: Requester::Volume(volume),
         index_digest: request.index_digest,
     })
+}
+
+impl Warms for Opener {
+    fn warmer(&self) -> Warmer<'_> {
+        self.engine.warmer()
+    }
 }
 
 /// How much the image holds.

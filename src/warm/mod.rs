@@ -56,3 +56,9 @@ pub struct Warmer<'a> {
     /// What makes indexes of images.
     pub indexer: &'a Indexer,
 }
+
+/// Whoever has the parts to lend them.
+pub trait Warms: Send + Sync + 'static {
+    /// Lends them.
+    fn warmer(&self) -> Warmer<'_>;
+}

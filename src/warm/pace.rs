@@ -1,7 +1,7 @@
 //! Bounds how many bytes per second are warmed, over all that goes on at once.
 
 use std::{
-    sync::{Mutex, PoisonError},
+    sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 
@@ -17,6 +17,8 @@ pub struct Pace {
     ///
     /// std Mutex: held to read and set it, never across an await.
     free_at: Mutex<Option<Instant>>,
+    /// Another bound, which holds as well.
+    above: Option<Arc<Self>>,
 }
 
 impl Pace {
@@ -25,6 +27,15 @@ impl Pace {
         Self {
             bytes_per_second,
             free_at: Mutex::default(),
+            above: None,
+        }
+    }
+
+    /// Lets so many bytes pass in a second, 0: any number, and no more than `above` does.
+    pub fn within(above: &Arc<Self>, bytes_per_second: u64) -> Self {
+        Self {
+            above: Some(Arc::clone(above)),
+            ..Self::new(bytes_per_second)
         }
     }
 
@@ -40,6 +51,12 @@ impl Pace {
 
     /// When `bytes` more may begin to come; `None`: whenever they like.
     fn claim(&self, bytes: u64, now: Instant) -> Option<Instant> {
+        let above = self.above.as_ref().and_then(|it| it.claim(bytes, now));
+        let own = self.claim_own(bytes, now);
+        own.into_iter().chain(above).max()
+    }
+
+    fn claim_own(&self, bytes: u64, now: Instant) -> Option<Instant> {
         let nanos = u128::from(bytes) * 1_000_000_000;
         let nanos = nanos.checked_div(u128::from(self.bytes_per_second))?;
         let takes = Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX));
@@ -83,5 +100,19 @@ mod tests {
         let slow = Pace::new(1);
         slow.take(u64::MAX).await;
         assert!(slow.claim(u64::MAX, Instant::now()).is_some());
+    }
+
+    #[test]
+    fn of_two_bounds_both_hold() {
+        let above = Arc::new(Pace::new(10_000_000));
+        let slow = Pace::within(&above, 1_000_000);
+        let any = Pace::within(&above, 0);
+        let now = Instant::now();
+        let millis = |begin: Option<Instant>| begin.map(|it| (it - now).as_millis());
+        assert_eq!(millis(slow.claim(1_000_000, now)), Some(0));
+        assert_eq!(millis(slow.claim(1_000_000, now)), Some(1000));
+        // What the slow one takes counts for all.
+        assert_eq!(millis(any.claim(1_000_000, now)), Some(200));
+        assert_eq!(millis(slow.claim(1_000_000, now)), Some(2000));
     }
 }

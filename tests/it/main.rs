@@ -11,6 +11,7 @@
 
 mod admin;
 mod checkpoints;
+mod cluster_watch;
 mod codec;
 mod crds;
 mod csi;

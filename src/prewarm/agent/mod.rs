@@ -1,1 +1,253 @@
-//! Fills this node.
+//! Warms this node: follows ImagePrewarms, fills the cache when it is the node's turn, and says how far it is.
+//!
+//! ```text
+//! watch of metadata ──► queue (pure) ──► read an object ──► order (pure) ──► task: fill
+//!                         ▲   └────────────────────────────────────────────────┘
+//!                         └──► report: NodeImageCache
+//! ```
+//!
+//! Invariants: an object is read only when it is the node's turn, and once for each generation and revision; what was
+//! warmed is not warmed again because it was evicted, or the agent restarted; deletion, suspension and a new revision
+//! stop work at once; the node has one queue, so that what it reads in a second is bounded whatever is asked of it.
+
+mod order;
+mod queue;
+mod report;
+mod tasks;
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use k8s_openapi::api::core::v1::Node;
+use kube::{Api, Client, core::PartialObjectMeta};
+use tokio::{
+    sync::mpsc,
+    time::{MissedTickBehavior, interval, timeout},
+};
+use tracing::{debug, info, warn};
+
+use self::{
+    order::Order,
+    queue::{Do, Queue},
+    report::Report,
+    tasks::Tasks,
+};
+use super::{config::PrewarmConfig, nodes::NodeFacts};
+use crate::{
+    api::ImagePrewarm,
+    cluster::{Seen, Selector, watch},
+    metrics::Metrics,
+    telemetry::error_chain,
+    warm::Warms,
+};
+
+/// How often it is looked what is to be done.
+const ROUND: Duration = Duration::from_secs(1);
+
+/// How long an answer may take.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How long it is known what the Node object says of this node.
+const NODE_KNOWN: Duration = Duration::from_secs(300);
+
+/// How long a failed read is not tried again.
+const RETRY_AFTER: Duration = Duration::from_secs(10);
+
+/// Changes that may wait to be taken in: then the watch waits.
+const CHANGES: usize = 64;
+
+/// Objects that are read in one round, at most.
+const READS: usize = 8;
+
+/// Settings of an agent's part.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// Name of the node.
+    pub node: String,
+    /// Its platform, such as `linux/amd64`.
+    pub platform: String,
+    /// Whether there is a remote content cache.
+    pub has_remote: bool,
+    /// The operator's bounds.
+    pub config: PrewarmConfig,
+}
+
+/// Warms one node.
+pub struct NodeWarming {
+    client: Client,
+    settings: Settings,
+    queue: Queue,
+    tasks: Tasks,
+    report: Report,
+    node: Option<(NodeFacts, String, Instant)>,
+}
+
+impl std::fmt::Debug for NodeWarming {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("NodeWarming")
+            .field("settings", &self.settings)
+            .finish_non_exhaustive()
+    }
+}
+
+impl NodeWarming {
+    /// Makes one that does nothing yet.
+    pub fn new(
+        client: Client,
+        parts: Arc<dyn Warms>,
+        settings: Settings,
+        metrics: Metrics,
+    ) -> Self {
+        Self {
+            queue: Queue::new(&settings.node, settings.config.parallel_images),
+            tasks: Tasks::new(parts, &settings, metrics.clone()),
+            report: Report::new(client.clone(), &settings.node, metrics),
+            client,
+            settings,
+            node: None,
+        }
+    }
+
+    /// Watches and warms, for ever.
+    ///
+    /// # Cancellation
+    /// Safe: what is under way stops.
+    pub async fn run(mut self) {
+        let (sender, changes) = mpsc::channel(CHANGES);
+        let api: Api<PartialObjectMeta<ImagePrewarm>> = Api::all(self.client.clone());
+        let watching = watch(api, Selector::default(), async |seen| {
+            // A receiver that has gone is being dropped with this very future.
+            drop(sender.send(seen).await);
+        });
+        let working = async {
+            self.queue.know(self.report.read().await);
+            self.work(changes).await;
+        };
+        tokio::join!(watching, working);
+    }
+
+    async fn work(&mut self, mut changes: mpsc::Receiver<Seen<PartialObjectMeta<ImagePrewarm>>>) {
+        let mut rounds = interval(ROUND);
+        rounds.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                Some(seen) = changes.recv() => {
+                    self.queue.see(seen);
+                    // At once: what is deleted or suspended is not gone on with for another second.
+                    self.stop();
+                }
+                (uid, revision, end) = self.tasks.next() => {
+                    self.queue.ended(&uid, &revision, end, Instant::now());
+                }
+                _ = rounds.tick() => self.round().await,
+            }
+        }
+    }
+
+    /// Stops what is not wanted any more.
+    fn stop(&mut self) {
+        for uid in self.queue.take_stopped() {
+            self.tasks.stop(&uid);
+        }
+        self.tasks.retain(|uid| self.queue.has(uid));
+    }
+
+    async fn round(&mut self) {
+        self.stop();
+        self.look_at_node().await;
+        // Twice: what was read may begin at once, and is told of once.
+        for _ in 0..2 {
+            for action in self.queue.next(Instant::now(), READS) {
+                match action {
+                    Do::Read {
+                        uid,
+                        namespace,
+                        name,
+                    } => {
+                        let read = self.read(&uid, &namespace, &name).await;
+                        self.queue.read(&uid, read, Instant::now() + RETRY_AFTER);
+                        self.stop();
+                    }
+                    Do::Start(order) => self.tasks.start(order),
+                }
+            }
+        }
+        for (uid, done, total) in self.tasks.progress() {
+            self.queue.progress(&uid, done, total);
+        }
+        if let Some((_, node_uid, _)) = &self.node {
+            self.report.write(node_uid, &mut self.queue).await;
+        }
+    }
+
+    /// Reads the node's own object from time to time.
+    async fn look_at_node(&mut self) {
+        let is_known = self
+            .node
+            .as_ref()
+            .is_some_and(|(_, _, at)| at.elapsed() < NODE_KNOWN);
+        if is_known {
+            return;
+        }
+        let nodes: Api<Node> = Api::all(self.client.clone());
+        let name = &self.settings.node;
+        match timeout(ANSWER_TIMEOUT, nodes.get(name)).await {
+            Ok(Ok(node)) => {
+                let facts = NodeFacts::of(&node);
+                if self
+                    .node
+                    .as_ref()
+                    .is_some_and(|(before, ..)| *before != facts)
+                {
+                    info!(
+                        node.name = name,
+                        "labels or taints of the node have changed"
+                    );
+                    self.queue.read_anew();
+                }
+                let uid = node.metadata.uid.unwrap_or_default();
+                self.node = Some((facts, uid, Instant::now()));
+            }
+            Ok(Err(err)) => {
+                let error = error_chain(&err);
+                warn!(
+                    node.name = name,
+                    error, "cannot read the Node, so nothing is warmed for now"
+                );
+                self.put_off();
+            }
+            Err(_) => {
+                warn!(node.name = name, "the Kubernetes API does not answer");
+                self.put_off();
+            }
+        }
+    }
+
+    /// Has the node looked at again in a while; what was known of it still counts.
+    fn put_off(&mut self) {
+        let wait = NODE_KNOWN.saturating_sub(RETRY_AFTER);
+        if let (Some((_, _, at)), Some(then)) = (&mut self.node, Instant::now().checked_sub(wait)) {
+            *at = then;
+        }
+    }
+
+    /// Reads an object, and finds what is to be done for it here: `Ok(None)` if nothing is.
+    async fn read(&self, uid: &str, namespace: &str, name: &str) -> Result<Option<Order>, String> {
+        let Some((facts, ..)) = &self.node else {
+            return Err("the Node is not known".to_owned());
+        };
+        let api: Api<ImagePrewarm> = Api::namespaced(self.client.clone(), namespace);
+        match timeout(ANSWER_TIMEOUT, api.get_opt(name)).await {
+            Ok(Ok(None)) => Ok(None),
+            Ok(Ok(Some(object))) => {
+                debug!(namespace, name, "read an ImagePrewarm");
+                let Settings { node, platform, .. } = &self.settings;
+                Ok(order::of(&object, uid, node, platform, facts))
+            }
+            Ok(Err(err)) => Err(error_chain(&err).to_string()),
+            Err(_) => Err("the Kubernetes API does not answer".to_owned()),
+        }
+    }
+}

@@ -154,6 +154,9 @@ fn distributed(status: &ImagePrewarmStatus, halt: Option<Halt>) -> Said {
     if halt == Some(Halt::Suspended) {
         return suspended();
     }
+    if halt == Some(Halt::Deadline) {
+        return said(false, DEADLINE_EXCEEDED, of_nodes);
+    }
     if status.admitted_permille == 0 {
         return said(false, "NotSeeded", "the images come first".to_owned());
     }

@@ -108,7 +108,7 @@ pub struct Facts<'a> {
     pub status: &'a ImagePrewarmStatus,
     /// Tasks of this generation.
     pub tasks: &'a BTreeMap<ImageKey, Task>,
-    /// The nodes that could be warmed, by what they told of [`revision`] of the images.
+    /// The nodes that could be warmed, by what they told of the present `revision`.
     pub nodes: &'a [NodeView<'a>],
     /// How long no node has told of anything new.
     pub quiet: SignedDuration,

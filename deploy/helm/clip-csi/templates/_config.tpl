@@ -31,14 +31,8 @@ dir = {{ .Values.cache.hostPath | toJson }}
 {{ include "clip-csi.settings" . }}
 {{- end }}
 
-{{- define "clip-csi.agentConfig" -}}
-[cache]
-dir = {{ .Values.cache.hostPath | toJson }}
-{{- include "clip-csi.tomlIntegers" (dict "values" .Values.cache "keys" (list "maxBytes" "highWatermarkPercent" "lowWatermarkPercent" "minFreeBytes" "maxLayerBytes" "maxLayerEntries" "maxLayerIndexBytes" "maxIndexNodes" "maxDecompressions" "stallTimeoutSeconds")) }}
-{{- with .Values.cache.prefetch }}
-prefetch = {{ . | toJson }}
-{{- end }}
-
+{{/* The remote content cache. */}}
+{{- define "clip-csi.remoteConfig" -}}
 [remote]
 kind = {{ .Values.remote.kind | toJson }}
 {{- if eq .Values.remote.kind "redis" }}
@@ -79,11 +73,15 @@ secret_key_file = {{ printf "/etc/clip-csi/secrets/remote/%s" (required "remote.
 {{- end }}
 {{- end }}
 {{- end }}
+{{- end }}
 
+{{/* Registries: of a node if .onNode, or else of a pod that has no files of one. */}}
+{{- define "clip-csi.registryConfig" -}}
 [registry]
 {{- if .Values.registries.existingSecret }}
 docker_config_file = "/etc/clip-csi/secrets/registry/.dockerconfigjson"
 {{- end }}
+{{- if .onNode }}
 {{- with .Values.registries.hostsDir }}
 hosts_dir = {{ . | toJson }}
 {{- end }}
@@ -98,6 +96,7 @@ credential_provider_bin_dir = {{ required "registries.credentialProviders.binDir
 {{- end }}
 {{- if .Values.registries.serviceAccountPullSecrets.enabled }}
 service_account_pull_secrets = true
+{{- end }}
 {{- end }}
 {{- if not .Values.registries.usePushedIndexes }}
 use_pushed_indexes = false
@@ -128,6 +127,38 @@ mirrors = {{ toJson . }}
 always_ask_origin = true
 {{- end }}
 {{- end }}
+{{- end }}
+
+{{- define "clip-csi.agentConfig" -}}
+[cache]
+dir = {{ .Values.cache.hostPath | toJson }}
+{{- include "clip-csi.tomlIntegers" (dict "values" .Values.cache "keys" (list "maxBytes" "highWatermarkPercent" "lowWatermarkPercent" "minFreeBytes" "maxLayerBytes" "maxLayerEntries" "maxLayerIndexBytes" "maxIndexNodes" "maxDecompressions" "stallTimeoutSeconds")) }}
+{{- with .Values.cache.prefetch }}
+prefetch = {{ . | toJson }}
+{{- end }}
+
+{{ include "clip-csi.remoteConfig" . }}
+
+{{ include "clip-csi.registryConfig" (dict "Values" .Values "onNode" true) }}
 
 {{ include "clip-csi.settings" . }}
+{{- if .Values.prewarm.enabled }}
+
+[prewarm]
+{{- include "clip-csi.tomlIntegers" (dict "values" .Values.prewarm.node "keys" (list "parallelImages" "bytesPerSecond" "evictUnusedForSeconds")) }}
+{{- end }}
+{{- end }}
+
+{{/* Of the controller that has images warmed: its cache holds what it is about to upload. */}}
+{{- define "clip-csi.prewarmConfig" -}}
+[cache]
+dir = "/cache"
+{{- include "clip-csi.tomlIntegers" (dict "values" .Values.cache "keys" (list "maxLayerBytes" "maxLayerEntries" "maxLayerIndexBytes" "maxIndexNodes" "maxDecompressions" "stallTimeoutSeconds")) }}
+
+{{ include "clip-csi.remoteConfig" . }}
+
+{{ include "clip-csi.registryConfig" (dict "Values" .Values "onNode" false) }}
+
+[prewarm]
+{{- include "clip-csi.tomlIntegers" (dict "values" .Values.prewarm "keys" (list "parallelImages" "bytesPerSecond")) }}
 {{- end }}

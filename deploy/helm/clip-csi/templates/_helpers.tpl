@@ -98,7 +98,7 @@ tolerations:
 
 {{/* Whether the agent asks the Kubernetes API for anything: "true" or "false". */}}
 {{- define "clip-csi.usesApi" -}}
-{{ or .Values.node.startupTaint.enabled .Values.agent.events.enabled .Values.registries.serviceAccountPullSecrets.enabled }}
+{{ or .Values.node.startupTaint.enabled .Values.agent.events.enabled .Values.registries.serviceAccountPullSecrets.enabled .Values.prewarm.enabled }}
 {{- end }}
 
 {{/* Arguments that all roles take. */}}
@@ -121,6 +121,14 @@ tolerations:
 {{- default (printf "%s-controller" (include "clip-csi.fullname" .)) .Values.controller.serviceAccount.name }}
 {{- else }}
 {{- default "default" .Values.controller.serviceAccount.name }}
+{{- end }}
+{{- end }}
+
+{{- define "clip-csi.prewarm.serviceAccountName" -}}
+{{- if .Values.prewarm.serviceAccount.create }}
+{{- default (printf "%s-prewarm" (include "clip-csi.fullname" .)) .Values.prewarm.serviceAccount.name }}
+{{- else }}
+{{- default "default" .Values.prewarm.serviceAccount.name }}
 {{- end }}
 {{- end }}
 

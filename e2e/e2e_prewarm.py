@@ -1,0 +1,115 @@
+"""Pre-warming on the cluster: what was warmed is read by pods of both nodes without the registry; the controller may die; what is wrong is said."""
+
+import time
+
+import images
+from cluster.case import ClusterCase, DriverCase, docker_config
+from cluster.cluster import NODES, PRIVATE_REGISTRY, REGISTRY
+from cluster.pods import pod
+from cluster.release import NAMESPACE, secret
+from harness import process, services
+from harness.process import say
+
+PREWARMS, CACHES = "apis/clip-csi.dev/v1alpha1/namespaces/default/imageprewarms", "apis/clip-csi.dev/v1alpha1/nodeimagecaches"
+EVENTS = "api/v1/namespaces/default/events"
+LEASE = f"apis/coordination.k8s.io/v1/namespaces/{NAMESPACE}/leases/clip-csi-prewarm"
+COMPONENT = "app.kubernetes.io/component=prewarm"
+
+
+def prewarm(name: str, *references: str, **spec) -> dict:
+    return {"apiVersion": "clip-csi.dev/v1alpha1", "kind": "ImagePrewarm", "metadata": {"name": name, "namespace": "default"},
+            "spec": {"images": [{"image": it} for it in references], **spec}}
+
+
+class Prewarm(DriverCase):
+    def setUp(self):
+        ClusterCase.setUp(self)
+        self.release = self.env.release()
+        over = {"prewarm": {"enabled": True, "pullSecrets": {"namespaces": ["default"]}}}
+        if not self.release.installed:
+            self.release.install(over)
+        elif not self.kubectl("get", "deployment", "clip-csi-prewarm", "--namespace", NAMESPACE, check=False).stdout:
+            self.release.upgrade(over)
+        process.wait_until(lambda: time.sleep(0.3) or len(self.cluster.get(CACHES)["items"]) == len(NODES), "the agents' objects", 60)
+
+    def wait_phase(self, name: str, phase: str, seconds: float = 60) -> dict:
+        try:
+            return self.cluster.wait(PREWARMS, name, lambda it: it and it.get("status", {}).get("phase") == phase, f"ImagePrewarm {name} to be {phase}", seconds)
+        except process.Failed as error:
+            logs = self.kubectl("logs", "--namespace", NAMESPACE, "--selector", COMPONENT, "--prefix", "--tail=30", check=False).stdout
+            self.fail(f"{error}\n{logs}{''.join(self.release.logs(node) for node in NODES)}")
+
+    def condition(self, it: dict, name: str) -> tuple[str, str, str]:
+        return next((condition["status"], condition["reason"], condition["message"]) for condition in it["status"]["conditions"] if condition["type"] == name)
+
+    def leader(self) -> str:
+        return self.cluster.get(LEASE)["spec"].get("holderIdentity") or ""
+
+    def read_everywhere(self, image: str, reference: str, mark: int) -> None:
+        """Pods of both nodes read every file, and no layer's blob comes from the registry."""
+        for node in NODES:
+            self.run_pod(f"warm-{image}-{node}", node=node, image=reference)
+            self.assert_files(f"warm-{image}-{node}", image)
+        self.assertEqual(sum(self.blob_gets(image, mark)), 0)
+
+    def test_pods_of_both_nodes_read_what_was_warmed(self):
+        """The registry is read once, by the controller; then pods start and read without it."""
+        self.release.empty_all()
+        reference = self.cluster.push("demo5")
+        mark = self.cluster.registry.mark()
+        begin = time.monotonic()
+        self.create(prewarm("demo", reference, parallelism="100%"))
+        it = self.wait_phase("demo", "Ready")
+        say(f"both nodes were warm {time.monotonic() - begin:.1f} s after the object was made")
+        self.assertEqual(self.blob_gets("demo5", mark), [1] * 5)
+        self.assertEqual(it["status"]["nodesReady"], "2/2")
+        for node in NODES:
+            self.assertEqual(self.metric(node, "prewarm_bytes_total", tier="registry"), 0)
+            self.assertEqual([(warmup["name"], warmup["phase"]) for warmup in self.cluster.get(f"{CACHES}/{node}")["status"]["warmups"]], [("demo", "Ready")])
+        hits = [self.metric(node, "tier_reads_total", tier="content_cache", outcome="hit") for node in NODES]
+        self.read_everywhere("demo5", reference, self.cluster.registry.mark())
+        self.assertEqual([self.metric(node, "tier_reads_total", tier="content_cache", outcome="hit") for node in NODES], hits, "all is on the disks")
+
+    def test_a_controller_that_is_killed_is_followed(self):
+        """The leading pod is deleted by force in the middle; the other replica goes on, and no layer is read twice but the one that was under way."""
+        self.release.empty_all()
+        reference = self.cluster.push("demo5")
+        process.wait_until(lambda: time.sleep(0.2) or self.leader(), "a leader", 60)
+        mark = self.cluster.registry.mark()
+        self.create(prewarm("killed", reference))
+        process.wait_until(lambda: any(self.blob_gets("demo5", mark)), "a layer to be fetched", 30)
+        leader = self.leader()
+        self.kubectl("delete", "pod", leader, "--namespace", NAMESPACE, "--force", "--grace-period=0")
+        begin = time.monotonic()
+        process.wait_until(lambda: time.sleep(0.2) or self.leader() not in ("", leader), "another leader", 60)
+        say(f"another replica led {time.monotonic() - begin:.1f} s after {leader} was deleted")
+        self.wait_phase("killed", "Ready", 90)
+        self.assertLessEqual(sum(self.blob_gets("demo5", mark)), 5 + 2)
+        self.read_everywhere("demo5", reference, self.cluster.registry.mark())
+
+    def test_what_is_wrong_is_said(self):
+        """A wrong secret, and an image that is not there: conditions and events; a right secret makes it good."""
+        self.cluster.push("small")
+        machine = self.cluster.plane.machine
+        htpasswd = process.run("htpasswd", "-Bbn", "user", "right-password").stdout
+        registry = services.Registry(self.work, self.cluster.work / "registry", htpasswd=htpasswd, name="private", where=machine, port=int(PRIVATE_REGISTRY.rpartition(":")[2]))
+        self.addCleanup(registry.stop)
+        reference = f"{PRIVATE_REGISTRY}/e2e/small:{images.TAG}"
+        for name, password in (("right", "right-password"), ("wrong", "wrong-password")):
+            it = secret(name, "default", **{".dockerconfigjson": docker_config(PRIVATE_REGISTRY, "user", password)})
+            self.create({**it, "type": "kubernetes.io/dockerconfigjson"})
+        self.create(prewarm("wrong", reference, backoffLimit=0, imagePullSecrets=[{"name": "wrong"}]),
+                    prewarm("missing", f"{REGISTRY}/e2e/nosuch:1", backoffLimit=0),
+                    prewarm("right", reference, imagePullSecrets=[{"name": "right"}]))
+        for name, reason, words in (("wrong", "Unauthorized", "check the pull secret"), ("missing", "NotFound", "not found")):
+            status, why, message = self.condition(self.wait_phase(name, "Failed"), "Ready")
+            self.assertEqual((status, why), ("False", reason))
+            self.assertIn(words, message)
+            events = self.cluster.get(EVENTS, fieldSelector=f"involvedObject.name={name},involvedObject.kind=ImagePrewarm")["items"]
+            self.assertTrue(any(it["reason"] == reason and it["type"] == "Warning" and words in it["message"] for it in events), events)
+        self.wait_phase("right", "Ready")
+        # What is warm is no right to read it.
+        self.create(pod("anonymous", node=NODES[0], image=reference))
+        self.wait_event("anonymous", PRIVATE_REGISTRY, "credentials")
+        self.run_pod("entitled", node=NODES[0], image=reference, secret="right")
+        self.assertEqual(self.exec("entitled", "cat", "/mnt/hello"), "hello\n")

@@ -1,0 +1,149 @@
+//! Reads out of an ImagePrewarm what is to be done for it on one node. Pure.
+
+use crate::{
+    api::{Content, ImagePrewarm},
+    prewarm::{
+        nodes::NodeFacts,
+        rollout::{slot, uid as uid_of},
+    },
+};
+
+/// What is to be done for an ImagePrewarm on this node.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Order {
+    pub(super) uid: String,
+    pub(super) generation: i64,
+    /// What there is to have (`status.revision`).
+    pub(super) revision: String,
+    pub(super) priority: i32,
+    pub(super) content: Content,
+    pub(super) images: Vec<ImageToFill>,
+    /// Bytes a second for it.
+    pub(super) bytes_per_second: Option<u64>,
+    /// Bytes that it may add to the disk.
+    pub(super) max_bytes: Option<u64>,
+}
+
+/// An image of the node's platform.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct ImageToFill {
+    /// As the spec has it.
+    pub(super) image: String,
+    pub(super) platform: String,
+    /// Of the manifest.
+    pub(super) digest: String,
+}
+
+/// What is to be done for `object` on `node`; `None` if nothing is, or it is not the node's turn.
+///
+/// The status decides, which only the controller writes; what an annotation says is a hint.
+pub(super) fn of(
+    object: &ImagePrewarm,
+    uid: &str,
+    node: &str,
+    platform: &str,
+    facts: &NodeFacts,
+) -> Option<Order> {
+    let (spec, status) = (&object.spec, object.status.as_ref()?);
+    let generation = object.metadata.generation?;
+    let is_admitted = slot(node, uid) < status.admitted_permille;
+    // The same name may be another object by now.
+    if uid_of(object) != uid || object.metadata.deletion_timestamp.is_some() {
+        return None;
+    }
+    if spec.suspend || !is_admitted || status.revision.is_empty() || !facts.is_wanted(spec) {
+        return None;
+    }
+    let images = status.images.iter().filter(|it| it.platform == platform);
+    let images = images.filter_map(|it| {
+        Some(ImageToFill {
+            image: it.image.clone(),
+            platform: it.platform.clone(),
+            digest: it.manifest_digest.clone()?,
+        })
+    });
+    let positive = |bytes: Option<i64>| bytes.and_then(|it| u64::try_from(it).ok());
+    Some(Order {
+        uid: uid.to_owned(),
+        generation,
+        revision: status.revision.clone(),
+        priority: spec.priority,
+        content: spec.content,
+        images: images.collect(),
+        bytes_per_second: positive(status.node_bytes_per_second),
+        max_bytes: positive(spec.max_bytes_per_node),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    const PLATFORM: &str = "linux/amd64";
+
+    fn object(change: impl FnOnce(&mut Value)) -> ImagePrewarm {
+        let mut object = json!({
+            "metadata": {"name": "p", "namespace": "n", "uid": "u", "generation": 3},
+            "spec": {"images": [{"image": "r/a:1"}], "priority": 7, "maxBytesPerNode": 100},
+            "status": {
+                "revision": "ab", "admittedPermille": 1000, "nodeBytesPerSecond": 10,
+                "images": [
+                    {"image": "r/a:1", "platform": PLATFORM, "manifestDigest": "sha256:1"},
+                    {"image": "r/a:1", "platform": "linux/arm64", "manifestDigest": "sha256:2"},
+                    {"image": "r/b:1", "platform": PLATFORM},
+                ],
+            },
+        });
+        change(&mut object);
+        serde_json::from_value(object).unwrap()
+    }
+
+    fn of_object(change: impl FnOnce(&mut Value)) -> Option<Order> {
+        of(&object(change), "u", "n1", PLATFORM, &NodeFacts::default())
+    }
+
+    #[test]
+    fn images_of_the_nodes_platform_are_filled_as_soon_as_they_have_a_digest() {
+        let expected = Order {
+            uid: "u".to_owned(),
+            generation: 3,
+            revision: "ab".to_owned(),
+            priority: 7,
+            content: Content::All,
+            images: vec![ImageToFill {
+                image: "r/a:1".to_owned(),
+                platform: PLATFORM.to_owned(),
+                digest: "sha256:1".to_owned(),
+            }],
+            bytes_per_second: Some(10),
+            max_bytes: Some(100),
+        };
+        assert_eq!(of_object(|_| {}), Some(expected));
+    }
+
+    #[test]
+    fn nothing_is_done_out_of_turn_or_for_other_nodes() {
+        let turn = slot("n1", "u");
+        for (pointer, value) in [
+            ("/spec/suspend", json!(true)),
+            ("/spec/target", json!("Remote")),
+            ("/spec/nodeSelector", json!({"gpu": "yes"})),
+            ("/status/admittedPermille", json!(turn)),
+            ("/status/revision", json!("")),
+            ("/status", json!(null)),
+            ("/metadata/uid", json!("another")),
+            ("/metadata/deletionTimestamp", json!("2026-01-01T00:00:00Z")),
+        ] {
+            let order = of_object(|object| {
+                let (parent, field) = pointer.rsplit_once('/').unwrap();
+                let parent = object.pointer_mut(parent).unwrap().as_object_mut().unwrap();
+                parent.insert(field.to_owned(), value);
+            });
+            assert_eq!(order, None, "{pointer}");
+        }
+        let just = of_object(|it| it["status"]["admittedPermille"] = json!(turn + 1));
+        assert!(just.is_some());
+    }
+}

@@ -1,0 +1,479 @@
+//! What a node has to do with ImagePrewarms, in which order, and how far it is. Pure: no client, no task.
+
+use std::{
+    cmp::Reverse,
+    collections::BTreeMap,
+    time::{Duration, Instant},
+};
+
+use k8s_openapi::{apimachinery::pkg::apis::meta::v1::Time, jiff::Timestamp};
+use kube::core::PartialObjectMeta;
+use tracing::warn;
+
+use super::order::Order;
+use crate::{
+    api::{ImagePrewarm, MAX_WARMUPS, Warmup, WarmupPhase},
+    cluster::Seen,
+    prewarm::rollout::{Rollout, uid as uid_of},
+};
+
+/// First wait after a failure that may go by itself; each further one is twice as long.
+const FIRST_WAIT: Duration = Duration::from_secs(30);
+
+/// First wait after one for which somebody has to do something.
+const FIRST_LONG_WAIT: Duration = Duration::from_secs(300);
+
+/// Longest wait between two attempts.
+const MAX_WAIT: Duration = Duration::from_secs(1800);
+
+/// Longest message that the API takes.
+const MAX_MESSAGE_BYTES: usize = 1024;
+
+/// What is to be done next.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Do {
+    /// Read an object.
+    Read {
+        uid: String,
+        namespace: String,
+        name: String,
+    },
+    /// Begin to fill.
+    Start(Order),
+}
+
+/// How a task has ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum End {
+    /// All is on the disk: so many bytes.
+    Ready { bytes: u64 },
+    /// Something is not.
+    Failed {
+        reason: &'static str,
+        message: String,
+        is_transient: bool,
+    },
+}
+
+/// An ImagePrewarm, as far as this node has to do with it.
+#[derive(Debug)]
+struct Item {
+    namespace: String,
+    name: String,
+    generation: i64,
+    rollout: Option<Rollout>,
+    /// Whether the last listing named it.
+    is_listed: bool,
+    read: Option<Read>,
+    /// Not before then is it read or begun.
+    not_before: Option<Instant>,
+    attempts: u32,
+    /// Generation and revision for which a task is under way.
+    running: Option<(i64, String)>,
+    /// What the node says of it.
+    told: Option<Warmup>,
+}
+
+/// What an object said when it was read.
+#[derive(Debug)]
+struct Read {
+    generation: i64,
+    revision: String,
+    /// The share that was admitted by then: whoever was refused asks again when it has changed.
+    permille: i32,
+    order: Option<Order>,
+    at: Instant,
+}
+
+/// All that a node has to do.
+#[derive(Debug)]
+pub(super) struct Queue {
+    node: String,
+    max_running: usize,
+    items: BTreeMap<String, Item>,
+    /// What was told before this process, of objects that the watch has yet to name.
+    before: BTreeMap<String, Warmup>,
+    is_listed: bool,
+    /// What the node says has changed: in more than bytes, or in bytes.
+    news: News,
+}
+
+/// Whether there is something to tell.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum News {
+    /// Nothing.
+    None,
+    /// Some bytes have come.
+    Progress,
+    /// Something has begun or ended.
+    Step,
+}
+
+impl Queue {
+    pub(super) fn new(node: &str, max_running: usize) -> Self {
+        Self {
+            node: node.to_owned(),
+            max_running: max_running.max(1),
+            items: BTreeMap::new(),
+            before: BTreeMap::new(),
+            is_listed: false,
+            news: News::None,
+        }
+    }
+
+    /// Takes up what this node has told before the process began.
+    pub(super) fn know(&mut self, told: Vec<Warmup>) {
+        self.before = told.into_iter().map(|it| (it.uid.clone(), it)).collect();
+    }
+
+    /// Takes in what the watch has told of.
+    pub(super) fn see(&mut self, seen: Seen<PartialObjectMeta<ImagePrewarm>>) {
+        match seen {
+            Seen::Listing => self.items.values_mut().for_each(|it| it.is_listed = false),
+            Seen::Listed => {
+                let had = self.items.len();
+                // What is not named has gone; who runs for it is found in `take_stopped`, which has no item for it.
+                self.items.retain(|_, it| it.is_listed);
+                let n_forgotten = had - self.items.len() + self.before.len();
+                self.before.clear();
+                self.is_listed = true;
+                if 0 < n_forgotten {
+                    self.news = News::Step;
+                }
+            }
+            Seen::Gone(object) => self.remove(uid_of(&*object)),
+            Seen::Is(object) => self.see_object(&object),
+        }
+    }
+
+    fn remove(&mut self, uid: &str) {
+        if self.items.remove(uid).is_some_and(|it| it.told.is_some()) {
+            self.news = News::Step;
+        }
+    }
+
+    fn see_object(&mut self, object: &PartialObjectMeta<ImagePrewarm>) {
+        let uid = uid_of(object).to_owned();
+        let meta = &object.metadata;
+        if meta.deletion_timestamp.is_some() {
+            self.remove(&uid);
+            return;
+        }
+        let generation = meta.generation.unwrap_or_default();
+        let rollout = Rollout::of(object);
+        let before = &mut self.before;
+        let item = self.items.entry(uid.clone()).or_insert_with(|| Item {
+            namespace: meta.namespace.clone().unwrap_or_default(),
+            name: meta.name.clone().unwrap_or_default(),
+            generation,
+            rollout: None,
+            is_listed: true,
+            read: None,
+            not_before: None,
+            attempts: 0,
+            running: None,
+            // What was under way ended with the process.
+            told: before.remove(&uid).map(|mut it| {
+                if it.phase == WarmupPhase::Warming {
+                    it.phase = WarmupPhase::Pending;
+                }
+                it
+            }),
+        });
+        let is_other = item.generation != generation
+            || item.rollout.as_ref().map(|it| &it.revision)
+                != rollout.as_ref().map(|it| &it.revision);
+        if is_other {
+            item.attempts = 0;
+            item.not_before = None;
+        }
+        item.is_listed = true;
+        item.generation = generation;
+        item.rollout = rollout;
+    }
+
+    /// Has all objects read again, because the node is another one.
+    pub(super) fn read_anew(&mut self) {
+        for item in self.items.values_mut() {
+            item.read = None;
+        }
+    }
+
+    /// The tasks that are to stop: of objects that have gone, were suspended, or want something else.
+    ///
+    /// A task that is told of here stops; its place is free.
+    pub(super) fn take_stopped(&mut self) -> Vec<String> {
+        let mut stop = Vec::new();
+        for (uid, item) in &mut self.items {
+            let Some((_, revision)) = &item.running else {
+                continue;
+            };
+            let rollout = item.rollout.as_ref();
+            // Out of turn is no reason to stop: the share may shrink while more nodes come.
+            let is_offered = rollout.is_some_and(|it| 0 < it.permille && it.revision == *revision);
+            let is_ordered = item.read.as_ref().is_some_and(|it| it.order.is_some());
+            if !is_offered || !is_ordered {
+                item.running = None;
+                item.told = None;
+                self.news = News::Step;
+                stop.push(uid.clone());
+            }
+        }
+        stop
+    }
+
+    /// Whether a task for this object may go on.
+    pub(super) fn has(&self, uid: &str) -> bool {
+        self.items.get(uid).is_some_and(|it| it.running.is_some())
+    }
+
+    /// What is to be done now: at most `max_reads` objects to read, and as many tasks as there is room for.
+    pub(super) fn next(&mut self, now: Instant, max_reads: usize) -> Vec<Do> {
+        let node = &self.node;
+        let mut reads = Vec::new();
+        let mut ready: Vec<(Reverse<i32>, Instant, &String)> = Vec::new();
+        for (uid, item) in &self.items {
+            let Some(rollout) = &item.rollout else {
+                continue;
+            };
+            let is_early = item.not_before.is_some_and(|it| now < it);
+            let has_it = item.told.as_ref().is_some_and(|it| {
+                it.phase == WarmupPhase::Ready && it.revision == rollout.revision
+            });
+            if is_early || has_it || rollout.revision.is_empty() || !rollout.admits(node, uid) {
+                continue;
+            }
+            let is_current = |it: &&Read| {
+                it.generation == item.generation
+                    && it.revision == rollout.revision
+                    && (it.order.is_some() || it.permille == rollout.permille)
+            };
+            match item.read.as_ref().filter(is_current) {
+                None => reads.push(Do::Read {
+                    uid: uid.clone(),
+                    namespace: item.namespace.clone(),
+                    name: item.name.clone(),
+                }),
+                Some(read) => {
+                    if let Some(order) = &read.order
+                        && item.running.is_none()
+                    {
+                        ready.push((Reverse(order.priority), read.at, uid));
+                    }
+                }
+            }
+        }
+        ready.sort();
+        let n_running = self
+            .items
+            .values()
+            .filter(|it| it.running.is_some())
+            .count();
+        let room = self.max_running.saturating_sub(n_running);
+        let start: Vec<_> = ready
+            .into_iter()
+            .take(room)
+            .map(|it| it.2.clone())
+            .collect();
+        reads.truncate(max_reads);
+        let mut todo = reads;
+        for uid in start {
+            todo.extend(self.begin(&uid).map(Do::Start));
+        }
+        todo
+    }
+
+    fn begin(&mut self, uid: &str) -> Option<Order> {
+        let item = self.items.get_mut(uid)?;
+        let order = item.read.as_ref()?.order.clone()?;
+        item.running = Some((order.generation, order.revision.clone()));
+        item.tell(&order, WarmupPhase::Warming);
+        self.news = News::Step;
+        Some(order)
+    }
+
+    /// Notes what an object said, or that it could not be read and is to be read again at `retry_at`.
+    pub(super) fn read(
+        &mut self,
+        uid: &str,
+        read: Result<Option<Order>, String>,
+        retry_at: Instant,
+    ) {
+        let Some(item) = self.items.get_mut(uid) else {
+            return;
+        };
+        let order = match read {
+            Ok(order) => order,
+            Err(error) => {
+                let (namespace, name) = (&item.namespace, &item.name);
+                warn!(
+                    namespace,
+                    name, error, "cannot read an ImagePrewarm, trying again"
+                );
+                item.not_before = Some(retry_at);
+                return;
+            }
+        };
+        let Some(rollout) = &item.rollout else {
+            return;
+        };
+        let permille = rollout.permille;
+        let asked = (item.generation, rollout.revision.clone());
+        if let Some(order) = &order
+            && (order.generation, &order.revision) != (asked.0, &asked.1)
+        {
+            // The metadata of what was read is on its way: then it is read once more, if it is still not that.
+            item.not_before = Some(retry_at);
+            return;
+        }
+        match &order {
+            // A task that runs for the same goes on.
+            Some(order) if item.running.is_none() => item.tell(order, WarmupPhase::Pending),
+            Some(_) => {}
+            None => item.told = None,
+        }
+        self.news = News::Step;
+        item.read = Some(Read {
+            generation: asked.0,
+            revision: asked.1,
+            permille,
+            order,
+            at: Instant::now(),
+        });
+    }
+
+    /// Notes how far a task is.
+    pub(super) fn progress(&mut self, uid: &str, done: u64, total: u64) {
+        let clamped = |bytes| i64::try_from(bytes).unwrap_or(i64::MAX);
+        let Some(told) = self.items.get_mut(uid).and_then(|it| it.told.as_mut()) else {
+            return;
+        };
+        let now = (clamped(done), clamped(total));
+        if (told.bytes_done, told.bytes_total) != now {
+            (told.bytes_done, told.bytes_total) = now;
+            self.news = self.news.max(News::Progress);
+        }
+    }
+
+    /// Notes how a task has ended.
+    pub(super) fn ended(&mut self, uid: &str, revision: &str, end: End, now: Instant) {
+        let Some(item) = self.items.get_mut(uid) else {
+            return;
+        };
+        if item.running.as_ref().is_none_or(|it| it.1 != revision) {
+            return;
+        }
+        item.running = None;
+        self.news = News::Step;
+        let Some(told) = &mut item.told else {
+            return;
+        };
+        told.since = Some(Time(Timestamp::now()));
+        match end {
+            End::Ready { bytes } => {
+                told.phase = WarmupPhase::Ready;
+                told.bytes_done = i64::try_from(bytes).unwrap_or(i64::MAX);
+                told.bytes_total = told.bytes_done;
+                told.reason = None;
+                told.message = None;
+                item.attempts = 0;
+            }
+            End::Failed {
+                reason,
+                message,
+                is_transient,
+            } => {
+                told.phase = WarmupPhase::Failed;
+                told.reason = Some(reason.to_owned());
+                told.message = Some(bounded(message));
+                let first = if is_transient {
+                    FIRST_WAIT
+                } else {
+                    FIRST_LONG_WAIT
+                };
+                let wait = first * 2u32.saturating_pow(item.attempts.min(10));
+                item.attempts = item.attempts.saturating_add(1);
+                item.not_before = Some(now + wait.min(MAX_WAIT));
+            }
+        }
+    }
+
+    /// What the node says: at most as much as an object takes, what is not well first.
+    pub(super) fn told(&self) -> Vec<Warmup> {
+        // Of objects that are yet to be listed it is still true.
+        let items = self.items.values().filter_map(|it| it.told.as_ref());
+        let mut told: Vec<_> = items.chain(self.before.values()).cloned().collect();
+        let rank = |it: &Warmup| match it.phase {
+            WarmupPhase::Failed => 0,
+            WarmupPhase::Warming => 1,
+            WarmupPhase::Ready => 2,
+            WarmupPhase::Pending => 3,
+        };
+        told.sort_by(|a, b| (rank(a), &a.uid).cmp(&(rank(b), &b.uid)));
+        told.truncate(MAX_WARMUPS);
+        told.sort_by(|a, b| a.uid.cmp(&b.uid));
+        told
+    }
+
+    /// Whether the node's word can be trusted to be complete.
+    pub(super) fn is_listed(&self) -> bool {
+        self.is_listed
+    }
+
+    /// Takes what there is to tell.
+    pub(super) fn news(&self) -> News {
+        self.news
+    }
+
+    /// Notes that all was told.
+    pub(super) fn was_told(&mut self) {
+        self.news = News::None;
+    }
+
+    /// Nodes that the greatest rollout is for.
+    pub(super) fn n_nodes(&self) -> u32 {
+        let rollouts = self.items.values().filter_map(|it| it.rollout.as_ref());
+        rollouts.map(|it| it.nodes).max().unwrap_or(0)
+    }
+}
+
+impl Item {
+    /// Says that it is in another phase, which it has just begun to be.
+    fn tell(&mut self, order: &Order, phase: WarmupPhase) {
+        let before = self
+            .told
+            .as_ref()
+            .filter(|it| it.revision == order.revision);
+        // A failure is told of until it is made good.
+        let failure = before.filter(|_| phase == WarmupPhase::Pending);
+        if failure.is_some_and(|it| it.phase == WarmupPhase::Failed) {
+            return;
+        }
+        self.told = Some(Warmup {
+            uid: order.uid.clone(),
+            namespace: self.namespace.clone(),
+            name: self.name.clone(),
+            revision: order.revision.clone(),
+            phase,
+            bytes_done: before.map_or(0, |it| it.bytes_done),
+            bytes_total: before.map_or(0, |it| it.bytes_total),
+            since: Some(Time(Timestamp::now())),
+            reason: None,
+            message: None,
+        });
+    }
+}
+
+fn bounded(mut message: String) -> String {
+    if MAX_MESSAGE_BYTES < message.len() {
+        let mut end = MAX_MESSAGE_BYTES;
+        while !message.is_char_boundary(end) {
+            end -= 1;
+        }
+        message.truncate(end);
+    }
+    message
+}
+
+#[cfg(test)]
+mod tests;

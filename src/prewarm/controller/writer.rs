@@ -1,0 +1,318 @@
+//! Writes what was decided: at once where something has happened, seldom where something only goes on.
+
+use std::{
+    collections::BTreeMap,
+    time::{Duration, Instant},
+};
+
+use k8s_openapi::api::core::v1::ObjectReference;
+use kube::{
+    Api, Client, Resource,
+    api::{DeleteParams, Patch, PatchParams, Preconditions},
+};
+use serde_json::json;
+use tokio::time::timeout;
+use tracing::{debug, info, warn};
+
+use super::{plan::Notice, world::Known};
+use crate::{
+    api::{ImagePrewarm, ImagePrewarmStatus, ImageState, NodeCounts},
+    cluster::Events,
+    metrics::Metrics,
+    prewarm::rollout::{ANNOTATION, Rollout},
+    telemetry::error_chain,
+};
+
+/// Owner of the fields in server-side apply.
+const MANAGER: &str = "clip-csi-prewarm-controller";
+
+/// How often progress alone is written for one object, at most.
+const PROGRESS_EVERY: Duration = Duration::from_secs(10);
+
+/// And for all objects together: each write is told to each node that watches.
+const PROGRESS_EVERY_FOR_EACH: Duration = Duration::from_secs(1);
+
+/// How long a write that failed is not tried again.
+const RETRY_AFTER: Duration = Duration::from_secs(5);
+
+/// How long a write may take: the others wait.
+const WRITE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// What was written of an object last.
+#[derive(Debug, Clone, Copy)]
+struct Written {
+    /// Digests of all of the status, and of it without what only goes on.
+    all: blake3::Hash,
+    steps: blake3::Hash,
+    at: Instant,
+}
+
+/// Writes to the API server.
+pub(super) struct Writer {
+    client: Client,
+    events: Events,
+    metrics: Metrics,
+    written: BTreeMap<String, Written>,
+    not_before: BTreeMap<String, Instant>,
+}
+
+/// Whether something is left to be written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Left {
+    /// Nothing.
+    Nothing,
+    /// It is to be tried again then.
+    At(Instant),
+}
+
+impl Writer {
+    pub(super) fn new(client: Client, events: Events, metrics: Metrics) -> Self {
+        Self {
+            client,
+            events,
+            metrics,
+            written: BTreeMap::new(),
+            not_before: BTreeMap::new(),
+        }
+    }
+
+    /// Forgets objects that are not there any more.
+    pub(super) fn retain(&mut self, is_there: impl Fn(&str) -> bool) {
+        self.written.retain(|uid, _| is_there(uid));
+        self.not_before.retain(|uid, _| is_there(uid));
+    }
+
+    /// Tells people of what has happened.
+    pub(super) async fn tell(&self, uid: &str, known: &Known, notices: &[Notice]) {
+        let about = ObjectReference {
+            api_version: Some(ImagePrewarm::api_version(&()).into_owned()),
+            kind: Some(ImagePrewarm::kind(&()).into_owned()),
+            namespace: Some(known.namespace.clone()),
+            name: Some(known.name.clone()),
+            uid: Some(uid.to_owned()),
+            ..ObjectReference::default()
+        };
+        for Notice {
+            kind,
+            reason,
+            message,
+        } in notices
+        {
+            let events = &self.events;
+            let write = events.write(&known.namespace, about.clone(), *kind, reason, message);
+            if timeout(WRITE_TIMEOUT, write).await.is_err() {
+                warn!(reason, "an event took too long");
+            }
+            self.count("event", true);
+        }
+    }
+
+    /// Writes status and annotation, if it is time; `n_objects` are under way.
+    pub(super) async fn write(&mut self, uid: &str, known: &mut Known, n_objects: u32) -> Left {
+        let now = Instant::now();
+        if let Some(at) = self.not_before.get(uid).filter(|it| now < **it) {
+            return Left::At(*at);
+        }
+        let (all, steps) = (digest(&known.status), digest(&steps(&known.status)));
+        // What a former leader has written need not be written again.
+        if !self.written.contains_key(uid) && known.read == Some(all) {
+            let at = now;
+            self.written
+                .insert(uid.to_owned(), Written { all, steps, at });
+        }
+        let before = self.written.get(uid).copied();
+        if before.is_none_or(|it| it.all != all) {
+            let every = PROGRESS_EVERY.max(PROGRESS_EVERY_FOR_EACH * n_objects);
+            let due = before.map_or(now, |it| it.at + every);
+            let is_step = before.is_none_or(|it| it.steps != steps);
+            if !is_step && now < due {
+                return Left::At(due);
+            }
+            if let Err(reason) = self.write_status(uid, known).await {
+                return self.failed(uid, known, &reason);
+            }
+            let at = now;
+            self.written
+                .insert(uid.to_owned(), Written { all, steps, at });
+        }
+        // After the status: who sees the one reads the other.
+        let rollout = rollout(&known.status);
+        if known.rollout.as_ref() != Some(&rollout) {
+            if let Err(reason) = self.write_rollout(uid, known, &rollout).await {
+                return self.failed(uid, known, &reason);
+            }
+            known.rollout = Some(rollout);
+        }
+        self.not_before.remove(uid);
+        Left::Nothing
+    }
+
+    fn failed(&mut self, uid: &str, known: &Known, reason: &str) -> Left {
+        warn!(
+            namespace = known.namespace,
+            name = known.name,
+            error = reason,
+            "cannot write how far an ImagePrewarm is, trying again"
+        );
+        let at = Instant::now() + RETRY_AFTER;
+        self.not_before.insert(uid.to_owned(), at);
+        Left::At(at)
+    }
+
+    async fn write_status(&self, uid: &str, known: &Known) -> Result<(), String> {
+        // The uid makes it fail for another object of the same name.
+        let patch = json!({
+            "apiVersion": ImagePrewarm::api_version(&()),
+            "kind": ImagePrewarm::kind(&()),
+            "metadata": {"name": known.name, "namespace": known.namespace, "uid": uid},
+            "status": known.status,
+        });
+        let params = PatchParams::apply(MANAGER).force();
+        let api = self.api(known);
+        let patch = Patch::Apply(&patch);
+        let write = api.patch_status(&known.name, &params, &patch);
+        let done = timeout(WRITE_TIMEOUT, write).await;
+        self.done("status", done)
+    }
+
+    async fn write_rollout(
+        &self,
+        uid: &str,
+        known: &Known,
+        rollout: &Rollout,
+    ) -> Result<(), String> {
+        // No apply: it would make an object that has just been deleted anew.
+        let patch =
+            json!({"metadata": {"uid": uid, "annotations": {ANNOTATION: rollout.to_string()}}});
+        let params = PatchParams {
+            field_manager: Some(MANAGER.to_owned()),
+            ..PatchParams::default()
+        };
+        let api = self.api(known);
+        let patch = Patch::Merge(&patch);
+        let write = api.patch_metadata(&known.name, &params, &patch);
+        let done = timeout(WRITE_TIMEOUT, write).await;
+        self.done("rollout", done)
+    }
+
+    /// Deletes an object whose time is over. Says whether that was done.
+    pub(super) async fn delete(&self, uid: &str, known: &Known) -> bool {
+        let params = DeleteParams {
+            preconditions: Some(Preconditions {
+                uid: Some(uid.to_owned()),
+                resource_version: None,
+            }),
+            ..DeleteParams::default()
+        };
+        info!(
+            namespace = known.namespace,
+            name = known.name,
+            "an ImagePrewarm has ended ttlSecondsAfterFinished ago, and is deleted"
+        );
+        let api = self.api(known);
+        let done = timeout(WRITE_TIMEOUT, api.delete(&known.name, &params)).await;
+        let done = self.done("delete", done);
+        if let Err(reason) = &done {
+            warn!(
+                name = known.name,
+                error = reason,
+                "cannot delete it, trying again"
+            );
+        }
+        done.is_ok()
+    }
+
+    fn api(&self, known: &Known) -> Api<ImagePrewarm> {
+        Api::namespaced(self.client.clone(), &known.namespace)
+    }
+
+    fn done<T>(
+        &self,
+        what: &str,
+        done: Result<kube::Result<T>, tokio::time::error::Elapsed>,
+    ) -> Result<(), String> {
+        let result = match done {
+            Ok(Ok(_)) => Ok(()),
+            // It has been deleted meanwhile, or is another one by now: the watch tells of it.
+            Ok(Err(kube::Error::Api(status))) if matches!(status.code, 404 | 409) => {
+                debug!(what, "not written: the object has gone");
+                Ok(())
+            }
+            Ok(Err(err)) => Err(error_chain(&err).to_string()),
+            Err(_) => Err("the Kubernetes API does not answer".to_owned()),
+        };
+        self.count(what, result.is_ok());
+        result
+    }
+
+    fn count(&self, what: &str, is_ok: bool) {
+        let outcome = if is_ok { "ok" } else { "error" };
+        let writes = &self.metrics.prewarm_api_writes;
+        writes.with_label_values(&[what, outcome]).inc();
+    }
+}
+
+/// What the annotation is to say.
+fn rollout(status: &ImagePrewarmStatus) -> Rollout {
+    Rollout {
+        revision: status.revision.clone(),
+        permille: status.admitted_permille,
+        nodes: u32::try_from(status.nodes.desired).unwrap_or(0),
+    }
+}
+
+/// Tells one status from another.
+pub(super) fn digest(status: &ImagePrewarmStatus) -> blake3::Hash {
+    let text = serde_json::to_vec(status).unwrap_or_default();
+    blake3::hash(&text)
+}
+
+/// The status without what only goes on.
+fn steps(status: &ImagePrewarmStatus) -> ImagePrewarmStatus {
+    let mut steps = status.clone();
+    steps.nodes = NodeCounts::default();
+    steps.nodes_ready = String::new();
+    steps.failed_nodes = Vec::new();
+    for image in &mut steps.images {
+        if image.state == ImageState::Seeding {
+            image.blob_bytes = None;
+            image.blob_bytes_done = 0;
+        }
+    }
+    for condition in &mut steps.conditions {
+        condition.message = String::new();
+    }
+    steps
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::api::{ImageStatus, Phase};
+
+    #[test]
+    fn bytes_and_counts_only_go_on_and_everything_else_is_a_step() {
+        let image = |state, done| ImageStatus {
+            state,
+            blob_bytes_done: done,
+            ..ImageStatus::default()
+        };
+        let of = |phase, image, ready| ImagePrewarmStatus {
+            phase,
+            images: vec![image],
+            nodes: NodeCounts {
+                ready,
+                ..NodeCounts::default()
+            },
+            ..ImagePrewarmStatus::default()
+        };
+        let before = of(Phase::Seeding, image(ImageState::Seeding, 1), 0);
+        let goes_on = of(Phase::Seeding, image(ImageState::Seeding, 2), 7);
+        let seeded = of(Phase::Seeding, image(ImageState::Seeded, 2), 0);
+        let other_phase = of(Phase::Failed, image(ImageState::Seeding, 1), 0);
+        assert_ne!(digest(&before), digest(&goes_on));
+        assert_eq!(steps(&before), steps(&goes_on));
+        assert_ne!(steps(&before), steps(&seeded));
+        assert_ne!(steps(&before), steps(&other_phase));
+    }
+}
