@@ -11,6 +11,7 @@ it, or a number where making it is slow and the sources change often.
 """
 
 import argparse
+import fcntl
 import gzip
 import hashlib
 import json
@@ -118,26 +119,34 @@ def version_of(name: str) -> str:
 
 def get(name: str) -> Image:
     """The image from the cache, made if it is not there."""
-    builder, _, needs = BUILDERS[name]
     parent = paths.cache() / "images"
     directory = parent / f"{name}-{version_of(name)}"
     if not directory.exists():
-        for need in needs:
-            get(need)
         parent.mkdir(exist_ok=True)
-        begin = time.monotonic()
-        new = pathlib.Path(tempfile.mkdtemp(prefix=f".{name}.", dir=parent))
-        try:
-            builder(Image(name, new))
-            # At once: a directory under its name is whole.
-            new.rename(directory)
-        finally:
-            shutil.rmtree(new, ignore_errors=True)
-        for old in parent.glob(f"{name}-????????????"):
-            if old != directory:
-                shutil.rmtree(old)
-        say(f"image {name} made in {time.monotonic() - begin:.1f} s")
+        # Two runs do not make the same: the second one waits, and finds it.
+        with open(parent / f".{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not directory.exists():
+                make(name, directory)
     return Image(name, directory)
+
+
+def make(name: str, directory: pathlib.Path) -> None:
+    builder, _, needs = BUILDERS[name]
+    for need in needs:
+        get(need)
+    begin = time.monotonic()
+    new = pathlib.Path(tempfile.mkdtemp(prefix=f".{name}.", dir=directory.parent))
+    try:
+        builder(Image(name, new))
+        # At once: a directory under its name is whole.
+        new.rename(directory)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+    for old in directory.parent.glob(f"{name}-????????????"):
+        if old != directory:
+            shutil.rmtree(old)
+    say(f"image {name} made in {time.monotonic() - begin:.1f} s")
 
 
 def note(it: Image, **facts) -> None:
