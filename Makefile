@@ -93,15 +93,15 @@ e2e: ## End-to-end tests alone (root; CASES=name,name or E2E="-k NAME" picks som
 
 # It needs Go alone: where that is, before anything is installed.
 kubernetes:
-	@! command -v go >/dev/null || nice ./e2e/tools.sh kubernetes >/dev/null
+	@! command -v go >/dev/null || ./e2e/tools.sh kubernetes >/dev/null
 
-# All that is built for the end-to-end tests; whoever comes second waits and finds it. The project's image goes first, because its end, linking,
-# leaves a core idle for the rest; then what the cases without a cluster want, and then the cluster.
+# All that is built for the end-to-end tests; whoever comes second waits and finds it. The cluster's cases take longest, and want both the image and
+# Kubernetes: these are built at full speed, the rest makes way.
 builds:
 	@trap 'wait' EXIT
 	cargo fetch --quiet --locked
 	python3 e2e/cluster/project_image.py >/dev/null & image=$$!
-	nice ./e2e/tools.sh kubernetes >/dev/null & kubernetes=$$!
+	./e2e/tools.sh kubernetes >/dev/null & kubernetes=$$!
 	nice -n 5 ./e2e/tools.sh csi >/dev/null
 	nice -n 5 python3 e2e/images.py build
 	wait $$image
