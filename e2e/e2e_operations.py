@@ -100,7 +100,8 @@ class Chart(DriverCase):
         self.traffic()
         board = json.loads(self.cluster.get(f"api/v1/namespaces/{NAMESPACE}/configmaps", labelSelector="grafana_dashboard=1")["items"][0]["data"]["clip-csi.json"])
         self.assertEqual(board, dashboard.load())
-        panels = dashboard.panels(board, rate_interval="20s", range_seconds=300)
+        # Those of pre-warming have data where that is on, which it is not in this release.
+        panels = [it for it in dashboard.panels(board, rate_interval="20s", range_seconds=300) if not any("clip_csi_prewarm_" in query.expr for query in it.queries)]
         self.assertGreater(len(panels), 20)
         process.wait_until(lambda: settled() and not self.empty(prometheus, panels), f"all panels to have data; now without: {self.empty(prometheus, panels)}", 60)
         for it in prometheus.get("rules")["groups"]:
