@@ -133,9 +133,8 @@ async fn chunks_that_the_remote_has_lost_are_put_again_if_they_are_wanted() {
         "{seeded:?}"
     );
     assert_eq!(world.stored("o-3").len(), 2);
-    // What had come stays, and the rest follows.
-    let filled = world.node("node").fill(WarmWhat::All).await.unwrap();
-    assert!(0 < filled.bytes_present, "{filled:?}");
+    // Whatever had come before the first one that was missing: the order is another one each time.
+    world.node("node").fill(WarmWhat::All).await.unwrap();
     assert_eq!(world.node("node").chunks().await, [all(), all()]);
 }
 
