@@ -11,10 +11,13 @@ export PATH := $(PATH):$(HOME)/.cargo/bin:/usr/local/go/bin
 # Lints and tests are built in the profile dev; end-to-end tests and the demo run what ships, built in the profile dist.
 CARGO_FLAGS := --locked
 
+# Empty: without what needs Kubernetes.
+export KUBERNETES ?= yes
+
 say = @printf '\n==> %s\n' "$(1)"
 
 .DEFAULT_GOAL := help
-.PHONY: help install build check unit sanity storage e2e kubernetes builds test demo bench
+.PHONY: help install build check unit sanity storage e2e kubernetes builds test ci demo bench
 
 help: ## List these commands
 	@grep -hE '^[a-z0-9]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9]+):.*## /\1\t/' | while IFS=$$'\t' read -r name text; do printf '  make %-8s %s\n' "$$name" "$$text"; done
@@ -39,15 +42,18 @@ bench: ## Measure against the best that could be, in ratios (root, idle machine;
 	$(call say,Measuring)
 	@python3 e2e/bench/run.py "$(BENCH)"
 
-test: ## Everything that continuous integration runs (root; installs what is missing; 25 to 40 minutes, the longer the first time)
+test: KUBERNETES :=
+test: ## Format, lints, documentation, unit and integration tests, and the end-to-end tests that need no Kubernetes (root; installs what is missing; 15 to 30 minutes, the longer the first time)
+ci: ## All that continuous integration runs: `make test`, and a real Kubernetes (root; installs what is missing; 20 to 45 minutes, the longer the first time)
+test ci:
 	$(call say,1/3 Installing what is missing)
-	@$(MAKE) kubernetes & trap 'wait' EXIT
+	@$(if $(KUBERNETES),$(MAKE) kubernetes &) trap 'wait' EXIT
 	$(MAKE) install
-	$(call say,2/3 Format; then end-to-end tests with a real registry, real images and a real Kubernetes)
+	$(call say,2/3 Format; then end-to-end tests with a real registry and real images$(if $(KUBERNETES), and a real Kubernetes))
 	@cargo fmt --check
-	# What needs no cluster runs beside the cluster's cases, which mostly wait, and is shown after them.
+	# These make way for the end-to-end tests, which often wait, and are shown after them.
 	log="$$(mktemp)"
-	(export CARGO_INCREMENTAL=0; $(MAKE) builds && nice $(MAKE) unit check >"$$log" 2>&1) & beside=$$!
+	CARGO_INCREMENTAL=0 nice $(MAKE) unit check >"$$log" 2>&1 & beside=$$!
 	# Waited for also after a failure: nothing runs on.
 	trap 'wait; rm -f "$$log"' EXIT
 	failed=0
@@ -76,20 +82,20 @@ unit: ## Unit and integration tests
 sanity: ## csi-sanity, unfiltered, on real mounts; also while agent and serve are killed every second (root; part of e2e)
 	@$(MAKE) e2e CASES=csi-sanity,csi-sanity-while-agent-and-serve-are-killed
 
-storage: install ## Kubernetes' own end-to-end tests of CSI drivers on the cluster (root; not part of test, because it takes minutes to build)
+storage: install ## Kubernetes' own end-to-end tests of CSI drivers on the cluster (root; not part of ci, because it takes minutes to build)
 	@./e2e/tools.sh kubernetes >/dev/null
 	python3 e2e/storage_suite.py
 
-e2e: ## End-to-end tests alone (root; CASES=name,name or E2E="-k NAME" picks some; cold about half an hour)
+e2e: ## End-to-end tests alone, all of them (root; CASES=name,name or E2E="-k NAME" picks some; 15 to 30 minutes, the longer the first time)
 	@trap 'wait' EXIT
-	# All, unless some cases are picked: those make what they need.
-	[ -n "$(CASES)$(E2E)" ] || $(MAKE) kubernetes &
+	# All is built at once, unless some cases are picked: those make what they need.
+	[ -n "$(CASES)$(E2E)" ] || $(if $(KUBERNETES),$(MAKE) kubernetes,true) &
 	$(MAKE) install
 	[ -n "$(CASES)$(E2E)" ] || $(MAKE) builds &
 	cargo fetch --quiet --locked
 	nice -n 5 ./e2e/tools.sh >/dev/null
 	# What is tested is what ships: the programs of the project's image, unless others are named.
-	CLIP_CSI_BIN="$${CLIP_CSI_BIN:-$$(python3 e2e/cluster/project_image.py --programs | tail -n 1)/clip-csi}" python3 e2e/run.py --cases "$(CASES)" $(E2E)
+	CLIP_CSI_BIN="$${CLIP_CSI_BIN:-$$(python3 e2e/cluster/project_image.py --programs | tail -n 1)/clip-csi}" python3 e2e/run.py $(if $(KUBERNETES),,--without-kubernetes) --cases "$(CASES)" $(E2E)
 
 # It needs Go alone: where that is, before anything is installed.
 kubernetes:
@@ -101,9 +107,8 @@ builds:
 	@trap 'wait' EXIT
 	cargo fetch --quiet --locked
 	python3 e2e/cluster/project_image.py >/dev/null & image=$$!
-	./e2e/tools.sh kubernetes >/dev/null & kubernetes=$$!
+	$(if $(KUBERNETES),./e2e/tools.sh kubernetes >/dev/null,true) & kubernetes=$$!
 	nice -n 5 ./e2e/tools.sh csi >/dev/null
 	nice -n 5 python3 e2e/images.py build
 	wait $$image
 	wait $$kubernetes
-	nice ./e2e/tools.sh s3 >/dev/null

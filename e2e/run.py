@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The end-to-end tests: the program, a real registry, a real Redis, real images, a real Kubernetes.
 
-usage: run.py [-k PATTERN]... [--cases NAME,NAME...] [--list] [--failfast] [--keep]
+usage: run.py [-k PATTERN]... [--cases NAME,NAME...] [--without-kubernetes] [--list] [--failfast] [--keep]
 
 Needs root and a built program (`make e2e` builds it); takes down all that it puts up. Ends with a table
 of the cases and their times; the last line counts: "N passed, N failed, N skipped". Seeds are printed,
@@ -23,13 +23,17 @@ import unittest
 
 from harness import environment, paths, process
 
-# Run at the same time, each in a process with a registry and a directory of its own: what needs no cluster, cheap and general first, and
-# the cluster's cases, which mostly wait. The chart's tests need the Helm that is built for the cluster.
+# Run at the same time, each in a process with a registry and a directory of its own. General and cheap is first.
 LANES = {
     "node": ["test_tree", "test_images", "test_readers", "test_testregistry", "test_bench", "test_sim", "e2e_tree", "e2e_sharing", "e2e_csi", "e2e_attributes", "e2e_mirrors", "e2e_credentials", "e2e_bad_input",
-             "e2e_remote", "e2e_warm", "e2e_prefetch", "e2e_index", "e2e_cache", "e2e_kill", "e2e_roles", "e2e_memory", "e2e_crash", "e2e_restart", "test_chart"],
-    "cluster": ["e2e_prewarm_agents", "e2e_cluster", "e2e_rights", "e2e_claims", "e2e_prewarm", "e2e_rollout", "e2e_operations"],
+             "e2e_remote", "e2e_warm", "e2e_prefetch", "e2e_index", "e2e_cache", "e2e_roles", "e2e_memory"],
+    "deaths": ["e2e_crash", "e2e_restart", "e2e_kill"],
+    # Helm, and an API server without a cluster.
+    "kubernetes": ["test_chart", "e2e_prewarm_agents"],
+    "cluster": ["e2e_cluster", "e2e_rights", "e2e_claims", "e2e_prewarm", "e2e_rollout", "e2e_operations"],
 }
+# Those that need what is built of Kubernetes, which takes minutes.
+KUBERNETES = {"kubernetes", "cluster"}
 
 
 @dataclasses.dataclass
@@ -144,6 +148,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-k", action="append", metavar="PATTERN", default=[], help="only tests whose name has it, or matches it")
     parser.add_argument("--cases", metavar="NAME,NAME...", default="", help="only these cases, or all of these parts")
+    parser.add_argument("--without-kubernetes", action="store_true", help="only what needs neither Kubernetes nor Helm")
     parser.add_argument("--list", action="store_true", help="print the tests' names and end")
     parser.add_argument("--failfast", action="store_true", help="end at the first failure; one test after another, in one process")
     parser.add_argument("--keep", action="store_true", help="leave logs and caches for a look")
@@ -161,6 +166,7 @@ def main() -> None:
         if (not args.k or any(pattern in test.id() or fnmatch.fnmatch(test.id(), pattern) for pattern in args.k))
         and (not cases or cases & chosen_by(test))
         and args.lane in (None, lane)
+        and not (args.without_kubernetes and lane in KUBERNETES)
     ]
     if args.list:
         print("\n".join(test.id() for test in chosen))

@@ -5,7 +5,7 @@ usage: storage_suite.py [-v] [PATTERN]
 
 The suite is told of the driver what is so: volumes come inline, read-only as images are, or with a layer to write; nothing that is
 written outlives its pod. It leaves out what the driver does not say it can, and gives the reason: those are printed, with their number.
-Not part of `make test`: building the suite alone takes minutes.
+Not part of `make ci`: building the suite alone takes minutes.
 """
 
 import argparse
