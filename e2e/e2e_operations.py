@@ -1,5 +1,6 @@
 """The cluster's cases about operating the driver: chart, monitoring, how fast pods start, removal. Upgrades are in e2e_rollout.py."""
 
+import concurrent.futures
 import json
 import re
 import statistics
@@ -120,11 +121,18 @@ class Chart(DriverCase):
 
     def traffic(self) -> None:
         """Reads from every tier on both nodes, with misses, hits, faults and evictions."""
-        for node in NODES:
-            for name in ("demo5", "debian-python", "small"):
-                self.run_pod(f"traffic-{name}", node=node, image=self.cluster.push(name))
-                self.exec(f"traffic-{name}", "sh", "-c", "find /mnt -type f -exec cat {} + >/dev/null; echo x >/mnt/x", check=False)
-                self.kubectl("delete", "pod", f"traffic-{name}")
+        references = {name: self.cluster.push(name) for name in ("demo5", "debian-python", "small")}
+
+        def read_all(node: str) -> None:
+            for name, reference in references.items():
+                it = f"traffic-{name}-{node}"
+                self.run_pod(it, node=node, image=reference)
+                self.exec(it, "sh", "-c", "find /mnt -type f -exec cat {} + >/dev/null; echo x >/mnt/x", check=False)
+                self.kubectl("delete", "pod", it)
+
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            # The list has what was raised there raised here.
+            list(pool.map(read_all, NODES))
         self.create(pod("traffic-missing", node=N1, image=f"{REGISTRY}/e2e/none:latest"))
         self.wait_event("traffic-missing", "not found")
 

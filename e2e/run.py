@@ -30,10 +30,12 @@ LANES = {
     "deaths": ["e2e_crash", "e2e_restart", "e2e_kill"],
     # Helm, and an API server without a cluster.
     "kubernetes": ["test_chart", "e2e_prewarm_agents"],
-    "cluster": ["e2e_cluster", "e2e_rights", "e2e_claims", "e2e_prewarm", "e2e_rollout", "e2e_operations"],
+    # Each of these two has a cluster of its own, and mostly waits.
+    "cluster": ["e2e_cluster", "e2e_rights", "e2e_claims", "e2e_prewarm"],
+    "operations": ["e2e_rollout", "e2e_operations"],
 }
 # Those that need what is built of Kubernetes, which takes minutes.
-KUBERNETES = {"kubernetes", "cluster"}
+KUBERNETES = {"kubernetes", "cluster", "operations"}
 
 
 @dataclasses.dataclass
