@@ -17,7 +17,7 @@ RUN RUSTFLAGS="--remap-path-prefix=/src=/clip-csi --remap-path-prefix=${CARGO_HO
     cargo build --locked --profile "$CARGO_PROFILE" --bins
 # The root of the image: libraries where the loader looks for them, names for root and for the user below.
 RUN set -eu; \
-    for program in clip-csi clip-csi-node clip-csi-serve; do install -D "target/$CARGO_PROFILE/$program" "/image/usr/local/bin/$program"; done; \
+    for program in clip-csi clip-csi-node clip-csi-serve; do install --strip -D "target/$CARGO_PROFILE/$program" "/image/usr/local/bin/$program"; done; \
     for program in /image/usr/local/bin/*; do ldd "$program"; done | grep -o '/[^ ]*' | sort -u | while read -r library; do install -D "$(readlink -f "$library")" "/image$library"; done; \
     install -D -m 644 /etc/ssl/certs/ca-certificates.crt /image/etc/ssl/certs/ca-certificates.crt; \
     printf 'root:x:0:0:root:/:/sbin/nologin\nclip-csi:x:65532:65532:clip-csi:/:/sbin/nologin\n' >/image/etc/passwd; \
