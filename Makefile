@@ -93,22 +93,22 @@ e2e: ## End-to-end tests alone, all of them (root; CASES=name,name or E2E="-k NA
 	$(MAKE) install
 	[ -n "$(CASES)$(E2E)" ] || $(MAKE) builds &
 	cargo fetch --quiet --locked
-	nice -n 5 ./e2e/tools.sh >/dev/null
+	nice -n 15 ./e2e/tools.sh >/dev/null
 	# What is tested is what ships: the programs of the project's image, unless others are named.
 	CLIP_CSI_BIN="$${CLIP_CSI_BIN:-$$(python3 e2e/cluster/project_image.py --programs | tail -n 1)/clip-csi}" python3 e2e/run.py $(if $(KUBERNETES),,--without-kubernetes) --cases "$(CASES)" $(E2E)
 
 # It needs Go alone: where that is, before anything is installed.
 kubernetes:
-	@! command -v go >/dev/null || ./e2e/tools.sh kubernetes >/dev/null
+	@! command -v go >/dev/null || nice -n 5 ./e2e/tools.sh kubernetes >/dev/null
 
-# All that is built for the end-to-end tests; whoever comes second waits and finds it. The cluster's cases take longest, and want both the image and
-# Kubernetes: these are built at full speed, the rest makes way.
+# All that is built for the end-to-end tests; whoever comes second waits and finds it. The image goes first, because at its end it uses one core
+# alone; then Kubernetes, for which the cases that take longest wait.
 builds:
 	@trap 'wait' EXIT
 	cargo fetch --quiet --locked
 	python3 e2e/cluster/project_image.py >/dev/null & image=$$!
-	$(if $(KUBERNETES),./e2e/tools.sh kubernetes >/dev/null,true) & kubernetes=$$!
-	nice -n 5 ./e2e/tools.sh csi >/dev/null
-	nice -n 5 python3 e2e/images.py build
+	$(if $(KUBERNETES),nice -n 5 ./e2e/tools.sh kubernetes >/dev/null,true) & kubernetes=$$!
+	nice -n 15 ./e2e/tools.sh csi >/dev/null
+	nice -n 15 python3 e2e/images.py build
 	wait $$image
 	wait $$kubernetes

@@ -36,6 +36,9 @@ LANES = {
 }
 # Those that need what is built of Kubernetes, which takes minutes.
 KUBERNETES = {"kubernetes", "cluster", "operations"}
+# The others make way for the lanes that take longest, and for what these wait for.
+LONGEST = {"cluster", "operations"}
+MAKES_WAY = 7
 
 
 @dataclasses.dataclass
@@ -180,6 +183,8 @@ def main() -> None:
     if not chosen:
         sys.exit("run.py: no test has such a name; --list prints all")
 
+    if args.lane and args.lane not in LONGEST:
+        os.nice(MAKES_WAY)
     lanes = sorted({every[test] for test in chosen})
     table = run_here(chosen, args) if len(lanes) == 1 or args.failfast else run_lanes(lanes, sys.argv[1:])
     if args.report:
