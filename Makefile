@@ -25,11 +25,11 @@ help: ## List these commands
 demo: ## Play the three stories on real services and print the table (root; installs what is missing; about 10 minutes the first time)
 	$(call say,Installing what is missing)
 	@./e2e/install.sh demo
-	$(call say,Building clip-csi as the Dockerfile ships it, and the CSI client)
-	@cargo build --profile dist --locked
-	./e2e/tools.sh >/dev/null
-	$(call say,Making the image: five layers of 30 MB of real files)
-	@python3 e2e/images.py build demo5 demo1
+	$(call say,Building clip-csi as the Dockerfile ships it; the CSI client; the image: five layers of 30 MB of real files)
+	@trap 'wait' EXIT
+	(nice -n 5 ./e2e/tools.sh >/dev/null && nice -n 5 python3 e2e/images.py build demo5 demo1) & beside=$$!
+	cargo build --profile dist --locked
+	wait $$beside
 	$(call say,Playing the three stories)
 	@CLIP_CSI_BIN=$${CLIP_CSI_BIN:-$(CURDIR)/target/dist/clip-csi} python3 e2e/demo.py
 
