@@ -26,8 +26,9 @@ from harness import environment, paths, process
 # Run at the same time, each in a process with a registry and a directory of its own. General and cheap is first.
 LANES = {
     "node": ["test_tree", "test_images", "test_readers", "test_testregistry", "test_bench", "test_sim", "e2e_tree", "e2e_sharing", "e2e_csi", "e2e_attributes", "e2e_mirrors", "e2e_credentials", "e2e_bad_input",
-             "e2e_remote", "e2e_warm", "e2e_prefetch", "e2e_index", "e2e_cache", "e2e_roles", "e2e_memory"],
-    "deaths": ["e2e_crash", "e2e_restart", "e2e_kill"],
+             "e2e_roles", "e2e_memory"],
+    "tiers": ["e2e_remote", "e2e_warm", "e2e_prefetch", "e2e_index", "e2e_cache", "e2e_crash"],
+    "deaths": ["e2e_restart", "e2e_kill"],
     # Helm, and an API server without a cluster.
     "kubernetes": ["test_chart", "e2e_prewarm_agents"],
     # Each of these two has a cluster of its own, and mostly waits.
