@@ -26,6 +26,8 @@ PREWARMS = f"/apis/clip-csi.dev/v1alpha1/namespaces/{TEAM}/imageprewarms"
 CACHES = "/apis/clip-csi.dev/v1alpha1/nodeimagecaches"
 LEASE = f"/apis/coordination.k8s.io/v1/namespaces/{NAMESPACE}/leases/clip-csi-prewarm"
 APPLY = "application/apply-patch+yaml"
+DRIVER = "csi.clip-csi.dev"
+MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 
 
 class Agent:
@@ -44,11 +46,15 @@ class Agent:
         self.port = process.free_port()
         self.server = process.Server(
             [paths.binary(), "agent", "--run-dir", self.directory / "run", "--cache-dir", self.directory / "cache", "--config", self.toml or self.case.toml, "--node-id", self.node, "--prewarm",
-             "--kubeconfig", self.kubeconfig, "--metrics-addr", f"127.0.0.1:{self.port}"], stdout=self.directory / "log")
+             "--kubeconfig", self.kubeconfig, "--metrics-addr", f"127.0.0.1:{self.port}", *self.case.options()], stdout=self.directory / "log")
         self.server.wait_ready(lambda: process.listens(self.port), f"agent of {self.node}")
 
     def metric(self, name: str, **labels: str) -> float:
         return driver.metric(services.metrics(self.port), name, **labels)
+
+    def layers(self) -> int:
+        """Layers that its disk has."""
+        return len(list((self.directory / "cache/layers").glob("*/data")))
 
 
 class Controller:
@@ -57,7 +63,7 @@ class Controller:
         self.log = case.work / f"{name}.log"
         self.server = process.Server(
             [paths.binary(), "prewarm-controller", "--lease-namespace", NAMESPACE, "--identity", name, "--config", case.toml, "--cache-dir", case.work / f"{name}-cache",
-             "--kubeconfig", case.controller_kubeconfig, "--metrics-addr", f"127.0.0.1:{self.port}"], stdout=self.log)
+             "--kubeconfig", case.controller_kubeconfig, "--metrics-addr", f"127.0.0.1:{self.port}", *case.options()], stdout=self.log)
         self.server.wait_ready(lambda: process.listens(self.port), f"controller {name}")
 
     def metric(self, name: str, **labels: str) -> float:
@@ -70,10 +76,11 @@ class Controller:
             return False
 
 
-def rendered() -> list[dict]:
+def rendered(discovery: bool) -> list[dict]:
     """What the chart grants for pre-warming."""
     helm = containers.tools() / "helm"
-    values = {"image": {"registry": "r"}, "prewarm": {"enabled": True, "pullSecrets": {"namespaces": [TEAM]}}, "agent": {"events": {"enabled": False}}}
+    prewarm = {"enabled": True, "pullSecrets": {"namespaces": [TEAM]}, "discovery": {"enabled": discovery}}
+    values = {"image": {"registry": "r"}, "prewarm": prewarm, "agent": {"events": {"enabled": False}}}
     text = process.run(helm, "template", "clip-csi", CHART, "--namespace", NAMESPACE, "--kube-version", "1.36.0", "--values", "/dev/stdin", stdin=json.dumps(values)).stdout
     return [it for it in yaml.safe_load_all(text) if it and it["kind"] in GRANTS]
 
@@ -81,6 +88,7 @@ def rendered() -> list[dict]:
 class PrewarmCase(Case):
     N_AGENTS = 0
     remote = True
+    discovery = False
 
     def setUp(self):
         super().setUp()
@@ -88,7 +96,7 @@ class PrewarmCase(Case):
         self.addCleanup(self.api.stop)
         for namespace in (NAMESPACE, TEAM):
             self.api.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": namespace}})
-        self.api.apply(*rendered())
+        self.api.apply(*rendered(self.discovery))
         self.store = self.redis() if self.remote else None
         self.toml = self.toml_with()
         self.controller_kubeconfig = self.api.kubeconfig_of("prewarm", self.api.token(NAMESPACE, "clip-csi-prewarm"))
@@ -117,12 +125,15 @@ class PrewarmCase(Case):
             for log in [*self.work.glob("*.log"), *self.work.glob("n*/log")]:
                 print(f"--- {log.name} of {log.parent.name}:\n{driver.last_lines(log, 25)}", flush=True)
 
+    def options(self) -> list[str]:
+        return ["--discover"] if self.discovery else []
+
     # --- objects ---
 
     def prewarm(self, name: str, *references: str, **spec) -> str:
         """Makes an ImagePrewarm; its path."""
         self.api.do("POST", PREWARMS, {"apiVersion": "clip-csi.dev/v1alpha1", "kind": "ImagePrewarm", "metadata": {"name": name},
-                                       "spec": {"images": [{"image": it} for it in references], **spec}})
+                                       "spec": {**({"images": [{"image": it} for it in references]} if references else {}), **spec}})
         return f"{PREWARMS}/{name}"
 
     def change(self, path: str, **spec) -> None:
@@ -164,8 +175,7 @@ class PrewarmFleet(PrewarmCase):
             self.assertEqual(agent.metric("registry_read_bytes_total"), 0, agent.node)
             self.assertEqual(agent.metric("prewarm_bytes_total", tier="registry"), 0, agent.node)
             self.assertGreater(agent.metric("prewarm_bytes_total", tier="content_cache"), 0, agent.node)
-            layers = list((agent.directory / "cache/layers").glob("*/data"))
-            self.assertEqual(len(layers), 5, agent.node)
+            self.assertEqual(agent.layers(), 5, agent.node)
         self.assertEqual(sorted(reason for _, reason, _ in self.events("demo")), ["Ready", "Seeded"])
         caches = {it["metadata"]["name"]: it for it in self.api.get(CACHES)["items"]}
         self.assertEqual(sorted(caches), [agent.node for agent in self.agents])
@@ -223,7 +233,9 @@ class PrewarmLeading(PrewarmCase):
         self.assertTrue(third.is_ready())
 
 
-class PrewarmFaults(PrewarmCase):
+class PrivateCase(PrewarmCase):
+    """With a registry that asks for a password."""
+
     N_AGENTS = 2
 
     def setUp(self):
@@ -232,11 +244,20 @@ class PrewarmFaults(PrewarmCase):
         self.private = services.Registry(self.work, self.env.work / "registry", htpasswd=htpasswd, name="private")
         self.addCleanup(self.private.stop)
 
-    def test_what_is_wrong_is_said(self):
-        """A wrong secret, none, one that is not there, an image that is not there, a name that is none: conditions and events say so, and what is made good goes on."""
+    def private_image(self) -> str:
         self.env.push("small")
         self.toml.write_text(f"{self.toml.read_text()}[registry.hosts.\"{self.private.host}\"]\nplain_http = true\n")
-        reference = f"{self.private.host}/e2e/small:{images.TAG}"
+        return f"{self.private.host}/e2e/small:{images.TAG}"
+
+    def secret(self, name: str, password: str) -> None:
+        it = secret(name, TEAM, **{".dockerconfigjson": docker_config(self.private.host, "user", password)})
+        self.api.apply({**it, "type": "kubernetes.io/dockerconfigjson"})
+
+
+class PrewarmFaults(PrivateCase):
+    def test_what_is_wrong_is_said(self):
+        """A wrong secret, none, one that is not there, an image that is not there, a name that is none: conditions and events say so, and what is made good goes on."""
+        reference = self.private_image()
         controller = self.controller("c1")
         self.secret("wrong", "wrong-password")
         self.api.apply(secret("opaque", TEAM, password="x"))
@@ -272,10 +293,6 @@ class PrewarmFaults(PrewarmCase):
         text = controller.log.read_text() + json.dumps([self.api.get(it) for it in made.values()])
         for private in ("right-password", "wrong-password"):
             self.assertNotIn(private, text)
-
-    def secret(self, name: str, password: str) -> None:
-        it = secret(name, TEAM, **{".dockerconfigjson": docker_config(self.private.host, "user", password)})
-        self.api.apply({**it, "type": "kubernetes.io/dockerconfigjson"})
 
     def test_a_node_writes_about_itself_alone(self):
         """RBAC and the admission policy: no other node's object, no Secret, no status of an ImagePrewarm."""
@@ -398,3 +415,183 @@ class PrewarmAlone(PrewarmCase):
         self.assertIn("set remote.kind", seeded["message"])
         self.assertEqual(it["status"]["images"][0]["state"], "Resolved")
         self.assertEqual(self.layer_gets("demo1", mark), [2])
+
+
+PLACES = {"Pod": "/api/v1", "Deployment": "/apis/apps/v1", "StatefulSet": "/apis/apps/v1", "DaemonSet": "/apis/apps/v1", "Job": "/apis/batch/v1", "CronJob": "/apis/batch/v1"}
+
+
+def place(kind: str, name="", namespace: str = TEAM) -> str:
+    return f"{PLACES[kind]}/namespaces/{namespace}/{kind.lower()}s{'/' * bool(name)}{name}"
+
+
+def workload(kind: str, name: str, image: str, *, secret: str | None = None, labels: dict | None = None, node: str | None = None) -> dict:
+    """A workload of the kind, with a volume of the image; of what makes pods, for no pod."""
+    csi = {"driver": DRIVER, "volumeAttributes": {"image": image}, **({"nodePublishSecretRef": {"name": secret}} if secret else {})}
+    spec = {"containers": [{"name": "c", "image": "none"}], "volumes": [{"name": "v", "csi": csi}]}
+    template = {"metadata": {"labels": {"app": name}}, "spec": spec}
+    of_kind = {
+        "Pod": {**spec, **({"nodeName": node} if node else {})},
+        "Job": {"suspend": True, "template": {"spec": {**spec, "restartPolicy": "Never"}}},
+        "CronJob": {"schedule": "@yearly", "jobTemplate": {"spec": {"template": {"spec": {**spec, "restartPolicy": "Never"}}}}},
+    }
+    makes = {"selector": {"matchLabels": {"app": name}}, "template": template, **({"replicas": 0} if kind != "DaemonSet" else {}), **({"serviceName": "s"} if kind == "StatefulSet" else {})}
+    api = PLACES[kind].removeprefix("/apis/").removeprefix("/api/")
+    return {"apiVersion": api, "kind": kind, "metadata": {"name": name, "labels": labels or {}}, "spec": of_kind.get(kind, makes)}
+
+
+class PrewarmWorkloads(PrivateCase):
+    """What workloads use, by the rights that the chart gives for that."""
+
+    discovery = True
+
+    def make(self, kind: str, name: str, image: str, namespace: str = TEAM, **more) -> str:
+        self.api.do("POST", place(kind, namespace=namespace), workload(kind, name, image, **more))
+        return place(kind, name, namespace)
+
+    def tags(self, reference: str, *tags: str) -> list[str]:
+        """The image under further tags."""
+        name, _, tag = reference.rpartition(":")
+        host, _, repository = name.partition("/")
+        at = lambda tag: f"http://{host}/v2/{repository}/manifests/{tag}"
+        manifest = urllib.request.urlopen(urllib.request.Request(at(tag), headers={"Accept": MANIFEST}), timeout=10).read()
+        for tag in tags:
+            urllib.request.urlopen(urllib.request.Request(at(tag), manifest, {"Content-Type": MANIFEST}, method="PUT"), timeout=10)
+        return [f"{name}:{tag}" for tag in tags]
+
+    def wait_images(self, path: str, *references: str) -> dict:
+        """Waits until the object has exactly these images, and is ready."""
+        is_so = lambda it: it and [image["image"] for image in it.get("status", {}).get("images", [])] == sorted(references) and it["status"]["phase"] == "Ready"
+        return self.api.wait(path, is_so, f"{path} to be ready with {references}")
+
+    def test_what_workloads_use_is_warm_before_there_are_pods_and_leaves_with_them(self):
+        """A Deployment of no replicas: its image is read once, and is on all nodes; the next one joins it; a deleted one leaves the status, and no node is bothered."""
+        self.controller("c1")
+        path = self.prewarm("all", workloads={})
+        it = self.wait_phase(path, "Ready")
+        self.assertEqual([self.condition(it, name)["reason"] for name in ("Seeded", "Distributed", "Ready")], ["NoWorkloads"] * 3)
+        self.assertNotIn("nodeBytesPerSecond", it["status"])
+        demo, small = self.env.push("demo1"), self.env.push("small")
+        mark = self.registry.mark()
+        begin = time.monotonic()
+        web = self.make("Deployment", "web", demo)
+        it = self.wait_images(path, demo)
+        say(f"both nodes were warm {time.monotonic() - begin:.1f} s after the Deployment was made")
+        self.assertEqual((it["status"]["imagesSeeded"], it["status"]["nodesReady"]), ("1/1", "2/2"))
+        self.assertEqual(self.layer_gets("demo1", mark), [1])
+        self.assertEqual([agent.layers() for agent in self.agents], [1, 1])
+        self.make("CronJob", "nightly", small)
+        # Of another namespace, and of another driver: no business of this object.
+        self.make("Deployment", "web", f"{self.registry.host}/e2e/nosuch:1", "default")
+        it = self.wait_images(path, demo, small)
+        self.assertEqual(it["status"]["nodesReady"], "2/2")
+        self.assertEqual([agent.metric("registry_read_bytes_total") for agent in self.agents], [0, 0])
+        warmups = [agent.metric("prewarm_warmups_total", outcome="ok") for agent in self.agents]
+        self.api.do("DELETE", web)
+        left = self.wait_images(path, small)
+        self.assertEqual(left["status"]["revision"], it["status"]["revision"])
+        time.sleep(3)
+        self.assertEqual([agent.metric("prewarm_warmups_total", outcome="ok") for agent in self.agents], warmups, "nobody is asked again")
+
+    def test_all_kinds_count_and_a_selector_chooses(self):
+        """Pods and all that makes pods, by their own labels; a pod that has ended, or that a template makes, does not count."""
+        self.controller("c1")
+        tags = self.tags(self.env.push("small"), *(kind.lower() for kind in PLACES), "ended", "made")
+        by_kind = dict(zip(PLACES, tags))
+        for kind, image in by_kind.items():
+            self.make(kind, kind.lower(), image, labels={"kind": kind})
+        ended = self.make("Pod", "ended", tags[-2])
+        self.api.do("PATCH", f"{ended}/status", {"status": {"phase": "Succeeded"}}, "application/merge-patch+json")
+        owner = self.api.get(place("StatefulSet", "statefulset"))["metadata"]["uid"]
+        made = workload("Pod", "made", tags[-1])
+        made["metadata"]["ownerReferences"] = [{"apiVersion": "apps/v1", "kind": "StatefulSet", "name": "statefulset", "uid": owner, "controller": True}]
+        self.api.do("POST", place("Pod"), made)
+        everything = self.prewarm("everything", target="Remote", workloads={"selector": {}})
+        some = self.prewarm("some", target="Remote", workloads={"selector": {"matchExpressions": [{"key": "kind", "operator": "In", "values": ["Job", "Pod"]}]}})
+        one = self.prewarm("one", by_kind["Job"], target="Remote", workloads={"selector": {"matchLabels": {"kind": "DaemonSet"}}})
+        self.wait_images(everything, *by_kind.values())
+        self.wait_images(some, by_kind["Job"], by_kind["Pod"])
+        it = self.wait_phase(one, "Ready")
+        self.assertEqual([image["image"] for image in it["status"]["images"]], [by_kind["Job"], by_kind["DaemonSet"]])
+
+    def test_volumes_secrets_are_used_and_what_has_no_room_is_said(self):
+        """nodePublishSecretRef, with user and password or a docker config; without one, and with another one later; 33 images and more."""
+        small = self.env.push("small")
+        reference = self.private_image()
+        controller = self.controller("c1")
+        path = self.prewarm("all", target="Remote", backoffLimit=0, workloads={})
+        web = self.make("Deployment", "web", reference, secret="user")
+        it = self.wait_phase(path, "Failed")
+        self.assertEqual(self.condition(it, "Ready")["reason"], "SecretNotFound")
+        self.api.apply(secret("other", TEAM, username="user", password="right-password"))
+        self.api.do("PATCH", web, {"spec": {"template": {"spec": {"volumes": [{"name": "v", "csi": {"driver": DRIVER, "nodePublishSecretRef": {"name": "other"}}}]}}}}, "application/strategic-merge-patch+json")
+        self.wait_phase(path, "Ready")
+        self.api.do("DELETE", web)
+        self.wait_images(path)
+        self.secret("config", "right-password")
+        self.make("Job", "once", reference, secret="config")
+        self.wait_images(path, reference)
+        self.assertNotIn("right-password", controller.log.read_text() + json.dumps(self.api.get(path)))
+
+        tags = self.tags(small, *(f"t{at:02}" for at in range(40)))
+        for at, image in enumerate(tags):
+            self.make("Pod", f"p{at:02}", image, labels={"many": "yes"})
+        many = self.prewarm("many", target="Remote", workloads={"selector": {"matchLabels": {"many": "yes"}}})
+        it = self.wait_phase(many, "Degraded")
+        self.assertEqual([image["image"] for image in it["status"]["images"]], tags[:32])
+        ready = self.condition(it, "Ready")
+        self.assertEqual(ready["reason"], "TooManyImages")
+        self.assertIn("8 images that workloads name are left out", ready["message"])
+        self.assertIn(("Warning", "TooManyImages"), [(kind, why) for kind, why, _ in self.events("many")])
+
+    def test_a_pod_that_is_bound_has_its_image_filled_at_once(self):
+        """target Remote: nothing is on nodes until a pod is bound to one of them, and then it is there alone; deletion stops it."""
+        self.controller("c1")
+        demo, large = self.env.push("demo1"), self.env.push("demo5")
+        path = self.prewarm("remote", demo, target="Remote")
+        self.wait_phase(path, "Ready")
+        process.wait_until(lambda: len(self.api.get(CACHES)["items"]) == 2, "the agents' objects")
+        here, there = self.agents
+        self.make("Pod", "elsewhere", demo, "default", node=there.node)
+        self.make("Pod", "unbound", demo)
+        begin = time.monotonic()
+        self.make("Pod", "bound", demo, node=here.node)
+        process.wait_until(lambda: time.sleep(0.05) or here.metric("prewarm_pods_total", outcome="ok") == 1, f"{here.node} to fill", 20)
+        say(f"a node had filled {time.monotonic() - begin:.1f} s after a pod was bound to it")
+        self.assertEqual((here.layers(), there.layers()), (1, 0))
+        self.assertEqual((here.metric("registry_read_bytes_total"), there.metric("prewarm_pods_total")), (0, 0))
+        self.assertEqual([it["status"].get("warmups", []) for it in self.api.get(CACHES)["items"]], [[], []])
+        it = self.api.get(path)
+        self.assertEqual((it["status"]["phase"], it["status"]["nodes"]["desired"]), ("Ready", 0))
+        # It takes this one some 50 seconds.
+        slow = self.agent("n09", self.toml_with("slow.toml", prewarm={"bytes_per_second": 3_000_000}))
+        path = self.prewarm("large", large, target="Remote")
+        self.wait_phase(path, "Ready")
+        self.make("Pod", "large", large, node=slow.node)
+        begun = "prewarm_bytes_total"
+        process.wait_until(lambda: time.sleep(0.1) or "warming begins" in (slow.directory / "log").read_text(), "the slow node to begin", 20)
+        self.api.do("DELETE", path)
+        process.wait_until(lambda: time.sleep(0.1) or "warming is stopped" in (slow.directory / "log").read_text(), "the slow node to stop", 5)
+        self.assertEqual(slow.metric(begun), 0)
+
+
+class PrewarmUndiscovered(PrewarmCase):
+    def test_it_is_said_that_nobody_looks_at_workloads(self):
+        """The controller without --discover, by the rights that the chart then gives; and what the definition refuses."""
+        self.controller("c1")
+        path = self.prewarm("all", workloads={})
+        it = self.wait_phase(path, "Failed")
+        for name in ("Seeded", "Distributed", "Ready"):
+            self.assertEqual(self.condition(it, name)["reason"], "DiscoveryOff")
+        self.assertIn("prewarm.discovery.enabled", self.condition(it, "Ready")["message"])
+        self.assertIn(("Warning", "DiscoveryOff"), [(kind, why) for kind, why, _ in self.events("all")])
+        for spec, words in (
+            ({}, "say what is to be warmed: images, or workloads"),
+            ({"workloads": {}, "ttlSecondsAfterFinished": 1}, "what follows workloads has no end"),
+            ({"workloads": {}, "activeDeadlineSeconds": 1}, "what follows workloads has no end"),
+            ({"workloads": {"selector": {"matchExpressions": [{"key": "a", "operator": "In"}]}}}, "In and NotIn have values"),
+            ({"workloads": {"selector": {"matchExpressions": [{"key": "a", "operator": "Exists", "values": ["b"]}]}}}, "In and NotIn have values"),
+            ({"workloads": {"selector": {"matchExpressions": [{"key": "a", "operator": "Like", "values": ["b"]}]}}}, "supported values"),
+        ):
+            status, answer = self.api.request("POST", PREWARMS, {"apiVersion": "clip-csi.dev/v1alpha1", "kind": "ImagePrewarm", "metadata": {"name": "bad"}, "spec": spec})
+            self.assertEqual(status, 422, answer)
+            self.assertIn(words, answer["message"])

@@ -80,7 +80,7 @@ EVERYTHING = {
                 "prometheusRule": {"forceEnable": True, "labels": {"release": "p"}, "runbookUrl": "https://wiki.example/runbook", "disabledAlerts": ["ClipCsiHitRatioLow"],
                                    "alertLabels": {"team": "storage"}, "additionalGroups": [{"name": "own", "rules": [{"record": "a", "expr": "1"}]}]},
                 "grafanaDashboard": {"enabled": True, "namespace": "grafana", "annotations": {"grafana_folder": "Storage"}}},
-    "prewarm": {"enabled": True, "replicas": 3, "pullSecrets": {"namespaces": ["team-a"]}, "parallelImages": 4, "bytesPerSecond": 1 << 20,
+    "prewarm": {"enabled": True, "replicas": 3, "pullSecrets": {"namespaces": ["team-a"]}, "discovery": {"enabled": True}, "parallelImages": 4, "bytesPerSecond": 1 << 20,
                 "node": {"parallelImages": 3, "bytesPerSecond": 1 << 21, "evictUnusedForSeconds": 0}, "cache": {"sizeLimit": "50Gi"},
                 "env": [{"name": "HTTPS_PROXY", "value": "http://proxy:3128"}], "envFrom": [{"configMapRef": {"name": "e"}}], "priorityClassName": "important",
                 "tolerations": [{"key": "gpu", "operator": "Exists"}], "nodeSelector": {"disk": "nvme"}, "affinity": {"nodeAffinity": {}}, "annotations": {"a": "b"},
@@ -158,6 +158,7 @@ MISTAKES = [
     ({"node": {"maxWritableBytes": "1Gi"}}, "maxWritableBytes"),
     ({"controller": {"replicas": 0}}, "replicas"),
     ({"prewarm": {"replicas": 0}}, "replicas"),
+    ({"prewarm": {"discovery": {"enabled": "yes"}}}, "enabled"),
     ({"prewarm": {"cache": {"sizeLimit": "lots"}}}, "sizeLimit"),
     ({"prewarm": {"pullSecrets": {"namespaces": ["Team"]}}}, "namespaces"),
     ({"prewarm": {"node": {"parallelImages": 0}}}, "parallelImages"),
@@ -546,7 +547,7 @@ class Security(NeedsHelm):
                     self.assertIn("NODE_ID", [it["name"] for it in container["env"]])
 
     # All that makes the chart grant something.
-    GRANTING = {"node": {"startupTaint": {"enabled": True}}, "controller": {"enabled": True}, "prewarm": {"enabled": True, "pullSecrets": {"namespaces": ["team-a"]}}, "registries": {"serviceAccountPullSecrets": {"enabled": True}}}
+    GRANTING = {"node": {"startupTaint": {"enabled": True}}, "controller": {"enabled": True}, "prewarm": {"enabled": True, "discovery": {"enabled": True}, "pullSecrets": {"namespaces": ["team-a"]}}, "registries": {"serviceAccountPullSecrets": {"enabled": True}}}
 
     def rules(self) -> dict[str, list[dict]]:
         """All that may be granted, by kind and name of role."""
@@ -565,10 +566,10 @@ class Security(NeedsHelm):
             "Role clip-csi-controller": {("leases", "get", "create", "update")},
             "ClusterRole clip-csi-prewarm": {
                 ("imageprewarms", "list", "watch"), ("imageprewarms", "patch"), ("imageprewarms", "delete"), ("imageprewarms/status", "patch"), ("nodeimagecaches", "list", "watch"),
-                ("nodes", "list", "watch"), ("events", "create")},
+                ("nodes", "list", "watch"), ("events", "create"), ("pods", "list", "watch"), ("deployments", "statefulsets", "daemonsets", "list", "watch"), ("jobs", "cronjobs", "list", "watch")},
             "ClusterRole clip-csi-prewarm-pull-secrets": {("secrets", "get")},
             "ClusterRole clip-csi-prewarm-node": {
-                ("imageprewarms", "get", "list", "watch"), ("nodeimagecaches", "get"), ("nodeimagecaches", "create", "patch"), ("nodeimagecaches/status", "patch"), ("nodes", "get")},
+                ("imageprewarms", "get", "list", "watch"), ("nodeimagecaches", "get"), ("nodeimagecaches", "create", "patch"), ("nodeimagecaches/status", "patch"), ("nodes", "get"), ("pods", "list", "watch")},
             "Role clip-csi-prewarm": {("leases", "get", "create", "update")}})
 
     def test_pre_warming_is_there_when_it_is_wanted_and_has_rights_of_its_own(self):
@@ -593,6 +594,18 @@ class Security(NeedsHelm):
             self.assertEqual(definition["metadata"]["annotations"]["helm.sh/resource-policy"], "keep")
             self.assertEqual(definition["spec"], file["spec"])
         self.assertNotIn("CustomResourceDefinition", {it["kind"] for it in self.objects({"prewarm": {"enabled": True, "crds": {"install": False}}})})
+
+    def test_workloads_are_followed_only_where_that_is_wanted(self):
+        for values in ({"prewarm": {"enabled": True}}, {"prewarm": {"discovery": {"enabled": True}}}):
+            objects = self.objects(values)
+            self.assertFalse([it for _, it in containers(objects) if "--discover" in it.get("args", [])])
+            rules = [rule for it in objects if it["kind"] == "ClusterRole" for rule in it["rules"]]
+            self.assertFalse({"pods", "deployments", "jobs"} & {resource for rule in rules for resource in rule["resources"]})
+        objects = self.objects({"prewarm": {"enabled": True, "discovery": {"enabled": True}}})
+        self.assertEqual([it["name"] for _, it in containers(objects) if "--discover" in it.get("args", [])], ["agent", "prewarm"])
+        # No Secret is read for it but by its name, and none without prewarm.pullSecrets.namespaces.
+        rules = [rule for it in objects if it["kind"] == "ClusterRole" and "prewarm" in it["metadata"]["name"] for rule in it["rules"]]
+        self.assertNotIn("secrets", {resource for rule in rules for resource in rule["resources"]})
 
     def test_the_prewarm_controller_reads_secrets_of_named_namespaces_alone(self):
         named = lambda values: [(it["kind"], it["metadata"].get("namespace")) for it in self.objects(values) if it["metadata"]["name"] == "clip-csi-prewarm-pull-secrets"]
@@ -635,7 +648,7 @@ class Security(NeedsHelm):
     def test_each_rule_has_its_reason_above_it(self):
         lines = template(self.GRANTING).stdout.splitlines()
         rules = [(lines[number - 1], lines[number]) for number in range(len(lines)) if lines[number].lstrip().startswith("- apiGroups:")]
-        self.assertEqual(len(rules), 31)
+        self.assertEqual(len(rules), 35)
         for above, rule in rules:
             self.assertRegex(above, r"^\s*# [A-Z].*\.$", f"no reason above {rule!r}")
 

@@ -127,6 +127,10 @@ pub struct AgentArgs {
     /// ImagePrewarms, and write NodeImageCaches.
     #[arg(long, env = "CLIP_CSI_PREWARM", requires = "node_id")]
     pub prewarm: bool,
+    /// Look at the pods that are bound to this node, and fill at once what ImagePrewarms have of their images; needs a
+    /// service account that may list and watch pods.
+    #[arg(long, env = "CLIP_CSI_DISCOVER", requires = "prewarm")]
+    pub discover: bool,
     /// File that says how to reach the Kubernetes API for --prewarm, outside of a pod.
     #[arg(
         long,
@@ -184,6 +188,10 @@ pub struct PrewarmControllerArgs {
     /// Name of the driver in Kubernetes, in whose name events are.
     #[arg(long, env = "CLIP_CSI_DRIVER_NAME", default_value = "csi.clip-csi.dev")]
     pub driver_name: String,
+    /// Look at pods and at what makes pods, for ImagePrewarms with spec.workloads; needs a service account that may
+    /// list and watch them.
+    #[arg(long, env = "CLIP_CSI_DISCOVER")]
+    pub discover: bool,
     /// Address of /metrics, /healthz and /readyz; none are served without it.
     #[arg(long, env = "CLIP_CSI_METRICS_ADDR", value_name = "ADDRESS:PORT")]
     pub metrics_addr: Option<SocketAddr>,

@@ -190,6 +190,8 @@ pub struct Metrics {
     pub prewarm_queue: IntGaugeVec,
     /// Warm-ups of this node that ended, by outcome.
     pub prewarm_warmups: IntCounterVec,
+    /// Images filled because a pod was bound to this node that ended, by outcome.
+    pub prewarm_pods: IntCounterVec,
     /// Bytes that warm-ups of this node wanted, by where they were.
     pub prewarm_bytes: IntCounterVec,
     /// Resident memory of this process.
@@ -291,6 +293,7 @@ impl Metrics {
             prewarm_api_writes: make.counters("prewarm_api_writes_total", "Writes to the Kubernetes API for pre-warming, by what was written and outcome.", &["object", "outcome"]),
             prewarm_queue: make.int_gauges("prewarm_queue", "ImagePrewarms that this node has to do with, by what it does.", &["warmup"]),
             prewarm_warmups: make.counters("prewarm_warmups_total", "Warm-ups of this node that ended, by outcome.", &["outcome"]),
+            prewarm_pods: make.counters("prewarm_pods_total", "Fills of one image that ended, begun because a pod that uses it was bound to this node, by outcome.", &["outcome"]),
             prewarm_bytes: make.counters("prewarm_bytes_total", "Bytes that warm-ups of this node wanted, by the tier that had them.", &["tier"]),
             process_resident_memory_bytes: make.role_gauge("process_resident_memory_bytes", "Resident memory of this process (VmRSS)."),
             process_resident_memory_highwater_bytes: make.role_gauge("process_resident_memory_highwater_bytes", "Highest resident memory of this process so far (VmHWM)."),
@@ -375,6 +378,7 @@ impl Metrics {
         for outcome in ["ok", "error"] {
             self.prewarm_seed_attempts.with_label_values(&[outcome]);
             self.prewarm_warmups.with_label_values(&[outcome]);
+            self.prewarm_pods.with_label_values(&[outcome]);
             for object in ["status", "rollout", "event", "delete", "node"] {
                 self.prewarm_api_writes
                     .with_label_values(&[object, outcome]);

@@ -23,6 +23,7 @@ use crate::{
         DockerConfig, PullSecret, ServiceAccount, ServiceAccountError, ServiceAccountName,
         ServiceAccounts,
     },
+    secret::Secret,
     telemetry::error_chain,
     tier::BoxFuture,
 };
@@ -197,12 +198,37 @@ pub async fn pull_secret(
     name: &str,
     value: &'static str,
 ) -> Result<DockerConfig, PullSecretError> {
+    let read = |secret: &ClusterSecret| docker_config(secret);
+    read_secret(client, namespace, name, value, read).await
+}
+
+/// Reads the secret of a volume by its name: as kubelet gives it to the driver, which tells no type, for an image at
+/// `registry`. `value` is what grants the right in the chart, for the error.
+///
+/// # Errors
+/// [`PullSecretError`] says what to do.
+pub async fn volume_secret(
+    client: &Client,
+    namespace: &str,
+    name: &str,
+    registry: &str,
+    value: &'static str,
+) -> Result<DockerConfig, PullSecretError> {
+    let read = |secret: &ClusterSecret| volume_config(secret, registry);
+    read_secret(client, namespace, name, value, read).await
+}
+
+async fn read_secret(
+    client: &Client,
+    namespace: &str,
+    name: &str,
+    value: &'static str,
+    read: impl FnOnce(&ClusterSecret) -> Result<DockerConfig, String>,
+) -> Result<DockerConfig, PullSecretError> {
     let secrets: Api<ClusterSecret> = Api::namespaced(client.clone(), namespace);
     let (namespace, name) = (namespace.to_owned(), name.to_owned());
     match secrets.get(&name).await {
-        Ok(secret) => {
-            docker_config(&secret).map_err(|reason| PullSecretError::Invalid { name, reason })
-        }
+        Ok(secret) => read(&secret).map_err(|reason| PullSecretError::Invalid { name, reason }),
         Err(kube::Error::Api(status)) if status.code == 404 => {
             Err(PullSecretError::NotFound { namespace, name })
         }
@@ -216,6 +242,26 @@ pub async fn pull_secret(
                 }
             },
         }),
+    }
+}
+
+/// Reads the credentials out of a volume's secret: a `.dockerconfigjson`, or a user at `registry`.
+fn volume_config(secret: &ClusterSecret, registry: &str) -> Result<DockerConfig, String> {
+    let text = |key: &str| {
+        let data = secret.data.as_ref()?.get(key)?;
+        Some(String::from_utf8(data.0.clone()).map_err(|_| format!("its {key} is no text")))
+    };
+    let data = secret.data.as_ref();
+    match data.and_then(|it| it.get(KINDS[0].1)) {
+        Some(config) => DockerConfig::parse(&config.0).map_err(|err| err.to_string()),
+        None => {
+            let missing =
+                || "it has neither .dockerconfigjson nor username and password".to_owned();
+            let username = text("username").ok_or_else(missing)??;
+            let password = Secret::new(text("password").ok_or_else(missing)??);
+            let user = (registry.to_owned(), username, password);
+            Ok(DockerConfig::of_users([user]))
+        }
     }
 }
 

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use k8s_openapi::{
     NamespaceResourceScope,
     apimachinery::pkg::{
-        apis::meta::v1::{Condition, ObjectMeta, Time},
+        apis::meta::v1::{Condition, LabelSelector, ObjectMeta, Time},
         util::intstr::IntOrString,
     },
 };
@@ -36,8 +36,12 @@ resource!(
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct ImagePrewarmSpec {
-    /// The images, from 1 to 32, each once.
+    /// The images, from 1 to 32, each once; empty if `workloads` alone says which.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub images: Vec<ImageToWarm>,
+    /// Workloads of the object's namespace whose volumes name further images.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub workloads: Option<Workloads>,
     /// Platforms to warm of multi-arch images, such as `linux/arm64`, 4 at most; the controller's own if empty.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub platforms: Vec<String>,
@@ -98,6 +102,14 @@ fn default_backoff_limit() -> i32 {
 pub struct ImageToWarm {
     /// The image: `registry/repository:tag` or `registry/repository@sha256:…`.
     pub image: String,
+}
+
+/// Workloads of the object's namespace: pods, and what makes pods.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Workloads {
+    /// Which of them, by their own labels; all if absent or empty.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub selector: Option<LabelSelector>,
 }
 
 /// A Secret in the namespace of the object.
@@ -251,7 +263,7 @@ impl Phase {
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct ImageStatus {
-    /// The image, as the spec has it.
+    /// The image, as the spec or a workload has it.
     pub image: String,
     /// The platform.
     pub platform: String,

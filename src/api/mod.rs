@@ -10,7 +10,7 @@ mod node_image_cache;
 pub use image_prewarm::{
     Content, FailedNode, ImagePrewarm, ImagePrewarmSpec, ImagePrewarmStatus, ImageState,
     ImageStatus, ImageToWarm, NodeCounts, Phase, PullSecretRef, Target, Toleration,
-    TolerationOperator,
+    TolerationOperator, Workloads,
 };
 pub use node_image_cache::{
     CacheUsage, MAX_WARMUPS, NodeImageCache, NodeImageCacheStatus, Warmup, WarmupPhase,

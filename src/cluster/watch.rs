@@ -45,6 +45,18 @@ pub enum Seen<K> {
     Listed,
 }
 
+impl<K> Seen<K> {
+    /// Makes something smaller of the object.
+    pub fn map<T>(self, of: impl FnOnce(K) -> T) -> Seen<T> {
+        match self {
+            Self::Listing => Seen::Listing,
+            Self::Listed => Seen::Listed,
+            Self::Is(object) => Seen::Is(Box::new(of(*object))),
+            Self::Gone(object) => Seen::Gone(Box::new(of(*object))),
+        }
+    }
+}
+
 /// Which objects of a kind are meant.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Selector {

@@ -18,3 +18,5 @@ pub mod config;
 pub mod controller;
 pub mod nodes;
 pub mod rollout;
+mod table;
+pub mod workloads;

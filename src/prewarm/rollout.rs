@@ -32,7 +32,9 @@ pub fn slot(node: &str, uid: &str) -> i32 {
 }
 
 /// Names what nodes are to have of `images`, which is those with a digest: another name if it is something else.
-pub fn revision(content: Content, images: &[ImageStatus]) -> String {
+///
+/// `after` is the name of what was wanted before, where that counts as well: else it is empty.
+pub fn revision(content: Content, images: &[ImageStatus], after: &str) -> String {
     let there: BTreeMap<_, _> = images
         .iter()
         .filter_map(|it| Some(((&it.image, &it.platform), it.manifest_digest.as_ref()?)))
@@ -47,6 +49,7 @@ pub fn revision(content: Content, images: &[ImageStatus]) -> String {
             hash.update(part.as_bytes()).update(b"\0");
         }
     }
+    hash.update(after.as_bytes());
     hash.finalize().to_hex()[..REVISION_DIGITS].to_owned()
 }
 
@@ -165,22 +168,23 @@ mod tests {
             ..ImageStatus::default()
         };
         let (a, b) = (image("a", "1"), image("b", "2"));
-        let all = revision(Content::All, &[a.clone(), b.clone()]);
+        let all = revision(Content::All, &[a.clone(), b.clone()], "");
         assert_eq!(all.len(), REVISION_DIGITS);
         let other_state = ImageStatus {
             state: ImageState::Seeded,
             attempts: 3,
             ..a.clone()
         };
-        assert_eq!(revision(Content::All, &[b.clone(), other_state]), all);
+        assert_eq!(revision(Content::All, &[b.clone(), other_state], ""), all);
         for other in [
-            revision(Content::Index, &[a.clone(), b.clone()]),
-            revision(Content::All, &[a.clone(), image("b", "3")]),
-            revision(Content::All, std::slice::from_ref(&a)),
-            revision(Content::All, &[image("a", "2"), image("b", "1")]),
+            revision(Content::Index, &[a.clone(), b.clone()], ""),
+            revision(Content::All, &[a.clone(), b.clone()], "x"),
+            revision(Content::All, &[a.clone(), image("b", "3")], ""),
+            revision(Content::All, std::slice::from_ref(&a), ""),
+            revision(Content::All, &[image("a", "2"), image("b", "1")], ""),
         ] {
             assert_ne!(other, all);
         }
-        assert_eq!(revision(Content::All, &[ImageStatus::default()]), "");
+        assert_eq!(revision(Content::All, &[ImageStatus::default()], ""), "");
     }
 }

@@ -72,6 +72,7 @@ pub(super) async fn run(args: AgentArgs, config: Config) -> anyhow::Result<ExitC
         }
         (_, _) => None,
     };
+    let pods_of = args.discover.then(|| args.driver_name.clone());
     let metrics = Metrics::of(Role::Agent);
     let stop = stop_signal()?;
     let ready = Arc::new(Ready::not_yet("starting"));
@@ -107,7 +108,7 @@ pub(super) async fn run(args: AgentArgs, config: Config) -> anyhow::Result<ExitC
     let prewarming = async {
         if let Some((client, node)) = prewarm {
             let parts = Arc::clone(&opener) as _;
-            prewarm::node_warming(client, node, parts, &config, &metrics)
+            prewarm::node_warming(client, node, pods_of, parts, &config, &metrics)
                 .run()
                 .await;
         }

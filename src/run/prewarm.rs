@@ -57,6 +57,7 @@ pub(super) async fn control(
         driver_name: args.driver_name,
         platform: Platform::host().to_string(),
         has_remote,
+        discover: args.discover,
         parallel_images: config.prewarm.parallel_images,
         bytes_per_second: config.prewarm.bytes_per_second,
     };
@@ -83,10 +84,11 @@ pub(super) async fn client(kubeconfig: Option<&Path>) -> anyhow::Result<Client> 
     Ok(cluster::client(cluster).map_err(BadConfig::new)?)
 }
 
-/// What warms the node of an agent.
+/// What warms the node of an agent; `pods_of` is the driver if its pods are looked at.
 pub(super) fn node_warming(
     client: Client,
     node: &str,
+    pods_of: Option<String>,
     parts: Arc<dyn Warms>,
     config: &Config,
     metrics: &Metrics,
@@ -96,6 +98,7 @@ pub(super) fn node_warming(
         platform: Platform::host().to_string(),
         has_remote: config.remote.kind != RemoteKind::None,
         config: config.prewarm.clone(),
+        pods_of,
     };
     NodeWarming::new(client, parts, settings, metrics.clone())
 }

@@ -11,11 +11,11 @@ use clip_csi::api::{
     CacheUsage, Content, FailedNode, ImagePrewarm, ImagePrewarmSpec, ImagePrewarmStatus,
     ImageState, ImageStatus, ImageToWarm, MAX_WARMUPS, NodeCounts, NodeImageCache,
     NodeImageCacheStatus, Phase, PullSecretRef, Target, Toleration, TolerationOperator, Warmup,
-    WarmupPhase,
+    WarmupPhase, Workloads,
 };
 use k8s_openapi::{
     apimachinery::pkg::{
-        apis::meta::v1::{Condition, ObjectMeta, Time},
+        apis::meta::v1::{Condition, LabelSelector, LabelSelectorRequirement, ObjectMeta, Time},
         util::intstr::IntOrString,
     },
     jiff::Timestamp,
@@ -49,6 +49,16 @@ fn image_prewarm() -> ImagePrewarm {
             images: vec![ImageToWarm {
                 image: "r/i:t".to_owned(),
             }],
+            workloads: Some(Workloads {
+                selector: Some(LabelSelector {
+                    match_labels: Some([("app".to_owned(), "web".to_owned())].into()),
+                    match_expressions: Some(vec![LabelSelectorRequirement {
+                        key: "app".to_owned(),
+                        operator: "In".to_owned(),
+                        values: Some(vec!["web".to_owned()]),
+                    }]),
+                }),
+            }),
             platforms: vec!["linux/amd64".to_owned()],
             image_pull_secrets: vec![PullSecretRef {
                 name: "s".to_owned(),

@@ -32,7 +32,10 @@ const MODULES: &[(&str, &[&str])] = &[
     ),
     ("cluster", &["telemetry"]),
     ("node_events", &["cluster"]),
-    ("service_accounts", &["registry", "telemetry", "tier"]),
+    (
+        "service_accounts",
+        &["registry", "secret", "telemetry", "tier"],
+    ),
     (
         "remote",
         &[

@@ -4,12 +4,14 @@
 //! watch of metadata ──► queue (pure) ──► read an object ──► order (pure) ──► task: fill
 //!                         ▲   └────────────────────────────────────────────────┘
 //!                         └──► report: NodeImageCache
+//! watch of this node's pods ──► bound (pure) ──► read ──► order (pure) ──► task: fill one image
 //! ```
 //!
 //! Invariants: an object is read only when it is the node's turn, and once for each generation and revision; what was
 //! warmed is not warmed again because it was evicted, or the agent restarted; deletion, suspension and a new revision
 //! stop work at once; the node has one queue, so that what it reads in a second is bounded whatever is asked of it.
 
+mod bound;
 mod order;
 mod queue;
 mod report;
@@ -29,12 +31,17 @@ use tokio::{
 use tracing::{debug, info, warn};
 
 use self::{
+    bound::{Bound, BoundPod, Want, of_pod},
     order::Order,
     queue::{Do, Queue},
     report::Report,
     tasks::Tasks,
 };
-use super::{config::PrewarmConfig, nodes::NodeFacts};
+use super::{
+    config::PrewarmConfig,
+    nodes::NodeFacts,
+    workloads::{Kind, Object},
+};
 use crate::{
     api::ImagePrewarm,
     cluster::{Seen, Selector, watch},
@@ -61,6 +68,9 @@ const CHANGES: usize = 64;
 /// Objects that are read in one round, at most.
 const READS: usize = 8;
 
+/// Objects that are read for the new pods of one namespace, at most: a pod's volumes wait for nobody.
+const READS_FOR_PODS: usize = 8;
+
 /// Settings of an agent's part.
 #[derive(Debug, Clone)]
 pub struct Settings {
@@ -72,6 +82,8 @@ pub struct Settings {
     pub has_remote: bool,
     /// The operator's bounds.
     pub config: PrewarmConfig,
+    /// Name of the driver, if pods of this node are looked at, for which the agent needs the right to list all of them.
+    pub pods_of: Option<String>,
 }
 
 /// Warms one node.
@@ -81,6 +93,8 @@ pub struct NodeWarming {
     queue: Queue,
     tasks: Tasks,
     report: Report,
+    bound: Bound,
+    pod_tasks: Tasks,
     node: Option<(NodeFacts, String, Instant)>,
 }
 
@@ -100,9 +114,13 @@ impl NodeWarming {
         settings: Settings,
         metrics: Metrics,
     ) -> Self {
+        let parallel = settings.config.parallel_images;
+        let tasks = Tasks::new(parts, &settings, metrics.clone());
         Self {
-            queue: Queue::new(&settings.node, settings.config.parallel_images),
-            tasks: Tasks::new(parts, &settings, metrics.clone()),
+            queue: Queue::new(&settings.node, parallel),
+            bound: Bound::new(&settings.platform, parallel),
+            pod_tasks: tasks.for_pods(),
+            tasks,
             report: Report::new(client.clone(), &settings.node, metrics),
             client,
             settings,
@@ -121,14 +139,48 @@ impl NodeWarming {
             // A receiver that has gone is being dropped with this very future.
             drop(sender.send(seen).await);
         });
+        let (sender, pods) = mpsc::channel(CHANGES);
+        let watching_pods = self.watch_pods(sender);
         let working = async {
             self.queue.know(self.report.read().await);
-            self.work(changes).await;
+            self.work(changes, pods).await;
         };
-        tokio::join!(watching, working);
+        tokio::join!(watching, watching_pods, working);
     }
 
-    async fn work(&mut self, mut changes: mpsc::Receiver<Seen<PartialObjectMeta<ImagePrewarm>>>) {
+    /// Watches the pods of this node, if that is wanted; otherwise nothing ever comes.
+    ///
+    /// Without a remote content cache there is nothing to gain: a pod's own mount would read the same from the registry.
+    fn watch_pods(&self, sender: mpsc::Sender<Seen<BoundPod>>) -> impl Future<Output = ()> + use<> {
+        let Settings {
+            node,
+            has_remote,
+            pods_of,
+            ..
+        } = &self.settings;
+        let driver = pods_of.clone().filter(|_| *has_remote);
+        let api = Api::<Object>::all_with(self.client.clone(), &Kind::Pod);
+        let here = Selector {
+            fields: Some(format!("spec.nodeName={node}")),
+            ..Selector::default()
+        };
+        async move {
+            if let Some(driver) = driver {
+                watch(api, here, async |seen| {
+                    let seen = seen.map(|it| of_pod(&it, &driver));
+                    drop(sender.send(seen).await);
+                })
+                .await;
+            }
+            sender.closed().await;
+        }
+    }
+
+    async fn work(
+        &mut self,
+        mut changes: mpsc::Receiver<Seen<PartialObjectMeta<ImagePrewarm>>>,
+        mut pods: mpsc::Receiver<Seen<BoundPod>>,
+    ) {
         let mut rounds = interval(ROUND);
         rounds.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
@@ -141,6 +193,20 @@ impl NodeWarming {
                 (uid, revision, end) = self.tasks.next() => {
                     self.queue.ended(&uid, &revision, end, Instant::now());
                 }
+                Some(seen) = pods.recv() => {
+                    self.bound.see(seen);
+                    // Those that wait already, together: one pod seldom comes alone.
+                    while let Ok(seen) = pods.try_recv() {
+                        self.bound.see(seen);
+                    }
+                    self.stop();
+                    self.fill_for_pods().await;
+                }
+                (want, _, end) = self.pod_tasks.next() => {
+                    debug!(want, ?end, "filling for a pod has ended");
+                    self.bound.ended(&want);
+                    self.fill_for_pods().await;
+                }
                 _ = rounds.tick() => self.round().await,
             }
         }
@@ -152,10 +218,57 @@ impl NodeWarming {
             self.tasks.stop(&uid);
         }
         self.tasks.retain(|uid| self.queue.has(uid));
+        let queue = &self.queue;
+        for want in self.bound.take_stopped(|uid, at| queue.is_current(uid, at)) {
+            self.pod_tasks.stop(&want.to_string());
+        }
+    }
+
+    /// Looks for ImagePrewarms that offer what new pods want, and begins.
+    async fn fill_for_pods(&mut self) {
+        // What is offered is not known before.
+        if self.queue.is_listed() {
+            for (namespace, wants) in self.bound.take_asked() {
+                self.look_for(&namespace, wants).await;
+            }
+        }
+        for (want, order) in self.bound.next() {
+            let uid = want.to_string();
+            self.pod_tasks.start(Order { uid, ..order });
+        }
+    }
+
+    async fn look_for(&mut self, namespace: &str, mut wants: Vec<Want>) {
+        for (uid, name) in self.queue.offers_in(namespace, READS_FOR_PODS) {
+            if wants.is_empty() {
+                return;
+            }
+            let object = match self.get(namespace, &name).await {
+                Ok(Some(object)) => object,
+                Ok(None) => continue,
+                Err(error) => {
+                    warn!(
+                        namespace,
+                        name, error, "cannot read an ImagePrewarm for a pod"
+                    );
+                    return;
+                }
+            };
+            wants.retain(|want| {
+                let order = order::for_pod(&object, &uid, &want.image, &want.platform);
+                let is_offered = order.is_some();
+                if let Some(order) = order {
+                    self.bound.offer(want.clone(), order);
+                }
+                !is_offered
+            });
+        }
     }
 
     async fn round(&mut self) {
         self.stop();
+        // What pods wanted before the ImagePrewarms were listed.
+        self.fill_for_pods().await;
         self.look_at_node().await;
         // Twice: what was read may begin at once, and is told of once.
         for _ in 0..2 {
@@ -238,13 +351,17 @@ impl NodeWarming {
         let Some((facts, ..)) = &self.node else {
             return Err("the Node is not known".to_owned());
         };
+        let object = self.get(namespace, name).await?;
+        let Settings { node, platform, .. } = &self.settings;
+        Ok(object.and_then(|it| order::of(&it, uid, node, platform, facts)))
+    }
+
+    async fn get(&self, namespace: &str, name: &str) -> Result<Option<ImagePrewarm>, String> {
         let api: Api<ImagePrewarm> = Api::namespaced(self.client.clone(), namespace);
         match timeout(ANSWER_TIMEOUT, api.get_opt(name)).await {
-            Ok(Ok(None)) => Ok(None),
-            Ok(Ok(Some(object))) => {
+            Ok(Ok(object)) => {
                 debug!(namespace, name, "read an ImagePrewarm");
-                let Settings { node, platform, .. } = &self.settings;
-                Ok(order::of(&object, uid, node, platform, facts))
+                Ok(object)
             }
             Ok(Err(err)) => Err(error_chain(&err).to_string()),
             Err(_) => Err("the Kubernetes API does not answer".to_owned()),

@@ -1,7 +1,7 @@
 //! Reads out of an ImagePrewarm what is to be done for it on one node. Pure.
 
 use crate::{
-    api::{Content, ImagePrewarm},
+    api::{Content, ImagePrewarm, ImagePrewarmSpec, ImagePrewarmStatus},
     prewarm::{
         nodes::NodeFacts,
         rollout::{slot, uid as uid_of},
@@ -62,17 +62,51 @@ pub(super) fn of(
             digest: it.manifest_digest.clone()?,
         })
     });
+    Some(order(spec, status, uid, generation, images.collect()))
+}
+
+/// What is to be done for a pod that wants `image` for `platform` here; `None` if `object` does not offer that.
+///
+/// Whether it is the node's turn, and whether the object means nodes at all, does not count: a pod will read it here.
+pub(super) fn for_pod(
+    object: &ImagePrewarm,
+    uid: &str,
+    image: &str,
+    platform: &str,
+) -> Option<Order> {
+    let (spec, status) = (&object.spec, object.status.as_ref()?);
+    let generation = object.metadata.generation?;
+    if uid_of(object) != uid || object.metadata.deletion_timestamp.is_some() || spec.suspend {
+        return None;
+    }
+    let mut images = status.images.iter();
+    let found = images.find(|it| it.image == image && it.platform == platform)?;
+    let filled = ImageToFill {
+        image: found.image.clone(),
+        platform: found.platform.clone(),
+        digest: found.manifest_digest.clone()?,
+    };
+    Some(order(spec, status, uid, generation, vec![filled]))
+}
+
+fn order(
+    spec: &ImagePrewarmSpec,
+    status: &ImagePrewarmStatus,
+    uid: &str,
+    generation: i64,
+    images: Vec<ImageToFill>,
+) -> Order {
     let positive = |bytes: Option<i64>| bytes.and_then(|it| u64::try_from(it).ok());
-    Some(Order {
+    Order {
         uid: uid.to_owned(),
         generation,
         revision: status.revision.clone(),
         priority: spec.priority,
         content: spec.content,
-        images: images.collect(),
+        images,
         bytes_per_second: positive(status.node_bytes_per_second),
         max_bytes: positive(spec.max_bytes_per_node),
-    })
+    }
 }
 
 #[cfg(test)]
@@ -121,6 +155,45 @@ mod tests {
             max_bytes: Some(100),
         };
         assert_eq!(of_object(|_| {}), Some(expected));
+    }
+
+    #[test]
+    fn a_pod_gets_the_image_that_it_names_whoever_s_turn_it_is() {
+        let order_of = |image: &str, platform: &str, pointer: &str, value: Value| {
+            let object = object(|it| {
+                it["spec"]["target"] = json!("Remote");
+                it["status"]["admittedPermille"] = json!(0);
+                if let Some((parent, field)) = pointer.rsplit_once('/') {
+                    it.pointer_mut(parent).unwrap()[field] = value;
+                }
+            });
+            for_pod(&object, "u", image, platform)
+        };
+        let order = order_of("r/a:1", "linux/arm64", "", json!(null)).unwrap();
+        assert_eq!(order.images.len(), 1);
+        assert_eq!(order.images[0].digest, "sha256:2");
+        assert_eq!((order.generation, order.max_bytes), (3, Some(100)));
+        for (image, platform, pointer, value) in [
+            // It has no digest yet, or is not named.
+            ("r/b:1", PLATFORM, "", json!(null)),
+            ("r/c:1", PLATFORM, "", json!(null)),
+            ("r/a:1", "linux/s390x", "", json!(null)),
+            ("r/a:1", PLATFORM, "/spec/suspend", json!(true)),
+            ("r/a:1", PLATFORM, "/metadata/uid", json!("another")),
+            (
+                "r/a:1",
+                PLATFORM,
+                "/metadata/deletionTimestamp",
+                json!("2026-01-01T00:00:00Z"),
+            ),
+            ("r/a:1", PLATFORM, "/status", json!(null)),
+        ] {
+            assert_eq!(
+                order_of(image, platform, pointer, value),
+                None,
+                "{image} {platform} {pointer}"
+            );
+        }
     }
 
     #[test]

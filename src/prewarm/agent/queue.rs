@@ -227,6 +227,29 @@ impl Queue {
         self.items.get(uid).is_some_and(|it| it.running.is_some())
     }
 
+    /// The objects of a namespace, `max` at most, that have something to have and that this node has not got yet: uid and
+    /// name.
+    pub(super) fn offers_in(&self, namespace: &str, max: usize) -> Vec<(String, String)> {
+        let offers = self.items.iter().filter(|(_, it)| {
+            let revision = it.rollout.as_ref().map_or("", |it| it.revision.as_str());
+            let has_it = it
+                .told
+                .as_ref()
+                .is_some_and(|it| it.phase == WarmupPhase::Ready && it.revision == revision);
+            it.namespace == namespace && !revision.is_empty() && !has_it
+        });
+        let offers = offers.take(max);
+        offers
+            .map(|(uid, it)| (uid.clone(), it.name.clone()))
+            .collect()
+    }
+
+    /// Whether there is this object still, and its spec is this one.
+    pub(super) fn is_current(&self, uid: &str, generation: i64) -> bool {
+        let item = self.items.get(uid);
+        item.is_some_and(|it| it.generation == generation)
+    }
+
     /// What is to be done now: at most `max_reads` objects to read, and as many tasks as there is room for.
     pub(super) fn next(&mut self, now: Instant, max_reads: usize) -> Vec<Do> {
         let node = &self.node;

@@ -2,6 +2,7 @@
 
 use std::{collections::BTreeMap, sync::Arc};
 
+use prometheus::IntCounterVec;
 use tokio::task::{AbortHandle, JoinSet};
 use tracing::{info, warn};
 
@@ -36,6 +37,8 @@ pub(super) struct Tasks {
     pace: Arc<Pace>,
     settings: Settings,
     metrics: Metrics,
+    /// Counts those that have ended, by outcome.
+    ended: IntCounterVec,
     tasks: JoinSet<(String, String, End)>,
     running: BTreeMap<String, Running>,
 }
@@ -46,7 +49,21 @@ impl Tasks {
             parts,
             pace: Arc::new(Pace::new(settings.config.bytes_per_second)),
             settings: settings.clone(),
+            ended: metrics.prewarm_warmups.clone(),
             metrics,
+            tasks: JoinSet::new(),
+            running: BTreeMap::new(),
+        }
+    }
+
+    /// Makes one for what pods want, which shares the bound of bytes a second.
+    pub(super) fn for_pods(&self) -> Self {
+        Self {
+            parts: Arc::clone(&self.parts),
+            pace: Arc::clone(&self.pace),
+            settings: self.settings.clone(),
+            ended: self.metrics.prewarm_pods.clone(),
+            metrics: self.metrics.clone(),
             tasks: JoinSet::new(),
             running: BTreeMap::new(),
         }
@@ -147,10 +164,7 @@ impl Tasks {
                         End::Ready { .. } => "ok",
                         End::Failed { .. } => "error",
                     };
-                    self.metrics
-                        .prewarm_warmups
-                        .with_label_values(&[outcome])
-                        .inc();
+                    self.ended.with_label_values(&[outcome]).inc();
                     return (uid, revision, end);
                 }
                 Some(Err(err)) if err.is_cancelled() => {}

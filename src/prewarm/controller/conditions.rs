@@ -2,7 +2,10 @@
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 
-use super::plan::{DEADLINE_EXCEEDED, Facts, Halt, Notice, is_there};
+use super::{
+    discovery::MAX_IMAGES,
+    plan::{DEADLINE_EXCEEDED, Facts, Halt, Lack, Notice, is_there, lack},
+};
 use crate::{
     api::{ImagePrewarmStatus, ImageState, ImageStatus, Phase, Target},
     cluster::EventKind,
@@ -48,7 +51,7 @@ pub(super) fn reason<'a>(status: &'a ImagePrewarmStatus, of: &str) -> Option<&'a
 pub(super) fn set(status: &mut ImagePrewarmStatus, facts: &Facts<'_>, halt: Option<Halt>) {
     let mut all = vec![(SEEDED, seeded(status, facts, halt))];
     if facts.spec.target == Target::Nodes {
-        all.push((DISTRIBUTED, distributed(status, halt)));
+        all.push((DISTRIBUTED, distributed(status, facts, halt)));
     }
     let ready = ready(status, facts, halt);
     all.push((READY, ready));
@@ -100,6 +103,34 @@ fn complaint(status: &ImagePrewarmStatus) -> Option<(&ImageStatus, &str, String)
     Some((image, image.reason.as_deref().unwrap_or_default(), text))
 }
 
+/// What to do about workloads whose images are not all there.
+fn of_lack(lack: Lack) -> Said {
+    match lack {
+        Lack::DiscoveryOff => said(
+            false,
+            "DiscoveryOff",
+            "spec.workloads is not followed: its operator sets prewarm.discovery.enabled; or name the images in spec.images"
+                .to_owned(),
+        ),
+        Lack::TooMany(n_left_out) => {
+            let message = format!(
+                "{n_left_out} images that workloads name are left out, because one ImagePrewarm has {MAX_IMAGES} at most, the first by name: choose fewer workloads with spec.workloads.selector, and make a further ImagePrewarm for the others"
+            );
+            said(false, "TooManyImages", message)
+        }
+    }
+}
+
+/// No workload names an image.
+fn no_workloads() -> Said {
+    said(
+        true,
+        "NoWorkloads",
+        "no workload that spec.workloads means has an inline volume of the driver: what comes later is warmed"
+            .to_owned(),
+    )
+}
+
 fn suspended() -> Said {
     said(false, "Suspended", "spec.suspend is true".to_owned())
 }
@@ -108,6 +139,11 @@ fn seeded(status: &ImagePrewarmStatus, facts: &Facts<'_>, halt: Option<Halt>) ->
     let n_images = status.images.len();
     let n_there = status.images.iter().filter(|it| is_there(it.state)).count();
     if n_there == n_images {
+        match lack(facts) {
+            Some(lack) => return of_lack(lack),
+            None if n_images == 0 => return no_workloads(),
+            None => {}
+        }
         if !facts.has_remote {
             return said(
                 false,
@@ -137,8 +173,11 @@ fn seeded(status: &ImagePrewarmStatus, facts: &Facts<'_>, halt: Option<Halt>) ->
     }
 }
 
-fn distributed(status: &ImagePrewarmStatus, halt: Option<Halt>) -> Said {
+fn distributed(status: &ImagePrewarmStatus, facts: &Facts<'_>, halt: Option<Halt>) -> Said {
     let nodes = &status.nodes;
+    if status.images.is_empty() {
+        return lack(facts).map_or_else(no_workloads, of_lack);
+    }
     if nodes.desired == 0 && status.admitted_permille != 0 {
         return said(
             true,
@@ -180,6 +219,7 @@ fn ready(status: &ImagePrewarmStatus, facts: &Facts<'_>, halt: Option<Halt>) -> 
     };
     match status.phase {
         Phase::Suspended => suspended(),
+        Phase::Ready if status.images.is_empty() => no_workloads(),
         Phase::Ready => said(true, "Ready", counts),
         Phase::Failed if halt == Some(Halt::Deadline) => {
             let seconds = facts.spec.active_deadline_seconds.unwrap_or_default();
@@ -195,7 +235,12 @@ fn ready(status: &ImagePrewarmStatus, facts: &Facts<'_>, halt: Option<Halt>) -> 
                     let text = format!("{counts}; node {}: {}", node.node, node.message);
                     said(false, &node.reason, text)
                 }
-                (None, None) => said(false, "InProgress", counts),
+                (None, None) => match lack(facts) {
+                    Some(lack) if matches!(status.phase, Phase::Failed | Phase::Degraded) => {
+                        of_lack(lack)
+                    }
+                    _ => said(false, "InProgress", counts),
+                },
             }
         }
     }

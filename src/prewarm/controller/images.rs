@@ -1,6 +1,6 @@
 //! Decides how far each image of an ImagePrewarm is, and which are to be seeded now.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use k8s_openapi::{apimachinery::pkg::apis::meta::v1::Time, jiff::Timestamp};
 
@@ -40,36 +40,67 @@ pub(super) fn next(
         .iter()
         .map(|it| ((&it.image, &it.platform), it))
         .collect();
+    let mut images = Vec::new();
+    let mut seed = Vec::new();
+    for key in wanted(facts) {
+        let known = before.get(&(&key.image, &key.platform));
+        let mut next = known.map_or_else(|| new(&key), |it| (*it).clone());
+        if is_new {
+            begin_anew(&mut next);
+        }
+        let task = facts.tasks.get(&key);
+        advance(&mut next, task, facts);
+        match halt {
+            None if is_due(facts, &next, task) => seed.push(key),
+            None => {}
+            Some(Halt::Suspended) => stop(&mut next),
+            Some(Halt::Deadline) => give_up(&mut next, facts),
+        }
+        images.push(next);
+    }
+    (images, seed)
+}
+
+/// The images that are wanted, each once for each platform: those of the spec first, then what workloads name.
+fn wanted(facts: &Facts<'_>) -> Vec<ImageKey> {
     let default = [facts.platform.to_owned()];
     let platforms = match facts.spec.platforms.as_slice() {
         [] => &default,
         named => named,
     };
-    let mut images = Vec::new();
-    let mut seed = Vec::new();
-    for image in &facts.spec.images {
-        for platform in platforms {
-            let key = ImageKey {
-                image: image.image.clone(),
-                platform: platform.clone(),
-            };
-            let known = before.get(&(&key.image, &key.platform));
-            let mut next = known.map_or_else(|| new(&key), |it| (*it).clone());
-            if is_new {
-                begin_anew(&mut next);
-            }
-            let task = facts.tasks.get(&key);
-            advance(&mut next, task, facts);
-            match halt {
-                None if is_due(facts, &next, task) => seed.push(key),
-                None => {}
-                Some(Halt::Suspended) => stop(&mut next),
-                Some(Halt::Deadline) => give_up(&mut next, facts),
-            }
-            images.push(next);
-        }
+    let own = facts.spec.images.iter().map(|it| &it.image);
+    let own = own.flat_map(|image| platforms.iter().map(move |it| (image, it)));
+    let found = facts.found.into_iter().flat_map(|it| &it.images);
+    let found = found.flat_map(|(image, it)| {
+        let of_default = platforms.iter().filter(|_| it.is_for_default);
+        of_default.chain(&it.platforms).map(move |it| (image, it))
+    });
+    let mut seen = BTreeSet::new();
+    let each_once = own.chain(found).filter(|it| seen.insert(*it));
+    each_once
+        .map(|(image, platform)| ImageKey {
+            image: image.clone(),
+            platform: platform.clone(),
+        })
+        .collect()
+}
+
+/// Has what could not be seeded tried again at once, because it may be pulled with something else now.
+pub(super) fn try_anew(image: &mut ImageStatus) {
+    if image.state == ImageState::Failed {
+        begin_anew(image);
     }
-    (images, seed)
+    image.retry_at = None;
+}
+
+/// Whether nodes that have what was wanted `before` have all that is wanted now.
+pub(super) fn is_part_of(now: &[ImageStatus], before: &[ImageStatus]) -> bool {
+    fn all(images: &[ImageStatus]) -> impl Iterator<Item = (&String, &String, &String)> {
+        let all = images.iter();
+        all.filter_map(|it| Some((&it.image, &it.platform, it.manifest_digest.as_ref()?)))
+    }
+    let before: BTreeSet<_> = all(before).collect();
+    all(now).all(|it| before.contains(&it))
 }
 
 fn new(key: &ImageKey) -> ImageStatus {

@@ -14,11 +14,11 @@
 //! that names it; a decision is made only when objects, nodes and caches were all listed.
 
 mod conditions;
+mod discovery;
 mod images;
 pub mod plan;
 mod seeding;
 mod share;
-mod table;
 mod world;
 mod writer;
 
@@ -29,6 +29,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use futures_util::future::join_all;
 use k8s_openapi::{api::core::v1::Node, jiff::Timestamp};
 use kube::{Api, Client};
 use tokio::{
@@ -38,15 +39,17 @@ use tokio::{
 use tracing::info;
 
 use self::{
+    discovery::{Discovery, of_object},
     plan::{ImageKey, Task},
-    seeding::{Order, Seeding, Wanted},
-    world::{Change, Premises, World, fold, of_cache, of_node},
+    seeding::{Order, Seeding, TaskId, Wanted},
+    world::{Change, Premises, World, of_cache, of_node},
     writer::{Left, Writer},
 };
 use crate::{
     api::{ImagePrewarm, NodeImageCache, Phase},
     cluster::{Elector, Events, LeaseName, Selector, watch},
     metrics::Metrics,
+    prewarm::workloads::{Kind, Object},
     warm::Warms,
 };
 
@@ -77,6 +80,8 @@ pub struct Settings {
     pub platform: String,
     /// Whether there is a remote content cache.
     pub has_remote: bool,
+    /// Whether it looks at workloads, for which it needs the right to list all of them.
+    pub discover: bool,
     /// Images that are seeded at once.
     pub parallel_images: usize,
     /// Bytes a second that are read from registries, 0: any number.
@@ -167,13 +172,21 @@ impl Controller {
             send(Change::Prewarm(seen)).await;
         });
         let nodes = watch::<Node>(Api::all(client()), all(), async |seen| {
-            send(Change::Node(fold(seen, |it| of_node(&it)))).await;
+            send(Change::Node(seen.map(|it| of_node(&it)))).await;
         });
         let caches = watch::<NodeImageCache>(Api::all(client()), all(), async |seen| {
-            send(Change::Cache(fold(seen, of_cache))).await;
+            send(Change::Cache(seen.map(of_cache))).await;
         });
+        let driver = &self.settings.driver_name;
+        let kinds = Kind::ALL.iter().filter(|_| self.settings.discover);
+        let workloads = join_all(kinds.map(|kind| {
+            watch::<Object>(Api::all_with(client(), kind), all(), async |seen| {
+                let seen = seen.map(|it| of_object(&it, driver));
+                send(Change::Workload(*kind, seen)).await;
+            })
+        }));
         let decisions = Decisions::new(self).run(changes);
-        tokio::join!(prewarms, nodes, caches, decisions);
+        tokio::join!(prewarms, nodes, caches, workloads, decisions);
     }
 }
 
@@ -199,7 +212,7 @@ impl Decisions {
         } = controller;
         let events = Events::new(client.clone(), &settings.driver_name, None);
         Self {
-            world: World::new(),
+            world: World::new(settings.discover.then(Discovery::new)),
             seeding: Seeding::new(client.clone(), Arc::clone(parts), settings, metrics.clone()),
             writer: Writer::new(client.clone(), events, metrics.clone()),
             premises: Premises {
@@ -303,11 +316,14 @@ impl Decisions {
                 task: (uid.clone(), key.clone()),
             })
         });
-        let order = |uid: &str| {
+        let order = |(uid, key): &TaskId| {
             let known = prewarms.get(uid)?;
+            let found = known.found.as_ref();
+            let found = found.and_then(|it| it.images.get(&key.image));
             Some(Order {
                 namespace: known.namespace.clone(),
                 spec: Arc::clone(&known.spec),
+                volume_secrets: found.map(|it| it.secrets.clone()).unwrap_or_default(),
                 generation: known.generation,
             })
         };
@@ -375,8 +391,11 @@ impl Decisions {
                 status.phase,
                 Phase::Pending | Phase::Seeding | Phase::Distributing
             );
-            let began = status.started_at.as_ref().filter(|_| is_open);
-            let age = began.map_or(0, |it| now.as_second() - it.0.as_second());
+            // One that was ready, and has something new to have, is late from then on.
+            let mut conditions = status.conditions.iter();
+            let since = conditions.find(|it| it.type_ == conditions::READY);
+            let since = since.map(|it| &it.last_transition_time).filter(|_| is_open);
+            let age = since.map_or(0, |it| now.as_second() - it.0.as_second());
             lag_seconds = lag_seconds.max(age);
         }
         for (phase, count) in phases {

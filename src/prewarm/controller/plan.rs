@@ -10,11 +10,11 @@ use k8s_openapi::{
     jiff::{SignedDuration, Timestamp},
 };
 
-use super::{conditions, images, share};
+use super::{conditions, discovery::Found, images, share};
 use crate::{
     api::{
-        FailedNode, ImagePrewarmSpec, ImagePrewarmStatus, ImageState, NodeCounts, Phase, Target,
-        WarmupPhase,
+        FailedNode, ImagePrewarmSpec, ImagePrewarmStatus, ImageState, ImageStatus, NodeCounts,
+        Phase, Target, WarmupPhase,
     },
     cluster::EventKind,
     prewarm::rollout,
@@ -32,7 +32,7 @@ pub const DEADLINE_EXCEEDED: &str = "DeadlineExceeded";
 /// Names an image for a platform.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ImageKey {
-    /// The image, as the spec has it.
+    /// The image, as the spec or a workload has it.
     pub image: String,
     /// The platform.
     pub platform: String,
@@ -104,6 +104,8 @@ pub struct Facts<'a> {
     pub generation: i64,
     /// What is wanted.
     pub spec: &'a ImagePrewarmSpec,
+    /// What the workloads that it means name; `None` without such, or if nobody looks at workloads.
+    pub found: Option<&'a Found>,
     /// What was decided before.
     pub status: &'a ImagePrewarmStatus,
     /// Tasks of this generation.
@@ -168,7 +170,7 @@ pub fn plan(facts: &Facts<'_>) -> Plan {
     let halt = halt(facts, &status, is_new);
     let (images, seed) = images::next(facts, is_new, halt);
     status.images = images;
-    status.revision = rollout::revision(facts.spec.content, &status.images);
+    status.revision = revision(facts, &status.images, is_new);
     let n_seeded = status.images.iter().filter(|it| is_there(it.state)).count();
     status.images_seeded = format!("{n_seeded}/{}", status.images.len());
 
@@ -182,10 +184,13 @@ pub fn plan(facts: &Facts<'_>) -> Plan {
     };
     status.failed_nodes = failed(facts.nodes, is_current);
     status.node_bytes_per_second = bytes_per_second(facts.spec, limit);
+    // What nodes are at goes on while an image that a workload has brought is seeded.
+    let goes_on = !is_new && is_current && 0 < before.admitted_permille;
     let is_offered = halt.is_none()
         && facts.spec.target == Target::Nodes
         && !status.revision.is_empty()
-        && status.images.iter().all(images::is_settled);
+        && !status.images.is_empty()
+        && (goes_on || status.images.iter().all(images::is_settled));
     status.admitted_permille = match (is_offered, is_current) {
         (false, _) => 0,
         // The nodes' answers to it are yet to come: the next decision has them.
@@ -196,11 +201,15 @@ pub fn plan(facts: &Facts<'_>) -> Plan {
         }
     };
 
-    status.phase = phase(&status, facts.spec, halt);
+    status.phase = phase(&status, facts, halt);
     let is_at_end = matches!(status.phase, Phase::Ready | Phase::Degraded | Phase::Failed)
         && status.images.iter().all(|it| it.retry_at.is_none());
     if is_at_end && status.finished_at.is_none() {
         status.finished_at = Some(Time(facts.now));
+    }
+    // What follows workloads begins again with each that comes.
+    if !is_at_end && facts.spec.workloads.is_some() {
+        status.finished_at = None;
     }
     conditions::set(&mut status, facts, halt);
     let notices = conditions::notices(before, &status, is_new);
@@ -217,6 +226,21 @@ pub fn plan(facts: &Facts<'_>) -> Plan {
 /// Whether an image in this state is where it is wanted.
 pub(super) fn is_there(state: ImageState) -> bool {
     matches!(state, ImageState::Seeded | ImageState::Resolved)
+}
+
+/// Names what nodes are to have.
+///
+/// An image that no workload names any more makes no other name: nodes have more than is wanted, and need not be asked
+/// again. So that a name never means two things, one that is made later depends on it.
+fn revision(facts: &Facts<'_>, images: &[ImageStatus], is_new: bool) -> String {
+    let (content, before) = (facts.spec.content, facts.status);
+    if facts.spec.workloads.is_none() {
+        return rollout::revision(content, images, "");
+    }
+    if !is_new && !before.revision.is_empty() && images::is_part_of(images, &before.images) {
+        return before.revision.clone();
+    }
+    rollout::revision(content, images, &before.revision)
 }
 
 fn halt(facts: &Facts<'_>, status: &ImagePrewarmStatus, is_new: bool) -> Option<Halt> {
@@ -252,6 +276,25 @@ pub(super) fn after(time: Option<&Time>, seconds: i64) -> Option<Timestamp> {
     let span = SignedDuration::from_secs(seconds);
     // Beyond the end of time is never.
     time?.0.checked_add(span).ok()
+}
+
+/// What keeps the images of workloads from being all that are meant.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Lack {
+    /// Nobody looks at workloads.
+    DiscoveryOff,
+    /// They name so many more than there is room for.
+    TooMany(usize),
+}
+
+/// What keeps the images of workloads from being all that are meant, if something does.
+pub(super) fn lack(facts: &Facts<'_>) -> Option<Lack> {
+    facts.spec.workloads.as_ref()?;
+    match facts.found {
+        None => Some(Lack::DiscoveryOff),
+        Some(found) if 0 < found.n_left_out => Some(Lack::TooMany(found.n_left_out)),
+        Some(_) => None,
+    }
 }
 
 fn wake_at(
@@ -329,13 +372,20 @@ fn failed(nodes: &[NodeView<'_>], is_current: bool) -> Vec<FailedNode> {
         .collect()
 }
 
-fn phase(status: &ImagePrewarmStatus, spec: &ImagePrewarmSpec, halt: Option<Halt>) -> Phase {
+fn phase(status: &ImagePrewarmStatus, facts: &Facts<'_>, halt: Option<Halt>) -> Phase {
     match halt {
         Some(Halt::Suspended) => return Phase::Suspended,
         Some(Halt::Deadline) => return Phase::Failed,
         None => {}
     }
     let images = &status.images;
+    let lack = lack(facts);
+    if images.is_empty() {
+        return match lack {
+            Some(_) => Phase::Failed,
+            None => Phase::Ready,
+        };
+    }
     let n_failed = images
         .iter()
         .filter(|it| it.state == ImageState::Failed)
@@ -346,7 +396,7 @@ fn phase(status: &ImagePrewarmStatus, spec: &ImagePrewarmSpec, halt: Option<Halt
         .iter()
         .any(|it| it.state != ImageState::Pending || 0 < it.attempts);
     let nodes = &status.nodes;
-    let has_nodes = spec.target == Target::Nodes;
+    let has_nodes = facts.spec.target == Target::Nodes;
     if n_failed == images.len() {
         return Phase::Failed;
     }
@@ -360,7 +410,7 @@ fn phase(status: &ImagePrewarmStatus, spec: &ImagePrewarmSpec, halt: Option<Halt
         return Phase::Seeding;
     }
     match (nodes.failed, n_failed) {
-        (0, 0) => Phase::Ready,
+        (0, 0) if lack.is_none() => Phase::Ready,
         (_, _) if has_nodes && 0 < nodes.failed && nodes.ready == 0 => Phase::Failed,
         (_, _) => Phase::Degraded,
     }

@@ -1,6 +1,10 @@
 //! Seeds images: a bounded number at once, those of the greatest priority first.
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+    time::Duration,
+};
 
 use k8s_openapi::jiff::Timestamp;
 use kube::Client;
@@ -15,7 +19,7 @@ use crate::{
     api::{Content, ImagePrewarmSpec},
     metrics::Metrics,
     registry::{DockerConfig, ImageRef, Platform, Requester, VolumeRequester, VolumeSecret},
-    service_accounts::{PullSecretError, pull_secret},
+    service_accounts::{PullSecretError, pull_secret, volume_secret},
     warm::{LocalCopy, Pace, SeedRequest, WarmError, WarmProgress, WarmWhat, Warms},
 };
 
@@ -43,6 +47,8 @@ pub(super) struct Wanted {
 pub(super) struct Order {
     pub(super) namespace: String,
     pub(super) spec: Arc<ImagePrewarmSpec>,
+    /// Secrets with which volumes pull the image.
+    pub(super) volume_secrets: BTreeSet<String>,
     /// Of the spec: what runs for another one is stopped.
     pub(super) generation: i64,
 }
@@ -95,11 +101,15 @@ impl Seeding {
     }
 
     /// Stops what is not wanted any more, and begins what is, as far as there is room.
-    pub(super) fn run(&mut self, mut wanted: Vec<Wanted>, order: impl Fn(&str) -> Option<Order>) {
+    pub(super) fn run(
+        &mut self,
+        mut wanted: Vec<Wanted>,
+        order: impl Fn(&TaskId) -> Option<Order>,
+    ) {
         wanted.sort();
         self.running.retain(|task, it| {
             let is_wanted = wanted.iter().any(|wanted| wanted.task == *task);
-            let is_current = order(&task.0).is_some_and(|order| order.generation == it.generation);
+            let is_current = order(task).is_some_and(|order| order.generation == it.generation);
             let stays = is_wanted && is_current;
             if !stays {
                 info!(image.r#ref = task.1.image, "seeding is stopped");
@@ -114,7 +124,7 @@ impl Seeding {
             if self.running.contains_key(&task) {
                 continue;
             }
-            if let Some(order) = order(&task.0) {
+            if let Some(order) = order(&task) {
                 self.begin(task, order);
             }
         }
@@ -230,7 +240,7 @@ impl Work {
             .platform
             .parse()
             .map_err(|err| invalid("InvalidPlatform", &err))?;
-        let requester = self.requester(order).await?;
+        let requester = self.requester(order, &image).await?;
         let warmer = self.parts.warmer();
         if !self.has_remote {
             // Nodes need to know what the tag means, and take it from the registry themselves.
@@ -265,24 +275,40 @@ impl Work {
     }
 
     /// Who asks the registry: whoever has the pull secrets, or else the controller itself.
-    async fn requester(&self, order: &Order) -> Result<Requester, Problem> {
+    async fn requester(&self, order: &Order, image: &ImageRef) -> Result<Requester, Problem> {
+        let (client, namespace) = (&self.client, &order.namespace);
         let mut configs = Vec::new();
         for secret in &order.spec.image_pull_secrets {
-            let config = pull_secret(&self.client, &order.namespace, &secret.name, SECRETS_VALUE);
-            let config = timeout(ANSWER_TIMEOUT, config).await.unwrap_or_else(|_| {
-                let reason = "no answer in time".to_owned();
-                Err(PullSecretError::Unavailable { reason })
-            });
-            configs.push(config.map_err(|err| of_secret(&err))?);
+            let config = pull_secret(client, namespace, &secret.name, SECRETS_VALUE);
+            configs.push(answered(config).await.map_err(|err| of_secret(&err))?);
+        }
+        // Each volume has its own secret: it is enough if one of them is of use.
+        let mut failure = None;
+        for secret in &order.volume_secrets {
+            let config = volume_secret(client, namespace, secret, image.registry(), SECRETS_VALUE);
+            match answered(config).await {
+                Ok(config) => configs.push(config),
+                Err(err) => drop(failure.get_or_insert(err)),
+            }
         }
         if configs.is_empty() {
-            return Ok(Requester::Node);
+            return failure.map_or(Ok(Requester::Node), |err| Err(of_secret(&err)));
         }
         Ok(Requester::Volume(VolumeRequester {
             secret: Some(VolumeSecret::DockerConfig(DockerConfig::joined(configs))),
             ..VolumeRequester::default()
         }))
     }
+}
+
+/// What the Kubernetes API answers, or that it does not.
+async fn answered(
+    config: impl Future<Output = Result<DockerConfig, PullSecretError>>,
+) -> Result<DockerConfig, PullSecretError> {
+    timeout(ANSWER_TIMEOUT, config).await.unwrap_or_else(|_| {
+        let reason = "no answer in time".to_owned();
+        Err(PullSecretError::Unavailable { reason })
+    })
 }
 
 /// How the data side calls it.

@@ -12,8 +12,9 @@ use k8s_openapi::{
 };
 
 use super::{
+    discovery::{Discovery, Found, Sighting},
+    images,
     plan::{Facts, ImageKey, NodeView, Plan, Task, plan},
-    table::Table,
     writer::digest,
 };
 use crate::{
@@ -22,6 +23,8 @@ use crate::{
     prewarm::{
         nodes::NodeFacts,
         rollout::{Rollout, slot, uid},
+        table::Table,
+        workloads::Kind,
     },
 };
 
@@ -31,6 +34,7 @@ pub(super) enum Change {
     Prewarm(Seen<ImagePrewarm>),
     Node(Seen<Named<NodeFacts>>),
     Cache(Seen<Named<Vec<Told>>>),
+    Workload(Kind, Seen<Sighting>),
 }
 
 /// Facts of an object that is known by its name.
@@ -59,6 +63,8 @@ pub(super) struct Known {
     pub(super) generation: i64,
     pub(super) created: Timestamp,
     pub(super) spec: Arc<ImagePrewarmSpec>,
+    /// What the workloads that it means named when it was decided last.
+    pub(super) found: Option<Found>,
     /// As it was decided last, written or not.
     pub(super) status: ImagePrewarmStatus,
     /// The status that was there when the object was seen first.
@@ -83,6 +89,8 @@ pub(super) struct World {
     nodes: Table<NodeFacts>,
     /// By the node's name; what a node has told, by uid.
     caches: Table<Vec<Told>>,
+    /// `None` if nobody looks at workloads.
+    discovery: Option<Discovery>,
     /// Those about which something is new.
     pub(super) dirty: BTreeSet<String>,
 }
@@ -125,22 +133,14 @@ pub(super) fn of_cache(cache: NodeImageCache) -> Named<Vec<Told>> {
     }
 }
 
-/// What `seen` is, with what it is of made smaller.
-pub(super) fn fold<K, T>(seen: Seen<K>, of: impl FnOnce(K) -> T) -> Seen<T> {
-    match seen {
-        Seen::Listing => Seen::Listing,
-        Seen::Listed => Seen::Listed,
-        Seen::Is(object) => Seen::Is(Box::new(of(*object))),
-        Seen::Gone(object) => Seen::Gone(Box::new(of(*object))),
-    }
-}
-
 impl World {
-    pub(super) fn new() -> Self {
+    /// Makes one that knows nothing; `discovery` if workloads are looked at.
+    pub(super) fn new(discovery: Option<Discovery>) -> Self {
         Self {
             prewarms: Table::new(),
             nodes: Table::new(),
             caches: Table::new(),
+            discovery,
             dirty: BTreeSet::new(),
         }
     }
@@ -187,6 +187,32 @@ impl World {
                 self.all_dirty();
             }
             Change::Cache(Seen::Is(cache)) => self.see_cache(*cache),
+            Change::Workload(kind, seen) => self.see_workload(kind, seen),
+        }
+    }
+
+    fn see_workload(&mut self, kind: Kind, seen: Seen<Sighting>) {
+        let Some(discovery) = &mut self.discovery else {
+            return;
+        };
+        let was_complete = discovery.is_complete();
+        let namespaces = discovery.apply(kind, seen);
+        // Those that mean workloads wait until all are known.
+        let is_new = discovery.is_complete() && !was_complete;
+        let concerned = self.prewarms.iter().filter(|(_, it)| {
+            it.spec.workloads.is_some() && (is_new || namespaces.contains(&it.namespace))
+        });
+        self.dirty.extend(concerned.map(|(uid, _)| uid.clone()));
+    }
+
+    /// What the workloads name that an object means; `Err` as long as that is not known.
+    fn find(&self, known: &Known) -> Result<Option<Found>, NotListed> {
+        match (&self.discovery, &known.spec.workloads) {
+            (None, _) | (_, None) => Ok(None),
+            (Some(discovery), Some(_)) if discovery.is_complete() => {
+                Ok(Some(discovery.find(&known.namespace, &known.spec)))
+            }
+            (Some(_), Some(_)) => Err(NotListed),
         }
     }
 
@@ -223,6 +249,7 @@ impl World {
             generation,
             created,
             spec: Arc::new(object.spec),
+            found: None,
             read: object.status.as_ref().map(digest),
             status: object.status.unwrap_or_default(),
             rollout,
@@ -265,6 +292,8 @@ impl World {
         premises: &Premises,
         now: Timestamp,
     ) -> Option<Plan> {
+        let found = self.find(self.prewarms.get(uid)?).ok()?;
+        self.prewarms.get_mut(uid)?.take_found(found);
         let known = self.prewarms.get(uid)?;
         let nodes: Vec<_> = self
             .nodes
@@ -302,6 +331,7 @@ impl World {
         let plan = plan(&Facts {
             generation: known.generation,
             spec: &known.spec,
+            found: known.found.as_ref(),
             status: &known.status,
             tasks: &known.tasks,
             nodes: &views,
@@ -325,6 +355,24 @@ impl World {
             self.dirty.insert(uid.to_owned());
         }
         Some(plan)
+    }
+}
+
+/// Not all workloads were listed: what is not found may be there.
+#[derive(Debug)]
+struct NotListed;
+
+impl Known {
+    /// Notes what workloads name. What could not be pulled with other secrets is tried again.
+    fn take_found(&mut self, found: Option<Found>) {
+        if let (Some(before), Some(now)) = (&self.found, &found) {
+            for image in &mut self.status.images {
+                if !now.is_as_in(before, &image.image) {
+                    images::try_anew(image);
+                }
+            }
+        }
+        self.found = found;
     }
 }
 

@@ -3,6 +3,7 @@ use serde_json::{Value, json};
 use super::*;
 
 mod laws;
+mod workloads;
 
 const PLATFORM: &str = "linux/amd64";
 
@@ -10,6 +11,7 @@ const PLATFORM: &str = "linux/amd64";
 struct World {
     generation: i64,
     spec: ImagePrewarmSpec,
+    found: Option<Found>,
     status: ImagePrewarmStatus,
     tasks: BTreeMap<ImageKey, Task>,
     nodes: Vec<(i32, WarmupPhase, &'static str)>,
@@ -25,6 +27,7 @@ impl World {
         let mut world = Self {
             generation: 0,
             spec: ImagePrewarmSpec::default(),
+            found: None,
             status: ImagePrewarmStatus::default(),
             tasks: BTreeMap::new(),
             nodes: Vec::new(),
@@ -65,6 +68,10 @@ impl World {
         let plan = plan(&Facts {
             generation: self.generation,
             spec: &self.spec,
+            found: self
+                .found
+                .as_ref()
+                .filter(|_| self.spec.workloads.is_some()),
             status: &self.status,
             tasks: &self.tasks,
             nodes: &nodes,

@@ -1,7 +1,13 @@
 use serde_json::{Value, json};
 
 use super::*;
-use crate::{api::Phase, prewarm::controller::plan::Outcome};
+use crate::{
+    api::{ImageState, Phase},
+    prewarm::controller::{
+        discovery::of_object,
+        plan::{Outcome, Problem},
+    },
+};
 
 /// What the controller has been told, and what it decides.
 struct Case {
@@ -36,19 +42,23 @@ fn node(name: &str, labels: Value, ready: &str) -> Change {
         "status": {"conditions": [{"type": "Ready", "status": ready}]},
     });
     let node: Node = serde_json::from_value(node).unwrap();
-    Change::Node(fold(is(node), |it| of_node(&it)))
+    Change::Node(is(node).map(|it| of_node(&it)))
 }
 
 fn cache(name: &str, warmups: Value) -> Change {
     let cache = json!({"metadata": {"name": name}, "status": {"warmups": warmups}});
     let cache: NodeImageCache = serde_json::from_value(cache).unwrap();
-    Change::Cache(fold(is(cache), of_cache))
+    Change::Cache(is(cache).map(of_cache))
 }
 
 impl Case {
     fn new() -> Self {
+        Self::with(None)
+    }
+
+    fn with(discovery: Option<Discovery>) -> Self {
         let mut case = Self {
-            world: World::new(),
+            world: World::new(discovery),
             now: 1000,
         };
         for listing in [
@@ -138,13 +148,10 @@ fn nodes_are_counted_if_they_are_ready_match_and_have_an_agent() {
     case.world.apply(node("n1", json!({"pool": "b"}), "True"));
     assert_eq!(case.decide(), ["p"]);
     assert_eq!(case.status("p").nodes.desired, 2);
-    case.world.apply(Change::Node(fold(
-        Seen::Gone(Box::new(Node::default())),
-        |_| Named {
-            name: "n4".to_owned(),
-            facts: NodeFacts::default(),
-        },
-    )));
+    case.world.apply(Change::Node(Seen::Gone(Box::new(Named {
+        name: "n4".to_owned(),
+        facts: NodeFacts::default(),
+    }))));
     case.decide();
     assert_eq!(case.status("p").nodes.desired, 1);
 }
@@ -234,4 +241,92 @@ fn one_that_waits_for_a_time_is_decided_about_when_it_comes() {
     case.now += 1;
     assert_eq!(case.decide(), ["p"]);
     assert_eq!(case.world.prewarms.get("p").unwrap().seed.len(), 1);
+}
+
+fn pod(name: &str, namespace: &str, image: &str, secret: &str) -> Change {
+    let object = json!({
+        "metadata": {"name": name, "namespace": namespace},
+        "spec": {"volumes": [{"csi": {"driver": "d", "volumeAttributes": {"image": image}, "nodePublishSecretRef": {"name": secret}}}]},
+    });
+    let object = serde_json::from_value(object).unwrap();
+    Change::Workload(Kind::Pod, is(object).map(|it| of_object(&it, "d")))
+}
+
+fn listed(case: &mut Case) {
+    for kind in Kind::ALL {
+        case.world.apply(Change::Workload(kind, Seen::Listing));
+        case.world.apply(Change::Workload(kind, Seen::Listed));
+    }
+}
+
+#[test]
+fn what_follows_workloads_waits_until_all_are_listed_and_others_do_not() {
+    let mut case = Case::with(Some(Discovery::new()));
+    for (uid, spec) in [
+        ("p", json!({})),
+        ("q", json!({"images": [], "workloads": {}})),
+    ] {
+        case.world.apply(Change::Prewarm(is(prewarm(uid, 1, spec))));
+    }
+    case.listed();
+    case.decide();
+    assert_eq!(case.status("p").observed_generation, 1);
+    // Without that, a new leader would have all images of it go.
+    assert_eq!(case.status("q").observed_generation, 0);
+    listed(&mut case);
+    assert_eq!(case.decide(), ["q"]);
+    assert_eq!(case.status("q").phase, Phase::Ready);
+    // The controller need not look at workloads for that to be said.
+    let mut case = Case::new();
+    case.world.apply(Change::Prewarm(is(prewarm(
+        "q",
+        1,
+        json!({"images": [], "workloads": {}}),
+    ))));
+    case.listed();
+    case.decide();
+    assert_eq!(case.status("q").phase, Phase::Failed);
+}
+
+#[test]
+fn objects_are_decided_anew_when_workloads_of_their_namespace_change() {
+    let mut case = Case::with(Some(Discovery::new()));
+    for (uid, spec) in [
+        ("p", json!({})),
+        (
+            "q",
+            json!({"images": [], "workloads": {}, "backoffLimit": 0}),
+        ),
+    ] {
+        case.world.apply(Change::Prewarm(is(prewarm(uid, 1, spec))));
+    }
+    case.listed();
+    listed(&mut case);
+    case.decide();
+    case.world.apply(pod("a", "elsewhere", "r/b:1", "s"));
+    assert_eq!(case.decide(), [""; 0]);
+    case.world.apply(pod("a", "team", "r/b:1", "s"));
+    assert_eq!(case.decide(), ["q"]);
+    let key = ImageKey {
+        image: "r/b:1".to_owned(),
+        platform: "linux/amd64".to_owned(),
+    };
+    assert_eq!(case.world.prewarms.get("q").unwrap().seed, std::slice::from_ref(&key));
+    case.world.apply(pod("a", "team", "r/b:1", "s"));
+    assert_eq!(case.decide(), [""; 0]);
+    // It is given up with this secret, and tried again with another one.
+    let problem = Problem {
+        reason: "Unauthorized",
+        message: "m".to_owned(),
+        is_transient: false,
+    };
+    let known = case.world.prewarms.get_mut("q").unwrap();
+    known.tasks.insert(key.clone(), Task::Failed(problem));
+    case.world.dirty.insert("q".to_owned());
+    case.decide();
+    assert_eq!(case.status("q").images[0].state, ImageState::Failed);
+    case.world.apply(pod("b", "team", "r/b:1", "other"));
+    assert_eq!(case.decide(), ["q"]);
+    assert_eq!(case.status("q").images[0].attempts, 0);
+    assert_eq!(case.world.prewarms.get("q").unwrap().seed, [key]);
 }

@@ -4,6 +4,7 @@ use proptest::prelude::*;
 use serde_json::json;
 
 use super::*;
+use crate::prewarm::controller::discovery::FoundImage;
 
 #[derive(Debug, Clone)]
 enum Step {
@@ -11,6 +12,7 @@ enum Step {
     Node(usize, u8),
     Later(i64),
     Change(u8),
+    Found(u8),
     Forget,
 }
 
@@ -19,7 +21,8 @@ fn step() -> impl Strategy<Value = Step> {
         4 => (0..2usize, 0..5u8).prop_map(|(at, what)| Step::Task(at, what)),
         4 => (0..4usize, 0..5u8).prop_map(|(at, what)| Step::Node(at, what)),
         2 => (1..700i64).prop_map(Step::Later),
-        1 => (0..5u8).prop_map(Step::Change),
+        1 => (0..7u8).prop_map(Step::Change),
+        1 => (0..5u8).prop_map(Step::Found),
         1 => Just(Step::Forget),
     ]
 }
@@ -36,6 +39,8 @@ proptest! {
             json!({"images": images, "activeDeadlineSeconds": 500, "backoffLimit": 1}),
             json!({"images": images, "refreshIntervalSeconds": 100}),
             json!({"images": images, "target": "Remote", "ttlSecondsAfterFinished": 10}),
+            json!({"images": [], "workloads": {}}),
+            json!({"images": [{"image": "r/a:1"}], "workloads": {}}),
         ];
         let mut world = World::new(specs[0].clone());
         world.nodes = vec![(10, Pending, ""), (400, Pending, ""), (400, Pending, ""), (999, Pending, "")];
@@ -71,6 +76,20 @@ proptest! {
                     // As the controller does: tasks are of one generation.
                     world.tasks.clear();
                     world.change(specs[usize::from(at)].clone());
+                }
+                Step::Found(what) => {
+                    let names: &[&str] = match what {
+                        0 => &[],
+                        1 => &["r/a:1"],
+                        2 => &["r/b:1"],
+                        _ => &["r/a:1", "r/b:1"],
+                    };
+                    world.found = (what != 4).then(|| Found {
+                        images: names.iter().map(|it| ((*it).to_owned(), FoundImage { is_for_default: true, ..FoundImage::default() })).collect(),
+                        n_left_out: usize::from(what == 1),
+                    });
+                    // As the controller does: nobody is seeded whom nobody wants.
+                    world.decide();
                 }
                 Step::Forget => {
                     world.tasks.clear();

@@ -1,10 +1,10 @@
 //! What a watch has told of, by key, with what a new listing does not name any more taken out.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, ops::Bound};
 
 /// Facts by key.
 #[derive(Debug)]
-pub(super) struct Table<V> {
+pub(in crate::prewarm) struct Table<V> {
     rows: BTreeMap<String, Row<V>>,
     listing: u64,
     is_complete: bool,
@@ -18,7 +18,7 @@ struct Row<V> {
 }
 
 impl<V> Table<V> {
-    pub(super) fn new() -> Self {
+    pub(in crate::prewarm) fn new() -> Self {
         Self {
             rows: BTreeMap::new(),
             listing: 0,
@@ -27,12 +27,12 @@ impl<V> Table<V> {
     }
 
     /// A listing begins.
-    pub(super) fn begin(&mut self) {
+    pub(in crate::prewarm) fn begin(&mut self) {
         self.listing += 1;
     }
 
     /// A listing has ended: returns the keys of what has gone.
-    pub(super) fn end(&mut self) -> Vec<String> {
+    pub(in crate::prewarm) fn end(&mut self) -> Vec<String> {
         self.is_complete = true;
         let gone = self
             .rows
@@ -41,47 +41,58 @@ impl<V> Table<V> {
     }
 
     /// Whether a listing has ended at all: before, nobody knows what there is.
-    pub(super) fn is_complete(&self) -> bool {
+    pub(in crate::prewarm) fn is_complete(&self) -> bool {
         self.is_complete
     }
 
     /// Notes facts; returns those before.
-    pub(super) fn set(&mut self, key: String, facts: V) -> Option<V> {
+    pub(in crate::prewarm) fn set(&mut self, key: String, facts: V) -> Option<V> {
         let listing = self.listing;
         let before = self.rows.insert(key, Row { facts, listing });
         before.map(|it| it.facts)
     }
 
     /// Notes that it is there still, as it was; returns it.
-    pub(super) fn see(&mut self, key: &str) -> Option<&mut V> {
+    pub(in crate::prewarm) fn see(&mut self, key: &str) -> Option<&mut V> {
         let row = self.rows.get_mut(key)?;
         row.listing = self.listing;
         Some(&mut row.facts)
     }
 
-    pub(super) fn get(&self, key: &str) -> Option<&V> {
+    pub(in crate::prewarm) fn get(&self, key: &str) -> Option<&V> {
         self.rows.get(key).map(|it| &it.facts)
     }
 
-    pub(super) fn get_mut(&mut self, key: &str) -> Option<&mut V> {
+    pub(in crate::prewarm) fn get_mut(&mut self, key: &str) -> Option<&mut V> {
         self.rows.get_mut(key).map(|it| &mut it.facts)
     }
 
-    pub(super) fn remove(&mut self, key: &str) -> Option<V> {
+    pub(in crate::prewarm) fn remove(&mut self, key: &str) -> Option<V> {
         self.rows.remove(key).map(|it| it.facts)
     }
 
-    pub(super) fn iter(&self) -> impl Iterator<Item = (&String, &V)> {
+    pub(in crate::prewarm) fn iter(&self) -> impl Iterator<Item = (&String, &V)> {
         self.rows.iter().map(|(key, row)| (key, &row.facts))
     }
 
-    pub(super) fn for_each(&mut self, mut act: impl FnMut(&str, &mut V)) {
+    /// Those whose keys begin with `prefix`.
+    pub(in crate::prewarm) fn of_prefix<'a>(
+        &'a self,
+        prefix: &'a str,
+    ) -> impl Iterator<Item = &'a V> {
+        let from = (Bound::Included(prefix), Bound::Unbounded);
+        let rows = self.rows.range::<str, _>(from);
+        let rows = rows.take_while(move |(key, _)| key.starts_with(prefix));
+        rows.map(|(_, row)| &row.facts)
+    }
+
+    pub(in crate::prewarm) fn for_each(&mut self, mut act: impl FnMut(&str, &mut V)) {
         for (key, row) in &mut self.rows {
             act(key, &mut row.facts);
         }
     }
 
-    pub(super) fn len(&self) -> usize {
+    pub(in crate::prewarm) fn len(&self) -> usize {
         self.rows.len()
     }
 }
