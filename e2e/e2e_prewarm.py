@@ -113,3 +113,28 @@ class Prewarm(DriverCase):
         self.wait_event("anonymous", PRIVATE_REGISTRY, "credentials")
         self.run_pod("entitled", node=NODES[0], image=reference, secret="right")
         self.assertEqual(self.exec("entitled", "cat", "/mnt/hello"), "hello\n")
+
+    def test_a_deployment_is_warm_before_it_has_pods(self):
+        """A Deployment of no replicas is found, and warmed on both nodes; when it is scaled up, its pods read without a blob from the registry."""
+        self.release.upgrade({"prewarm": {"enabled": True, "discovery": {"enabled": True}, "pullSecrets": {"namespaces": ["default"]}}})
+        self.release.empty_all()
+        reference = self.cluster.push("demo5")
+        of_pod = pod("web", image=reference)
+        spec = {it: value for it, value in of_pod["spec"].items() if it != "restartPolicy"}
+        labels = of_pod["metadata"]["labels"]
+        following = prewarm("web", parallelism="100%", workloads={"selector": {"matchLabels": labels}})
+        del following["spec"]["images"]
+        self.create({"apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": "web", "namespace": "default", "labels": labels},
+                     "spec": {"replicas": 0, "selector": {"matchLabels": labels}, "template": {"metadata": {"labels": labels}, "spec": spec}}}, following)
+        self.cluster.wait(PREWARMS, "web", lambda it: it and it.get("status", {}).get("imagesSeeded") == "1/1" and it["status"]["phase"] == "Ready", "the Deployment's image to be warm", 60)
+        self.assertEqual(self.cluster.get(f"{PREWARMS}/web")["status"]["nodesReady"], "2/2")
+        mark = self.cluster.registry.mark()
+        asked = lambda: [self.metric(node, "registry_requests_total", op=op) for node in NODES for op in ("blob", "config")]
+        before = asked()
+        begin = time.monotonic()
+        self.kubectl("scale", "deployment", "web", "--replicas=3")
+        self.kubectl("rollout", "status", "deployment", "web", "--timeout=60s")
+        say(f"three pods were ready {time.monotonic() - begin:.1f} s after the Deployment was scaled up")
+        for it in self.cluster.get("api/v1/namespaces/default/pods", labelSelector="app=web")["items"]:
+            self.assert_files(it["metadata"]["name"], "demo5")
+        self.assertEqual((sum(self.blob_gets("demo5", mark)), asked()), (0, before))

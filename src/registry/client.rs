@@ -11,7 +11,7 @@ use oci_client::manifest::{OciImageIndex, OciImageManifest};
 use super::{
     blob::RepositoryBlobs,
     config::{RegistryConfig, RegistryConfigError},
-    documents::{DocumentLimits, ImageDocuments},
+    documents::{DocumentLimits, ImageDocuments, KeptConfigs},
     keyring::Keyring,
     manifest::{self, Choice, Fault, Manifest},
     node_credentials::NodeCredentials,
@@ -51,6 +51,8 @@ pub struct RegistryClient {
     keyring: Arc<Keyring>,
     /// Without them, no index is looked for in the registry.
     pushed_indexes: Option<PushedIndexOptions>,
+    /// Asked for configurations before the registry is.
+    kept_configs: Option<Arc<dyn KeptConfigs>>,
     /// Latest last. std Mutex: held for a look at a short list, never across an await.
     sessions: Mutex<Vec<Arc<Session>>>,
     /// Latest last. std Mutex, likewise.
@@ -94,6 +96,7 @@ impl RegistryClient {
             transport: Arc::new(Transport::new(config, metrics)?),
             keyring: Arc::new(keyring),
             pushed_indexes: None,
+            kept_configs: None,
             sessions: Mutex::default(),
             proofs: Mutex::default(),
         })
@@ -125,6 +128,13 @@ impl RegistryClient {
     pub fn with_pushed_indexes(mut self, options: PushedIndexOptions) -> Self {
         let is_wanted = self.transport.config.use_pushed_indexes;
         self.pushed_indexes = is_wanted.then_some(options);
+        self
+    }
+
+    /// Has configurations of images taken from `kept` where it has them.
+    #[must_use]
+    pub fn with_kept_configs(mut self, kept: Option<Arc<dyn KeptConfigs>>) -> Self {
+        self.kept_configs = kept;
         self
     }
 
@@ -208,6 +218,7 @@ impl RegistryClient {
             session: &session,
             image,
             platform,
+            kept_configs: self.kept_configs.as_deref(),
             proof: if asks_origin {
                 Route::OriginOnly
             } else {
@@ -305,6 +316,7 @@ struct Resolving<'a> {
     session: &'a Session,
     image: &'a ImageRef,
     platform: &'a Platform,
+    kept_configs: Option<&'a dyn KeptConfigs>,
     /// Who may answer for the first manifest, which proves the right to pull.
     proof: Route,
 }
@@ -465,6 +477,9 @@ impl Resolving<'_> {
                 config.size_bytes, settings.max_manifest_bytes
             ))));
         }
+        if let Some(kept) = self.kept_config(&config.digest).await {
+            return Ok(kept);
+        }
         let object = Object {
             op: Op::Config,
             path: format!("blobs/{}", config.digest),
@@ -486,6 +501,15 @@ impl Resolving<'_> {
         self.session
             .document(&object, form, Route::MirrorsFirst, check)
             .await
+    }
+
+    /// The image's configuration, if it was kept where it is nearer.
+    async fn kept_config(&self, digest: &BlobDigest) -> Option<(manifest::ImageConfig, Bytes)> {
+        // Not the size that the manifest gives: one that lies must not have it thrown away as too large.
+        let max_bytes = self.session.transport.config.max_manifest_len();
+        let bytes = self.kept_configs?.config(digest, max_bytes).await?;
+        let parsed = manifest::parse_config(&bytes).ok()?;
+        (BlobDigest::of(&bytes) == *digest).then_some((parsed, bytes))
     }
 
     fn error(&self, fault: Fault) -> SourceError {

@@ -1,6 +1,8 @@
 //! Reads what an image is made of out of its own documents, wherever they were kept: no registry is
 //! asked.
 
+use std::fmt;
+
 use bytes::Bytes;
 use oci_client::manifest::OciImageManifest;
 
@@ -8,7 +10,10 @@ use super::{
     client::ResolvedImage,
     manifest::{self, Fault, Manifest},
 };
-use crate::digest::{BlobDigest, ManifestDigest};
+use crate::{
+    digest::{BlobDigest, ManifestDigest},
+    tier::BoxFuture,
+};
 
 /// What an image is made of, byte for byte as its registry gave it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -17,6 +22,22 @@ pub struct ImageDocuments {
     pub manifest: Bytes,
     /// The configuration that the manifest names.
     pub config: Bytes,
+}
+
+/// Has configurations of images where they are nearer than at their registry.
+///
+/// They give nobody a right to an image: the manifest, which leads to its configuration, is asked of the registry always.
+pub trait KeptConfigs: fmt::Debug + Send + Sync {
+    /// Returns a configuration, or what is said to be it: whoever asks compares the digest; `None` if there is none of
+    /// `max_bytes` at most, or nobody answers.
+    ///
+    /// # Cancellation
+    /// Safe.
+    fn config<'a>(
+        &'a self,
+        digest: &'a BlobDigest,
+        max_bytes: usize,
+    ) -> BoxFuture<'a, Option<Bytes>>;
 }
 
 /// Bounds for documents that are read.

@@ -54,7 +54,7 @@ mod transport;
 pub use client::{RegistryClient, ResolvedImage};
 pub use config::{HostConfig, RegistryConfig, RegistryConfigError};
 pub use credentials::{Credentials, DockerConfig, DockerConfigError};
-pub use documents::{DocumentError, DocumentLimits, ImageDocuments};
+pub use documents::{DocumentError, DocumentLimits, ImageDocuments, KeptConfigs};
 pub use platform::{Platform, PlatformError};
 pub use push::{LayerPush, PushError, Pushed};
 pub use pushed::PushedIndexOptions;

@@ -3,6 +3,7 @@
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use anyhow::Context;
+use bytes::Bytes;
 use tokio::runtime::Handle;
 
 use super::{BadConfig, references::References};
@@ -10,17 +11,18 @@ use crate::{
     cli::ImageArgs,
     clock::{Clock, SystemClock},
     config::Config,
-    digest::ManifestDigest,
+    digest::{BlobDigest, ManifestDigest},
     indexer::{Indexer, OpenImage},
     layer::store::{LayerStore, Remote},
     metrics::Metrics,
     node_taint,
     registry::{
-        Credentials, DockerConfig, ImageRef, Platform, PushedIndexOptions, RegistryClient,
-        RegistryConfig, Requester, ResolvedImage, ServiceAccounts,
+        Credentials, DockerConfig, ImageRef, KeptConfigs, Platform, PushedIndexOptions,
+        RegistryClient, RegistryConfig, Requester, ResolvedImage, ServiceAccounts,
     },
-    remote::{self, Uploader},
+    remote::{self, Answer, ContentCache, Uploader},
     service_accounts::ClusterServiceAccounts,
+    tier::BoxFuture,
     warm::{Warmer, Warms},
 };
 
@@ -37,6 +39,25 @@ pub(super) struct Engine {
     pub(super) store: LayerStore,
     pub(super) indexer: Indexer,
     pub(super) metrics: Metrics,
+}
+
+/// The configurations of images that were warmed.
+#[derive(Debug)]
+struct RemoteConfigs(ContentCache);
+
+impl KeptConfigs for RemoteConfigs {
+    fn config<'a>(
+        &'a self,
+        digest: &'a BlobDigest,
+        max_bytes: usize,
+    ) -> BoxFuture<'a, Option<Bytes>> {
+        Box::pin(async move {
+            match self.0.image_config(digest, max_bytes).await {
+                Answer::Has(config) => Some(config),
+                Answer::Lacks | Answer::Down { .. } => None,
+            }
+        })
+    }
 }
 
 /// A client that speaks plain http to certain hosts.
@@ -66,8 +87,11 @@ impl Engine {
             key: config.remote.integrity_key().map_err(BadConfig::new)?,
             max_index_bytes: config.cache.max_layer_index_bytes,
         };
+        let remote = remote::open(&config.remote, &metrics, &clock).map_err(BadConfig::new)?;
+        let kept_configs = remote.clone().map(|it| Arc::new(RemoteConfigs(it)) as _);
         let client = |config: RegistryConfig| {
             let client = RegistryClient::new(config, metrics.clone()).map_err(BadConfig::new)?;
+            let client = client.with_kept_configs(Option::clone(&kept_configs));
             anyhow::Ok(client.with_pushed_indexes(pushed_indexes.clone()))
         };
         let registry = client(config.registry.clone())?;
@@ -80,7 +104,6 @@ impl Engine {
             hosts: config.registry.insecure_hosts.clone(),
             registry: client(with_plain_http)?,
         };
-        let remote = remote::open(&config.remote, &metrics, &clock).map_err(BadConfig::new)?;
         let remote = remote.map(|cache| {
             let options = config.remote.upload_options();
             let uploader = Arc::new(Uploader::start(cache.clone(), options));

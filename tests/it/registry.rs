@@ -13,6 +13,8 @@ mod distribution;
 mod faults;
 #[path = "registry/hosts_dir.rs"]
 mod hosts_dir;
+#[path = "registry/kept.rs"]
+mod kept;
 #[path = "registry/memory.rs"]
 mod memory;
 #[path = "registry/mirrors.rs"]

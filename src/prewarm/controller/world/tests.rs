@@ -311,7 +311,10 @@ fn objects_are_decided_anew_when_workloads_of_their_namespace_change() {
         image: "r/b:1".to_owned(),
         platform: "linux/amd64".to_owned(),
     };
-    assert_eq!(case.world.prewarms.get("q").unwrap().seed, std::slice::from_ref(&key));
+    assert_eq!(
+        case.world.prewarms.get("q").unwrap().seed,
+        std::slice::from_ref(&key)
+    );
     case.world.apply(pod("a", "team", "r/b:1", "s"));
     assert_eq!(case.decide(), [""; 0]);
     // It is given up with this secret, and tried again with another one.
