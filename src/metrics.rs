@@ -178,7 +178,7 @@ pub struct Metrics {
     pub prewarm_objects: IntGaugeVec,
     /// Nodes that ImagePrewarms are for, by what became of it, over all of these.
     pub prewarm_nodes: IntGaugeVec,
-    /// Age of the oldest ImagePrewarm that is not at its end.
+    /// How long an ImagePrewarm has had something to do, of the one that has had it longest.
     pub prewarm_lag: IntGauge,
     /// Images that are being seeded.
     pub prewarm_seedings: IntGauge,

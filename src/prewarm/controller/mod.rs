@@ -394,7 +394,8 @@ impl Decisions {
             // One that was ready, and has something new to have, is late from then on.
             let mut conditions = status.conditions.iter();
             let since = conditions.find(|it| it.type_ == conditions::READY);
-            let since = since.map(|it| &it.last_transition_time).filter(|_| is_open);
+            let since = since.map(|it| &it.last_transition_time);
+            let since = since.max(status.started_at.as_ref()).filter(|_| is_open);
             let age = since.map_or(0, |it| now.as_second() - it.0.as_second());
             lag_seconds = lag_seconds.max(age);
         }
