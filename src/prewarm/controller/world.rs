@@ -199,6 +199,10 @@ impl World {
         let namespaces = discovery.apply(kind, seen);
         // Those that mean workloads wait until all are known.
         let is_new = discovery.is_complete() && !was_complete;
+        // Pods change all the time, and mostly in what does not count.
+        if namespaces.is_empty() && !is_new {
+            return;
+        }
         let concerned = self.prewarms.iter().filter(|(_, it)| {
             it.spec.workloads.is_some() && (is_new || namespaces.contains(&it.namespace))
         });
