@@ -14,7 +14,7 @@ import yaml
 from cluster import containers
 from cluster.case import docker_config
 from cluster.release import secret
-from harness import driver, paths, process, services
+from harness import dashboard, driver, paths, process, prometheus, services
 from harness.api_server import ApiServer
 from harness.environment import Case
 from harness.process import say
@@ -109,6 +109,10 @@ class PrewarmCase(Case):
 
     def agent(self, node: str, toml: pathlib.Path | None = None) -> Agent:
         self.api.node(node)
+        return self.start_agent(node, toml)
+
+    def start_agent(self, node: str, toml: pathlib.Path | None = None) -> Agent:
+        """On a node that is there."""
         agent = Agent(self, node, toml)
         # Before the directory goes, and whatever it is at.
         self.addCleanup(lambda: agent.server.kill())
@@ -199,6 +203,29 @@ class PrewarmFleet(PrewarmCase):
         time.sleep(3)
         self.assertEqual(first.metric("prewarm_warmups_total"), 0, "what was warmed is not warmed again")
         self.assertEqual(self.api.get(path)["status"]["nodesReady"], "17/17")
+
+
+class PrewarmPanels(PrewarmCase):
+    N_AGENTS = 2
+
+    def test_every_panel_of_prewarming_has_data(self):
+        """A real Prometheus scrapes agents and controller; each query of the dashboard about pre-warming returns something."""
+        controller = self.controller("c1")
+        addresses = {agent.node: f"127.0.0.1:{agent.port}" for agent in self.agents}
+        watching = prometheus.Prometheus(self.work, addresses, controllers={"n00": f"127.0.0.1:{controller.port}"}, scrape_interval="1s")
+        self.addCleanup(watching.stop)
+        process.wait_until(lambda: time.sleep(0.2) or watching.targets_up() == 3, "all to be scraped", 30)
+        begin = time.time()
+        self.wait_phase(self.prewarm("demo", self.env.push("demo5"), parallelism="100%"), "Ready")
+        panels = [it for it in dashboard.panels(dashboard.load(), rate_interval="10s") if any("clip_csi_prewarm_" in query.expr for query in it.queries)]
+        self.assertGreaterEqual(len(panels), 6)
+        queries = [query for it in panels for query in it.queries]
+        # A metric that is not there is as empty as one that nobody counts, so that each query is looked at by itself.
+        without = lambda: [it.expr for it in queries if not watching.query_range(it.expr, begin, time.time(), 1)]
+        process.wait_until(lambda: time.sleep(0.5) or not without(), f"data for all of them; now there is none for {without()}", 30)
+        nodes = next(it for it in queries if "prewarm_nodes" in it.expr)
+        newest = {it["metric"]["warmup"]: it["value"][1] for it in watching.query(nodes.expr)}
+        self.assertEqual(newest, {"pending": "0", "warming": "0", "ready": "2", "failed": "0"})
 
 
 class PrewarmLeading(PrewarmCase):
@@ -390,6 +417,20 @@ class PrewarmStopping(PrewarmCase):
         it = self.wait_phase(path, "Ready")
         self.assertEqual(it["status"]["nodes"]["desired"], 0)
         self.api.wait(path, lambda it: it is None, "the object to be deleted", 15)
+
+    def test_a_node_whose_taint_goes_is_warmed_soon(self):
+        """A node that comes up has taints that go within a minute: those of Kubernetes, and the driver's own."""
+        path = self.prewarm("any", self.env.push("small"), parallelism="100%")
+        self.wait_phase(path, "Ready")
+        self.api.node("n02")
+        taint = lambda *taints: self.api.do("PATCH", "/api/v1/nodes/n02", {"spec": {"taints": [{"key": it, "effect": "NoSchedule"} for it in taints]}}, "application/merge-patch+json")
+        taint("node.kubernetes.io/not-ready")
+        late = self.start_agent("n02")
+        process.wait_until(lambda: time.sleep(0.2) or len(self.api.get(CACHES)["items"]) == 3, "its object", 30)
+        self.assertEqual(self.api.get(path)["status"]["nodesReady"], "2/2")
+        taint()
+        self.api.wait(path, lambda it: it["status"]["nodesReady"] == "3/3", "the node to be warmed", 40)
+        self.assertEqual(late.metric("prewarm_warmups_total", outcome="ok"), 1)
 
     def test_a_dead_node_holds_up_nobody(self):
         """A node whose kubelet is gone is not waited for; one whose agent alone is gone keeps its place for a minute at most."""

@@ -9,8 +9,8 @@ import urllib.request
 from . import paths, process
 
 RULES = paths.REPO / "deploy/helm/clip-csi/files/rules"
-# What the chart's PodMonitor sets.
-JOB = "clip-csi-node"
+# What the chart's PodMonitors set.
+JOB, PREWARM_JOB = "clip-csi-node", "clip-csi-prewarm"
 
 
 class Client:
@@ -43,10 +43,11 @@ class Client:
 
 
 class Prometheus(Client):
-    """The server. `targets` are the nodes' names and the addresses of their metrics."""
+    """The server. `targets` are the nodes' names and the addresses of their metrics; `controllers` those of controllers of pre-warming."""
 
-    def __init__(self, work: pathlib.Path, targets: dict[str, str], *, scrape_interval="5s"):
+    def __init__(self, work: pathlib.Path, targets: dict[str, str], *, controllers: dict[str, str] | None = None, scrape_interval="5s"):
         self.targets_file = work / "prometheus-targets.json"
+        self.controllers = controllers or {}
         self.set_targets(targets)
         config = work / "prometheus.json"
         # JSON is YAML.
@@ -66,7 +67,8 @@ class Prometheus(Client):
 
     def set_targets(self, targets: dict[str, str]) -> None:
         """Also later: Prometheus reads the file again when it changes."""
-        entries = [{"targets": [address], "labels": {"node": node, "instance": node}} for node, address in targets.items()]
+        entries = [{"targets": [address], "labels": {"job": job, "node": node, "instance": node}}
+                   for job, of_job in ((JOB, targets), (PREWARM_JOB, self.controllers)) for node, address in of_job.items()]
         new = self.targets_file.with_suffix(".new")
         new.write_text(json.dumps(entries))
         new.rename(self.targets_file.with_suffix(".json"))

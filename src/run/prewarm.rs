@@ -24,7 +24,7 @@ use crate::{
     },
     registry::Platform,
     remote::RemoteKind,
-    warm::Warms,
+    warm::{Fills, Warms},
 };
 
 /// Seeds and paces until a signal asks for the end.
@@ -89,7 +89,7 @@ pub(super) fn node_warming(
     client: Client,
     node: &str,
     pods_of: Option<String>,
-    parts: Arc<dyn Warms>,
+    parts: Arc<dyn Fills>,
     config: &Config,
     metrics: &Metrics,
 ) -> NodeWarming {

@@ -21,9 +21,13 @@ mod progress;
 mod seed;
 mod source;
 
+use std::sync::Arc;
+
 use serde::{Deserialize, Serialize};
 
-use crate::{indexer::Indexer, layer::store::LayerStore, registry::RegistryClient};
+use crate::{
+    indexer::Indexer, layer::store::LayerStore, registry::RegistryClient, tier::BoxFuture,
+};
 
 pub use error::WarmError;
 pub use fill::{FillLimits, FillRequest, Filled, Origin};
@@ -61,4 +65,30 @@ pub struct Warmer<'a> {
 pub trait Warms: Send + Sync + 'static {
     /// Lends them.
     fn warmer(&self) -> Warmer<'_>;
+}
+
+/// Whoever fills a node's disk: all that a node's part of pre-warming needs of the rest.
+pub trait Fills: Send + Sync + 'static {
+    /// Has an image on the local disk, as [`Warmer::fill`] does.
+    ///
+    /// # Errors
+    /// [`WarmError`]; what came before stays.
+    ///
+    /// # Cancellation
+    /// Safe.
+    fn fill<'a>(
+        &'a self,
+        request: &'a FillRequest,
+        progress: &'a Arc<WarmProgress>,
+    ) -> BoxFuture<'a, Result<Filled, WarmError>>;
+}
+
+impl<T: Warms> Fills for T {
+    fn fill<'a>(
+        &'a self,
+        request: &'a FillRequest,
+        progress: &'a Arc<WarmProgress>,
+    ) -> BoxFuture<'a, Result<Filled, WarmError>> {
+        Box::pin(async move { self.warmer().fill(request, progress).await })
+    }
 }

@@ -47,7 +47,7 @@ use crate::{
     cluster::{Seen, Selector, watch},
     metrics::Metrics,
     telemetry::error_chain,
-    warm::Warms,
+    warm::Fills,
 };
 
 /// How often it is looked what is to be done.
@@ -56,7 +56,11 @@ const ROUND: Duration = Duration::from_secs(1);
 /// How long an answer may take.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// How long it is known what the Node object says of this node.
+/// How soon the Node object is read again after it was read first, or has changed: a node that comes up has taints that
+/// soon go, the driver's own among them.
+const FIRST_LOOK: Duration = Duration::from_secs(10);
+
+/// How long it is known what the Node object says of this node, once it says the same for a while.
 const NODE_KNOWN: Duration = Duration::from_secs(300);
 
 /// How long a failed read is not tried again.
@@ -95,7 +99,11 @@ pub struct NodeWarming {
     report: Report,
     bound: Bound,
     pod_tasks: Tasks,
-    node: Option<(NodeFacts, String, Instant)>,
+    /// What counts of the Node object, and its uid.
+    node: Option<(NodeFacts, String)>,
+    /// When it is read again, and how long that was put off.
+    look_at: Instant,
+    look_wait: Duration,
 }
 
 impl std::fmt::Debug for NodeWarming {
@@ -110,7 +118,7 @@ impl NodeWarming {
     /// Makes one that does nothing yet.
     pub fn new(
         client: Client,
-        parts: Arc<dyn Warms>,
+        parts: Arc<dyn Fills>,
         settings: Settings,
         metrics: Metrics,
     ) -> Self {
@@ -125,6 +133,8 @@ impl NodeWarming {
             client,
             settings,
             node: None,
+            look_at: Instant::now(),
+            look_wait: Duration::ZERO,
         }
     }
 
@@ -290,65 +300,49 @@ impl NodeWarming {
         for (uid, done, total) in self.tasks.progress() {
             self.queue.progress(&uid, done, total);
         }
-        if let Some((_, node_uid, _)) = &self.node {
+        if let Some((_, node_uid)) = &self.node {
             self.report.write(node_uid, &mut self.queue).await;
         }
     }
 
-    /// Reads the node's own object from time to time.
+    /// Reads the node's own object from time to time. What is known of it counts until then.
     async fn look_at_node(&mut self) {
-        let is_known = self
-            .node
-            .as_ref()
-            .is_some_and(|(_, _, at)| at.elapsed() < NODE_KNOWN);
-        if is_known {
+        let now = Instant::now();
+        if now < self.look_at {
             return;
         }
         let nodes: Api<Node> = Api::all(self.client.clone());
         let name = &self.settings.node;
-        match timeout(ANSWER_TIMEOUT, nodes.get(name)).await {
+        let error = match timeout(ANSWER_TIMEOUT, nodes.get(name)).await {
             Ok(Ok(node)) => {
                 let facts = NodeFacts::of(&node);
-                if self
-                    .node
-                    .as_ref()
-                    .is_some_and(|(before, ..)| *before != facts)
-                {
+                let before = self.node.as_ref();
+                let has_changed = before.is_some_and(|(before, _)| *before != facts);
+                if has_changed {
                     info!(
                         node.name = name,
                         "labels or taints of the node have changed"
                     );
                     self.queue.read_anew();
                 }
-                let uid = node.metadata.uid.unwrap_or_default();
-                self.node = Some((facts, uid, Instant::now()));
+                self.look_wait = next_look(self.look_wait, has_changed);
+                self.look_at = now + self.look_wait;
+                self.node = Some((facts, node.metadata.uid.unwrap_or_default()));
+                return;
             }
-            Ok(Err(err)) => {
-                let error = error_chain(&err);
-                warn!(
-                    node.name = name,
-                    error, "cannot read the Node, so nothing is warmed for now"
-                );
-                self.put_off();
-            }
-            Err(_) => {
-                warn!(node.name = name, "the Kubernetes API does not answer");
-                self.put_off();
-            }
-        }
-    }
-
-    /// Has the node looked at again in a while; what was known of it still counts.
-    fn put_off(&mut self) {
-        let wait = NODE_KNOWN.saturating_sub(RETRY_AFTER);
-        if let (Some((_, _, at)), Some(then)) = (&mut self.node, Instant::now().checked_sub(wait)) {
-            *at = then;
-        }
+            Ok(Err(err)) => error_chain(&err).to_string(),
+            Err(_) => "the Kubernetes API does not answer".to_owned(),
+        };
+        warn!(
+            node.name = name,
+            error, "cannot read the Node, trying again"
+        );
+        self.look_at = now + RETRY_AFTER;
     }
 
     /// Reads an object, and finds what is to be done for it here: `Ok(None)` if nothing is.
     async fn read(&self, uid: &str, namespace: &str, name: &str) -> Result<Option<Order>, String> {
-        let Some((facts, ..)) = &self.node else {
+        let Some((facts, _)) = &self.node else {
             return Err("the Node is not known".to_owned());
         };
         let object = self.get(namespace, name).await?;
@@ -366,5 +360,28 @@ impl NodeWarming {
             Ok(Err(err)) => Err(error_chain(&err).to_string()),
             Err(_) => Err("the Kubernetes API does not answer".to_owned()),
         }
+    }
+}
+
+/// How long the Node object need not be read again, after `before` was enough.
+fn next_look(before: Duration, has_changed: bool) -> Duration {
+    match before.is_zero() || has_changed {
+        true => FIRST_LOOK,
+        false => (before * 3).min(NODE_KNOWN),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_node_is_looked_at_often_while_it_is_new_or_changes() {
+        let mut wait = Duration::ZERO;
+        let waits = [false, false, false, false, false, true, false].map(|has_changed| {
+            wait = next_look(wait, has_changed);
+            wait.as_secs()
+        });
+        assert_eq!(waits, [10, 30, 90, 270, 300, 10, 30]);
     }
 }

@@ -16,7 +16,7 @@ use crate::{
     metrics::{Metrics, Tier},
     prewarm::controller::what,
     registry::Requester,
-    warm::{FillLimits, FillRequest, Filled, Origin, Pace, WarmError, WarmProgress, Warms},
+    warm::{FillLimits, FillRequest, Filled, Fills, Origin, Pace, WarmError, WarmProgress},
 };
 
 /// How an image cannot even be asked for.
@@ -33,7 +33,7 @@ struct Running {
 
 /// Runs the tasks. They end with it.
 pub(super) struct Tasks {
-    parts: Arc<dyn Warms>,
+    parts: Arc<dyn Fills>,
     pace: Arc<Pace>,
     settings: Settings,
     metrics: Metrics,
@@ -44,7 +44,7 @@ pub(super) struct Tasks {
 }
 
 impl Tasks {
-    pub(super) fn new(parts: Arc<dyn Warms>, settings: &Settings, metrics: Metrics) -> Self {
+    pub(super) fn new(parts: Arc<dyn Fills>, settings: &Settings, metrics: Metrics) -> Self {
         Self {
             parts,
             pace: Arc::new(Pace::new(settings.config.bytes_per_second)),
@@ -176,7 +176,7 @@ impl Tasks {
 
 /// What a task works with.
 struct Work {
-    parts: Arc<dyn Warms>,
+    parts: Arc<dyn Fills>,
     pace: Arc<Pace>,
     has_remote: bool,
     evict_unused_for: Option<std::time::Duration>,
@@ -260,7 +260,7 @@ impl Work {
                 evict_unused_for: self.evict_unused_for,
             },
         };
-        let filled = self.parts.warmer().fill(&request, progress).await;
+        let filled = self.parts.fill(&request, progress).await;
         filled.map_err(|err: WarmError| (err.reason(), err.to_string(), err.is_transient()))
     }
 }
