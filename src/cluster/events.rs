@@ -10,10 +10,8 @@ use k8s_openapi::{
 use kube::{Api, Client, api::PostParams};
 use tracing::{info, warn};
 
+use super::bounded;
 use crate::telemetry::error_chain;
-
-/// Longest message that Kubernetes takes (`pkg/apis/core/validation/events.go`).
-const MAX_MESSAGE_BYTES: usize = 1024;
 
 /// Whether somebody should do something.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -94,27 +92,5 @@ impl Events {
                 "cannot write an event"
             ),
         }
-    }
-}
-
-/// As much of a message as an event may have.
-fn bounded(message: &str) -> &str {
-    let mut end = message.len().min(MAX_MESSAGE_BYTES);
-    while !message.is_char_boundary(end) {
-        end -= 1;
-    }
-    &message[..end]
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_message_ends_where_a_character_does() {
-        assert_eq!(bounded("short"), "short");
-        let long = format!("x{}", "…".repeat(1000));
-        assert_eq!(bounded(&long).len(), 1024);
-        assert_eq!(bounded(&"…".repeat(1000)).len(), 1023);
     }
 }

@@ -4,6 +4,7 @@
 
 mod events;
 mod lease;
+mod message;
 mod watch;
 
 use std::{path::Path, time::Duration};
@@ -15,6 +16,7 @@ use kube::{
 
 pub use events::{EventKind, Events};
 pub use lease::{Elector, LeaseName};
+pub use message::bounded;
 pub use watch::{Seen, Selector, watch};
 
 /// How long a connection may take to be made, and a request to be sent.

@@ -13,7 +13,7 @@ use tracing::warn;
 use super::order::Order;
 use crate::{
     api::{ImagePrewarm, MAX_WARMUPS, Warmup, WarmupPhase},
-    cluster::Seen,
+    cluster::{Seen, bounded},
     prewarm::rollout::{Rollout, uid as uid_of},
 };
 
@@ -25,9 +25,6 @@ const FIRST_LONG_WAIT: Duration = Duration::from_secs(300);
 
 /// Longest wait between two attempts.
 const MAX_WAIT: Duration = Duration::from_secs(1800);
-
-/// Longest message that the API takes.
-const MAX_MESSAGE_BYTES: usize = 1024;
 
 /// What is to be done next.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -408,7 +405,7 @@ impl Queue {
             } => {
                 told.phase = WarmupPhase::Failed;
                 told.reason = Some(reason.to_owned());
-                told.message = Some(bounded(message));
+                told.message = Some(bounded(&message).to_owned());
                 let first = if is_transient {
                     FIRST_WAIT
                 } else {
@@ -485,17 +482,6 @@ impl Item {
             message: None,
         });
     }
-}
-
-fn bounded(mut message: String) -> String {
-    if MAX_MESSAGE_BYTES < message.len() {
-        let mut end = MAX_MESSAGE_BYTES;
-        while !message.is_char_boundary(end) {
-            end -= 1;
-        }
-        message.truncate(end);
-    }
-    message
 }
 
 #[cfg(test)]

@@ -8,7 +8,7 @@ use super::{
 };
 use crate::{
     api::{ImagePrewarmStatus, ImageState, ImageStatus, Phase, Target},
-    cluster::EventKind,
+    cluster::{EventKind, bounded},
 };
 
 /// Whether the images are in the remote content cache.
@@ -19,9 +19,6 @@ const DISTRIBUTED: &str = "Distributed";
 
 /// Whether all is where it was wanted.
 pub(super) const READY: &str = "Ready";
-
-/// Longest message of a condition; the API takes 32768, which nobody reads.
-const MAX_MESSAGE_BYTES: usize = 1024;
 
 /// What is said about one thing.
 #[derive(Debug)]
@@ -63,24 +60,13 @@ pub(super) fn set(status: &mut ImagePrewarmStatus, facts: &Facts<'_>, halt: Opti
             type_: name.to_owned(),
             status: value.to_owned(),
             reason: said.reason,
-            message: bounded(said.message),
+            message: bounded(&said.message).to_owned(),
             observed_generation: Some(facts.generation),
             last_transition_time: since
                 .map_or(Time(facts.now), |it| it.last_transition_time.clone()),
         }
     });
     status.conditions = conditions.collect();
-}
-
-fn bounded(mut message: String) -> String {
-    if MAX_MESSAGE_BYTES < message.len() {
-        let mut end = MAX_MESSAGE_BYTES;
-        while !message.is_char_boundary(end) {
-            end -= 1;
-        }
-        message.truncate(end);
-    }
-    message
 }
 
 /// The first image that has something to complain of: one that has failed for good before one that is tried again.
