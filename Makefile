@@ -33,12 +33,13 @@ demo: ## Play the three stories on real services and print the table (root; inst
 	$(call say,Playing the three stories)
 	@CLIP_CSI_BIN=$${CLIP_CSI_BIN:-$(CURDIR)/target/dist/clip-csi} python3 e2e/demo.py
 
-bench: ## Measure against the best that could be, in ratios (root, idle machine; BENCH=name,name picks; about 20 minutes after builds)
+bench: ## Measure against the best that could be, in ratios (root, idle machine; BENCH=name,name picks; about half an hour after builds)
 	$(call say,Installing what is missing)
-	@./e2e/install.sh demo
-	$(call say,Building clip-csi and its inflater alone; the readers and the registry)
-	@cargo build --release --locked --bins --bench inflate
+	@./e2e/install.sh test
+	$(call say,Building clip-csi, its inflater alone and agents without disks; the readers, the registry and Kubernetes)
+	@cargo build --release --locked --bins --bench inflate --bench prewarm_agents
 	./e2e/tools.sh >/dev/null
+	./e2e/tools.sh kubernetes >/dev/null
 	$(call say,Measuring)
 	@python3 e2e/bench/run.py "$(BENCH)"
 

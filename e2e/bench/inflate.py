@@ -5,8 +5,6 @@ Both bounds are of medians of the same rounds. The inflater is the driver's own 
 loopback. Whoever writes, writes to the same disk; only the driver calls fsync, in the background.
 """
 
-import functools
-import json
 import pathlib
 import shlex
 import shutil
@@ -23,12 +21,9 @@ UNPACK = "skopeo copy + umoci unpack"
 IMAGES = ("bench-30mb", "bench-300mb")
 
 
-@functools.cache
 def inflater() -> pathlib.Path:
-    """benches/inflate.rs, built in the profile of the program."""
-    lines = process.run("cargo", "build", "--release", "--locked", "--bench", "inflate", "--message-format", "json", cwd=paths.REPO, timeout=1200).stdout
-    made = [json.loads(line) for line in lines.splitlines() if line.startswith("{")]
-    return next(pathlib.Path(it["executable"]) for it in made if it.get("executable") and it["target"]["name"] == "inflate")
+    """benches/inflate.rs."""
+    return measure.program("inflate")
 
 
 def inflate(blob: pathlib.Path, until: int | None = None) -> measure.Sample:

@@ -1,6 +1,8 @@
 """Samples taken in turns, what is said of them, and bounds that are held or missed."""
 
 import dataclasses
+import functools
+import json
 import math
 import os
 import pathlib
@@ -8,6 +10,7 @@ import resource
 import statistics
 import time
 
+from harness import paths, process
 from harness.table import print_table
 
 ROUNDS = 5
@@ -87,6 +90,14 @@ def cpu_of(pid: int) -> float:
     """CPU seconds that a process has used so far, in the kernel's ticks of 10 ms."""
     fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+@functools.cache
+def program(name: str) -> pathlib.Path:
+    """A program of benches/, built in the profile of the program."""
+    lines = process.run("cargo", "build", "--release", "--locked", "--bench", name, "--message-format", "json", cwd=paths.REPO, timeout=1200).stdout
+    made = [json.loads(line) for line in lines.splitlines() if line.startswith("{")]
+    return next(pathlib.Path(it["executable"]) for it in made if it.get("executable") and it["target"]["name"] == name)
 
 
 class Verdicts:

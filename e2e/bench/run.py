@@ -10,6 +10,7 @@ usage: run.py [NAME,NAME...] [--keep]
   python       `import numpy, pandas` on a cold node, against the same tree on the same disk
   index        how fast indexes are made, and how big they are
   memory       the most that each role of a node holds, whatever is read
+  prewarm      1,000 nodes and 5,000 layers: what the Kubernetes API and the controller bear
 
 Cases are run in turns, and compared by their medians. docs/BENCHMARKS.md explains each line. Every bound
 is printed as "held" or "missed", what cannot run as "SKIP" with the reason; the last line counts them.
@@ -27,11 +28,11 @@ if __name__ == "__main__":
     sys.path[0] = str(pathlib.Path(__file__).resolve().parent.parent)
 
 import images
-from bench import first_touch, fuse, index, inflate, measure, memory, nodes, python
+from bench import first_touch, fuse, index, inflate, measure, memory, nodes, prewarm, python
 from harness import paths, process
 from harness.process import say
 
-PARTS = {"inflate": inflate, "first-touch": first_touch, "fuse": fuse, "nodes": nodes, "python": python, "index": index, "memory": memory}
+PARTS = {"inflate": inflate, "first-touch": first_touch, "fuse": fuse, "nodes": nodes, "python": python, "index": index, "memory": memory, "prewarm": prewarm}
 
 
 def play(name: str, work: pathlib.Path, verdicts: measure.Verdicts) -> None:
