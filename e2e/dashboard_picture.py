@@ -20,7 +20,9 @@ import sys
 import time
 
 import images
+from e2e_prewarm_agents import NAMESPACE, PREWARMS, TEAM, rendered
 from harness import chart_svg, dashboard, driver, paths, process, prometheus, services, trio
+from harness.api_server import ApiServer
 from harness.process import Failed, say
 
 POINTS = 150
@@ -56,7 +58,7 @@ def render(client: prometheus.Client, start: float, end: float, *, node=".*", ra
 
 
 class Traffic:
-    """Two workers and what pods do on them."""
+    """Two workers and what pods do on them, and a controller that has images warmed there."""
 
     def __init__(self, work: pathlib.Path):
         self.work, self.dice, self.ends = work, random.Random(7), []
@@ -74,16 +76,43 @@ class Traffic:
             config = driver.write_config(self.work / "config.toml", plain_http=[self.registry.host], redis=self.redis, key_file=self.work / "key",
                                          cache={"max_bytes": MAX_CACHE_BYTES})
             os.chown(self.work / "key", process.UNPRIVILEGED, process.UNPRIVILEGED)
+            self.start_api()
             self.workers = {}
             for name in ("n1", "n2"):
-                self.workers[name] = trio.Trio(self.work / name, config, self.binary())
+                self.api.node(name)
+                kubeconfig = self.api.kubeconfig_of(name, self.api.token(NAMESPACE, "clip-csi-node", name))
+                warming = ["--node-id", name, "--prewarm", "--kubeconfig", kubeconfig]
+                self.workers[name] = trio.Trio(self.work / name, config, self.binary(), options={"agent": warming})
                 self.ends.append(self.workers[name].end)
-            self.prometheus = prometheus.Prometheus(self.work, self.addresses(), scrape_interval=f"{SCRAPE_SECONDS}s")
+            controller = self.start_controller(config)
+            self.prometheus = prometheus.Prometheus(self.work, self.addresses(), controllers={"n1": controller}, scrape_interval=f"{SCRAPE_SECONDS}s")
             self.ends.append(self.prometheus.stop)
             return self
         except BaseException:
             self.__exit__()
             raise
+
+    def start_api(self) -> None:
+        self.api = ApiServer(self.work)
+        self.ends.append(self.api.stop)
+        for namespace in (NAMESPACE, TEAM):
+            self.api.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": namespace}})
+        self.api.apply(*rendered())
+
+    def start_controller(self, config: pathlib.Path) -> str:
+        """Where its metrics are."""
+        address = f"127.0.0.1:{process.free_port()}"
+        kubeconfig = self.api.kubeconfig_of("prewarm", self.api.token(NAMESPACE, "clip-csi-prewarm"))
+        controller = process.Server(
+            [self.binary(), "prewarm-controller", "--lease-namespace", NAMESPACE, "--identity", "c1", "--config", config, "--cache-dir", self.work / "controller",
+             "--kubeconfig", kubeconfig, "--metrics-addr", address], stdout=self.work / "controller.log")
+        self.ends.append(controller.kill)
+        controller.wait_ready(lambda: process.listens(int(address.rpartition(":")[2])), "the controller")
+        return address
+
+    def prewarm(self, name: str, *references: str, **spec) -> None:
+        spec = {"images": [{"image": it} for it in references], "parallelism": "100%", **spec}
+        self.api.do("POST", PREWARMS, {"apiVersion": "clip-csi.dev/v1alpha1", "kind": "ImagePrewarm", "metadata": {"name": name}, "spec": spec})
 
     def __exit__(self, *_):
         while self.ends:
@@ -129,6 +158,12 @@ class Traffic:
         self.publish("n2", "a-shared", "demo5")
         self.publish("n2", "b", "small")
         self.read_for(40, ("n1", "a"), ("n2", "a"), ("n2", "b"))
+        say("both: images are warmed before pods want them, one node after the other; one of them does not exist")
+        self.prewarm("first", self.references["demo1"], parallelism=1, bytesPerSecondPerNode=2_000_000)
+        self.read_for(45, ("n1", "a"), ("n2", "a"), ("n2", "b"))
+        self.prewarm("second", self.references["zstd"])
+        self.prewarm("missing", f"{self.registry.host}/e2e/missing:1", backoffLimit=0)
+        self.read_for(20, ("n1", "a"), ("n2", "a"), ("n2", "b"))
         say("both: more images than the cache may hold")
         for node in self.workers:
             self.workers[node].must_unpublish("a")

@@ -5,7 +5,7 @@ import unittest
 
 import images
 from cluster import project_image
-from cluster.case import PODS, ClusterCase, DriverCase, docker_config, truth
+from cluster.case import PODS, ClusterCase, DriverCase, truth
 from cluster.cluster import NODES, PRIVATE_REGISTRY, REGISTRY, condition
 from cluster.pods import SHELL, STAY, pod
 from cluster.release import CHART, CONTAINERS, REPOSITORY, secret
@@ -181,15 +181,7 @@ class Faults(DriverCase):
 
     def test_private(self):
         """A registry that asks who is there: the Secret of the volume opens it; without or with a wrong one an event says so."""
-        self.cluster.push("small")
-        plane = self.cluster.plane.machine
-        htpasswd = process.run("htpasswd", "-Bbn", "user", "right-password").stdout
-        registry = services.Registry(self.work, self.cluster.work / "registry", htpasswd=htpasswd, name="private", where=plane, port=int(PRIVATE_REGISTRY.rpartition(":")[2]))
-        self.addCleanup(registry.stop)
-        reference = f"{PRIVATE_REGISTRY}/e2e/small:{images.TAG}"
-        for name, password in (("right", "right-password"), ("wrong", "wrong-password")):
-            it = secret(name, "default", **{".dockerconfigjson": docker_config(PRIVATE_REGISTRY, "user", password)})
-            self.create({**it, "type": "kubernetes.io/dockerconfigjson"})
+        reference = self.push_private("small")
         self.run_pod("private", node=N1, image=reference, secret="right")
         self.assertEqual(self.exec("private", "cat", "/mnt/hello"), "hello\n")
         # The layers are on this node now, and that gives nobody else a right to them.

@@ -1,12 +1,15 @@
-"""Pre-warming on the cluster: what was warmed is read by pods of both nodes without the registry; the controller may die; what is wrong is said."""
+"""Pre-warming on the cluster: what was warmed is read by pods without the registry; controller, nodes and the remote may die; what is wrong is said."""
 
+import contextlib
+import json
+import os
+import signal
 import time
 
-import images
-from cluster.case import ClusterCase, DriverCase, docker_config
+from cluster.case import ClusterCase, DriverCase
 from cluster.cluster import NODES, PRIVATE_REGISTRY, REGISTRY
 from cluster.pods import pod
-from cluster.release import NAMESPACE, secret
+from cluster.release import NAMESPACE
 from harness import process, services
 from harness.process import say
 
@@ -21,7 +24,7 @@ def prewarm(name: str, *references: str, **spec) -> dict:
             "spec": {"images": [{"image": it} for it in references], **spec}}
 
 
-class Prewarm(DriverCase):
+class PrewarmCase(DriverCase):
     def setUp(self):
         ClusterCase.setUp(self)
         self.release = self.env.release()
@@ -45,13 +48,106 @@ class Prewarm(DriverCase):
     def leader(self) -> str:
         return self.cluster.get(LEASE)["spec"].get("holderIdentity") or ""
 
-    def read_everywhere(self, image: str, reference: str, mark: int) -> None:
-        """Pods of both nodes read every file, and no layer's blob comes from the registry."""
-        for node in NODES:
+    def read_everywhere(self, image: str, reference: str, mark: int, nodes=NODES) -> None:
+        """Pods of the nodes read every file, and no layer's blob comes from the registry."""
+        for node in nodes:
             self.run_pod(f"warm-{image}-{node}", node=node, image=reference)
             self.assert_files(f"warm-{image}-{node}", image)
         self.assertEqual(sum(self.blob_gets(image, mark)), 0)
 
+    def wait_nodes(self, name: str, ready: str, seconds: float = 60) -> None:
+        self.cluster.wait(PREWARMS, name, lambda it: it and it["status"]["nodesReady"] == ready, f"{ready} nodes to be warm", seconds)
+
+    def warnings(self, name: str) -> list[tuple[str, str]]:
+        """Reason and message of each warning about an ImagePrewarm."""
+        found = self.cluster.get(EVENTS, fieldSelector=f"involvedObject.name={name},involvedObject.kind=ImagePrewarm,type=Warning")["items"]
+        return [(it["reason"], it["message"]) for it in found]
+
+
+class PrewarmNodes(PrewarmCase):
+    """Nodes come and go, and so does the remote."""
+
+    def test_a_third_node_joins_and_leaves(self):
+        """It is warmed by itself, without the registry; pods there read everything; when it leaves, nobody counts it any more."""
+        self.release.empty_all()
+        reference = self.cluster.push("demo5")
+        self.create(prewarm("joined", reference, parallelism="100%"))
+        self.wait_phase("joined", "Ready")
+        mark, third = self.cluster.registry.mark(), "n3"
+        begin = time.monotonic()
+        self.addCleanup(self.take_away, third)
+        self.cluster.join(third)
+        ready = time.monotonic()
+        self.wait_nodes("joined", "3/3")
+        say(f"{third} was ready after {ready - begin:.1f} s, and warm {time.monotonic() - ready:.1f} s later")
+        self.assertEqual(self.metric(third, "registry_read_bytes_total"), 0)
+        self.assertGreater(self.metric(third, "prewarm_bytes_total", tier="content_cache"), 150e6)
+        self.read_everywhere("demo5", reference, mark, [third])
+        self.kubectl("delete", "pod", f"warm-demo5-{third}")
+        self.take_away(third)
+        self.wait_nodes("joined", "2/2")
+
+    def take_away(self, node: str) -> None:
+        """With all that the cluster knows of it."""
+        if node not in self.cluster.nodes:
+            return
+        self.cluster.leave(node)
+        process.wait_until(lambda: time.sleep(0.2) or len(self.cluster.get(CACHES)["items"]) == len(NODES), f"the NodeImageCache of {node} to go with it", 60)
+
+    def test_a_node_dies_in_the_middle(self):
+        """Kubelet and agent of a node are killed while it is warmed: the other one is warm without it, and it is, too, once it is back."""
+        self.release.empty_all()
+        reference, (stays, dies) = self.cluster.push("demo5"), NODES
+        mark = self.cluster.registry.mark()
+        # 150 MB in a quarter of a minute: it is in the middle for long enough.
+        self.create(prewarm("dying", reference, parallelism="100%", bytesPerSecondPerNode=10_000_000))
+        self.cluster.wait(PREWARMS, "dying", lambda it: it and it.get("status", {}).get("nodes", {}).get("warming") == 2, "both nodes to be at it")
+        node = self.cluster.nodes[dies]
+        node.kubelet.kill()
+        self.addCleanup(lambda: node.kubelet.alive() or node.start_kubelet())
+        for pid in self.release.processes(dies, "agent"):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        # What the node controller says of a node of which it has not heard for 40 seconds.
+        lost = {"type": "Ready", "status": "Unknown", "reason": "NodeStatusUnknown", "message": "Kubelet stopped posting node status."}
+        self.kubectl("patch", "node", dies, "--subresource=status", "--type=strategic", "--patch", json.dumps({"status": {"conditions": [lost]}}))
+        self.wait_phase("dying", "Ready")
+        self.wait_nodes("dying", "1/1")
+        told = self.cluster.get(f"{CACHES}/{dies}")["status"]["warmups"]
+        self.assertEqual([it["phase"] for it in told], ["Warming"], "what it was at is known")
+        begin = time.monotonic()
+        node.start_kubelet()
+        # A node that has missed the remote meanwhile waits half a minute before it tries again.
+        self.wait_nodes("dying", "2/2", 120)
+        say(f"{dies} was warm {time.monotonic() - begin:.1f} s after its kubelet came back")
+        self.assertEqual(self.blob_gets("demo5", mark), [1] * 5)
+        self.read_everywhere("demo5", reference, self.cluster.registry.mark(), [stays, dies])
+
+    def test_the_remote_dies_in_the_middle(self):
+        """Redis is killed while an image is put into it: condition and event say so; an empty one comes back, and all goes on."""
+        self.release.empty_all()
+        reference = self.cluster.push("demo5")
+        mark, port = self.cluster.registry.mark(), self.cluster.redis.port
+        self.create(prewarm("away", reference, parallelism="100%"))
+        process.wait_until(lambda: any(self.blob_gets("demo5", mark)), "a layer to be fetched", 30)
+        self.cluster.redis.kill()
+        def again():
+            self.cluster.redis = services.Redis(self.cluster.work, where=self.cluster.plane.machine, port=port)
+        self.addCleanup(lambda: self.cluster.redis.server.alive() or again())
+        down = lambda it: it and it.get("status", {}).get("images", [{}])[0].get("reason") == "RemoteDown"
+        it = self.cluster.wait(PREWARMS, "away", down, "the controller to miss the remote", 60)
+        for name in ("Seeded", "Ready"):
+            status, why, message = self.condition(it, name)
+            self.assertEqual((status, why), ("False", "RemoteDown"))
+            self.assertIn("see that it runs", message)
+        process.wait_until(lambda: time.sleep(0.2) or "RemoteDown" in [reason for reason, _ in self.warnings("away")], "an event", 10)
+        again()
+        begin = time.monotonic()
+        self.assertEqual(self.wait_phase("away", "Ready", 90)["status"]["nodesReady"], "2/2")
+        say(f"both nodes were warm {time.monotonic() - begin:.1f} s after the remote came back")
+
+
+class Prewarm(PrewarmCase):
     def test_pods_of_both_nodes_read_what_was_warmed(self):
         """The registry is read once, by the controller; then pods start and read without it."""
         self.release.empty_all()
@@ -89,15 +185,7 @@ class Prewarm(DriverCase):
 
     def test_what_is_wrong_is_said(self):
         """A wrong secret, and an image that is not there: conditions and events; a right secret makes it good."""
-        self.cluster.push("small")
-        machine = self.cluster.plane.machine
-        htpasswd = process.run("htpasswd", "-Bbn", "user", "right-password").stdout
-        registry = services.Registry(self.work, self.cluster.work / "registry", htpasswd=htpasswd, name="private", where=machine, port=int(PRIVATE_REGISTRY.rpartition(":")[2]))
-        self.addCleanup(registry.stop)
-        reference = f"{PRIVATE_REGISTRY}/e2e/small:{images.TAG}"
-        for name, password in (("right", "right-password"), ("wrong", "wrong-password")):
-            it = secret(name, "default", **{".dockerconfigjson": docker_config(PRIVATE_REGISTRY, "user", password)})
-            self.create({**it, "type": "kubernetes.io/dockerconfigjson"})
+        reference = self.push_private("small")
         self.create(prewarm("wrong", reference, backoffLimit=0, imagePullSecrets=[{"name": "wrong"}]),
                     prewarm("missing", f"{REGISTRY}/e2e/nosuch:1", backoffLimit=0),
                     prewarm("right", reference, imagePullSecrets=[{"name": "right"}]))
@@ -105,8 +193,8 @@ class Prewarm(DriverCase):
             status, why, message = self.condition(self.wait_phase(name, "Failed"), "Ready")
             self.assertEqual((status, why), ("False", reason))
             self.assertIn(words, message)
-            events = self.cluster.get(EVENTS, fieldSelector=f"involvedObject.name={name},involvedObject.kind=ImagePrewarm")["items"]
-            self.assertTrue(any(it["reason"] == reason and it["type"] == "Warning" and words in it["message"] for it in events), events)
+            warnings = self.warnings(name)
+            self.assertTrue(any(why == reason and words in said for why, said in warnings), warnings)
         self.wait_phase("right", "Ready")
         # What is warm is no right to read it.
         self.create(pod("anonymous", node=NODES[0], image=reference))

@@ -5,7 +5,8 @@ usage: run.py [-k PATTERN]... [--cases NAME,NAME...] [--without-kubernetes] [--l
 
 Needs root and a built program (`make e2e` builds it); takes down all that it puts up. Ends with a table
 of the cases and their times; the last line counts: "N passed, N failed, N skipped". Seeds are printed,
-CLIP_E2E_SEED sets them. A case is named by its method, its class or its module, without `test_` and `e2e_`.
+CLIP_E2E_SEED sets them. A case is named by its method, its class or its module, without `test_` and `e2e_`; the first
+word of a module's name is enough: prewarm is also prewarm_agents.
 """
 
 import argparse
@@ -91,8 +92,9 @@ def names(test: unittest.TestCase) -> tuple[str, str]:
 
 
 def chosen_by(test: unittest.TestCase) -> set[str]:
-    """What --cases may call it. Its class as well, because what belongs together may be in two modules."""
-    return {*names(test), type(test).__name__.lower()}
+    """What --cases may call it. Its class as well, and its module's first word, because what belongs together may be in two modules."""
+    module, method = names(test)
+    return {module, module.partition("-")[0], method, type(test).__name__.lower()}
 
 
 def tests_of(suite):

@@ -7,11 +7,12 @@ import time
 import compare
 import images
 import tree
-from harness import driver, paths, process
+from harness import driver, paths, process, services
 from harness.environment import Case
 
-from .cluster import condition
+from .cluster import PRIVATE_REGISTRY, condition
 from .pods import pod
+from .release import secret
 
 PODS = "api/v1/namespaces/default/pods"
 EVENTS = "api/v1/namespaces/default/events"
@@ -76,6 +77,19 @@ class ClusterCase(Case):
             return process.wait_until(find, "an event", 60)
         except process.Failed:
             self.fail(f"no warning of pod {name} has {words}; there are: {self.events(name)}")
+
+
+    def push_private(self, image: str) -> str:
+        """An image in a registry that asks who is there, and Secrets `right` and `wrong` with credentials for it; its reference."""
+        self.cluster.push(image)
+        plane, port = self.cluster.plane.machine, int(PRIVATE_REGISTRY.rpartition(":")[2])
+        htpasswd = process.run("htpasswd", "-Bbn", "user", "right-password").stdout
+        registry = services.Registry(self.work, self.cluster.work / "registry", htpasswd=htpasswd, name="private", where=plane, port=port)
+        self.addCleanup(registry.stop)
+        for name in ("right", "wrong"):
+            it = secret(name, "default", **{".dockerconfigjson": docker_config(PRIVATE_REGISTRY, "user", f"{name}-password")})
+            self.create({**it, "type": "kubernetes.io/dockerconfigjson"})
+        return f"{PRIVATE_REGISTRY}/e2e/{image}:{images.TAG}"
 
 
 class DriverCase(ClusterCase):

@@ -1,12 +1,13 @@
 """Brings the cluster up, speaks to it with kubectl, and takes it down without a trace.
 
-A machine `cp` with the control plane, a registry and a Redis; two nodes `n1` and `n2`. All is below one
-scratch directory and in namespaces of its own; the host's network, mounts and /var/lib stay as they are.
+A machine `cp` with the control plane, a registry and a Redis; two nodes `n1` and `n2`, and more for as long
+as a test has them join. All is below one scratch directory and in namespaces of its own; the host's network, mounts and /var/lib stay as they are.
 """
 
 import contextlib
 import json
 import pathlib
+import shutil
 import subprocess
 import time
 import urllib.parse
@@ -40,6 +41,8 @@ class Cluster:
         cgroups.remove_of_dead_runs()
         self.before = leftovers.Host()
         self.nodes: dict[str, Node] = {}
+        # Of the machines that have gone, too: nothing may be left in them.
+        self.namespaces: set[str] = set()
         self.plane = None
         try:
             self._up()
@@ -59,18 +62,37 @@ class Cluster:
         self.redis = services.Redis(self.work, where=machine, port=6379)
         with machine.network():
             containers.push(REGISTRY, self.work)
-        for number, name in enumerate(NODES, 1):
-            self.nodes[name] = Node(number, self.plane, self.work, f"{REGISTRY}/pause:1", [REGISTRY, PRIVATE_REGISTRY])
+        for name in NODES:
+            self._add(name)
         self.plane.wait()
         for node in self.nodes.values():
             node.start_kubelet()
         process.wait_until(self._nodes_ready, "both nodes to be ready", PATIENCE_SECONDS)
         process.wait_until(lambda: self.kubectl("get", "serviceaccount", "default", check=False).returncode == 0, "the ServiceAccount that pods need", PATIENCE_SECONDS)
 
+    def _add(self, name: str) -> Node:
+        self.nodes[name] = Node(int(name.removeprefix("n")), self.plane, self.work, f"{REGISTRY}/pause:1", [REGISTRY, PRIVATE_REGISTRY])
+        self.namespaces |= self.nodes[name].machine.namespaces
+        return self.nodes[name]
+
     def _nodes_ready(self) -> bool:
         time.sleep(0.2)
         nodes = self.get("api/v1/nodes")["items"]
-        return len(nodes) == len(NODES) and all(condition(node, "Ready") for node in nodes)
+        return len(nodes) == len(self.nodes) and all(condition(node, "Ready") for node in nodes)
+
+    def join(self, name: str) -> None:
+        """One more node, "n3", ready for pods. Whoever has it join has it leave."""
+        self._add(name).start_kubelet()
+        process.wait_until(self._nodes_ready, f"{name} to be ready", PATIENCE_SECONDS)
+
+    def leave(self, name: str) -> None:
+        """Takes a node away as a cloud does: first the machine ends, then the object is deleted. Nothing of it stays."""
+        node = self.nodes.pop(name)
+        node.leave()
+        self.kubectl("delete", "node", name, "--ignore-not-found")
+        # Nobody is there to say that they have ended.
+        self.kubectl("delete", "pods", "--all-namespaces", "--field-selector", f"spec.nodeName={name}", "--force", "--grace-period=0")
+        shutil.rmtree(node.work)
 
     def __exit__(self, *_):
         self._down()
@@ -78,7 +100,7 @@ class Cluster:
     def _down(self) -> None:
         """Ends everything; `left` tells whether it worked."""
         machines = [node.machine for node in self.nodes.values()] + ([self.plane.machine] if self.plane else [])
-        self.namespaces = set().union(*(machine.namespaces for machine in machines))
+        self.namespaces |= set().union(*(machine.namespaces for machine in machines))
         stops = [node.stop for node in self.nodes.values()] + ([self.plane.stop] if self.plane else [])
         with contextlib.ExitStack() as stack:
             # All of them, also when one fails.

@@ -92,8 +92,9 @@ class Node:
         self.cgroup = cgroups.name_of(self.name)
         cgroups.make(self.cgroup)
 
-        link(plane.machine, f"to-{self.name}", self.machine, "eth0")
-        plane.machine.run("ip", "link", "set", f"to-{self.name}", "master", "br0", "up")
+        self.cable = f"to-{self.name}"
+        link(plane.machine, self.cable, self.machine, "eth0")
+        plane.machine.run("ip", "link", "set", self.cable, "master", "br0", "up")
         for words in (["addr", "add", f"{self.address}/24", "dev", "eth0"], ["link", "set", "eth0", "up"], ["route", "add", "default", "via", ADDRESS]):
             self.machine.run("ip", *words)
         self.machine.run("sh", "-c", "echo 1 >/proc/sys/net/ipv4/ip_forward")
@@ -134,3 +135,9 @@ class Node:
     def stop(self) -> None:
         self.machine.stop()
         cgroups.remove(self.cgroup)
+
+    def leave(self) -> None:
+        """Stops it, and takes its way out of the control plane's network, so that it may join again."""
+        self.plane.machine.run("ip", "link", "delete", self.cable)
+        self.plane.machine.run("ip", "route", "delete", self.pods)
+        self.stop()
