@@ -35,7 +35,7 @@ const PROGRESS_EVERY_FOR_EACH: Duration = Duration::from_secs(1);
 /// Messages to nodes in a second, at most, by which they are told that more of them may begin.
 ///
 /// With 1,000 nodes and 20 objects that share grows all the time, and an API server would do nothing else: such a
-/// message takes it 0.3 ms (`make bench BENCH=prewarm`).
+/// message takes it some 0.3 ms (from `make bench BENCH=prewarm` with 100 nodes).
 const ROLLOUT_MESSAGES_PER_SECOND: u32 = 5000;
 
 /// A share is written into the status and into the annotation.
