@@ -112,6 +112,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
                 platform: Platform::host().to_string(),
                 has_remote: true,
                 config: PrewarmConfig::default(),
+                pods_of: None,
             };
             let client = cluster::client(config(server, ca_file, token).await?)?;
             let fills = Arc::<Modelled>::clone(&parts);

@@ -97,7 +97,7 @@ class Traffic:
         self.ends.append(self.api.stop)
         for namespace in (NAMESPACE, TEAM):
             self.api.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": namespace}})
-        self.api.apply(*rendered())
+        self.api.apply(*rendered(discovery=False))
 
     def start_controller(self, config: pathlib.Path) -> str:
         """Where its metrics are."""

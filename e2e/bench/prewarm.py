@@ -139,7 +139,7 @@ class Fleet:
         self.ends.append(self.api.stop)
         for namespace in (NAMESPACE, TEAM):
             self.api.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": namespace}})
-        self.api.apply(*rendered())
+        self.api.apply(*rendered(discovery=False))
         self.agents = subprocess.Popen(
             [measure.program("prewarm_agents"), self.api.pki.server, self.api.pki.file("ca.crt"), str(FILL_MILLISECONDS)],
             stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=open(self.work / "agents.log", "wb"), text=True)
