@@ -197,7 +197,8 @@ pub fn plan(facts: &Facts<'_>) -> Plan {
         (true, false) => share::permille(facts.nodes, limit, |_| true),
         (true, true) => {
             let limit = share::widened(limit, facts.quiet);
-            share::permille(facts.nodes, limit, |it| share::is_open(it.phase))
+            let before = before.admitted_permille;
+            share::next(before, facts.nodes, limit, |it| share::is_open(it.phase))
         }
     };
 

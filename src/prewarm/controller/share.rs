@@ -41,6 +41,23 @@ pub(super) fn permille(
     }
 }
 
+/// The share that follows `before`: as [`permille`], but while more than half of the places are taken it does not grow,
+/// because each time that it does costs a message to each node.
+pub(super) fn next(
+    before: i32,
+    nodes: &[NodeView<'_>],
+    limit: usize,
+    is_open: impl Fn(&NodeView<'_>) -> bool,
+) -> i32 {
+    let admitted = nodes.iter().filter(|it| it.slot < before);
+    let n_open = admitted.filter(|it| is_open(it)).count();
+    let share = permille(nodes, limit, is_open);
+    match limit / 2 < n_open {
+        true => share.min(before),
+        false => share,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -78,6 +95,39 @@ mod tests {
                 .collect();
             let permille = permille(&views, limit, |it| is_open(it.phase));
             assert_eq!(permille, expected, "{nodes:?} {limit}");
+        }
+    }
+
+    #[test]
+    fn the_share_grows_when_half_of_the_places_are_free() {
+        use WarmupPhase::{Pending, Ready, Warming};
+        let nodes_of = |phases: [WarmupPhase; 4]| {
+            let slots = [
+                (10, phases[0]),
+                (20, phases[1]),
+                (30, phases[2]),
+                (40, phases[3]),
+            ];
+            let waiting = (5..20).map(|it| (10 * it, Pending));
+            let all = slots.into_iter().chain(waiting);
+            all.map(|(slot, phase)| node(slot, phase))
+                .collect::<Vec<_>>()
+        };
+        for (phases, before, expected) in [
+            ([Warming, Pending, Warming, Warming], 50, 50),
+            ([Ready, Pending, Warming, Warming], 50, 50),
+            ([Ready, Pending, Ready, Warming], 50, 70),
+            ([Ready, Ready, Ready, Ready], 50, 90),
+            // What was admitted when there were fewer nodes is taken back.
+            ([Warming, Pending, Warming, Warming], 80, 50),
+            ([Warming, Pending, Warming, Warming], 0, 50),
+        ] {
+            let nodes = nodes_of(phases);
+            let found = next(before, &nodes, 4, |it| is_open(it.phase));
+            assert_eq!(found, expected, "{phases:?} {before}");
+            // Of one place, each end counts.
+            let found = next(20, &nodes, 1, |it| is_open(it.phase));
+            assert_eq!(found == 20, phases[0] != Ready, "{phases:?}");
         }
     }
 
