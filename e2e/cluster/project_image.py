@@ -7,6 +7,7 @@ No image can be pulled in the tests, so the one that the Dockerfile begins with 
 Debian with a C compiler, and this machine's Rust.
 """
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -87,12 +88,19 @@ def layout() -> oci.Layout:
     parent = paths.cache() / "project-images"
     parent.mkdir(exist_ok=True)
     done = parent / source_hash()
-    # Two runs do not build the same: the second one waits, and finds it. Who has it already waits for nobody's build.
+    # Who has it already waits for nobody's build.
     if not done.exists():
-        with open(parent / "lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with locked(parent):
             build_into(done)
     return oci.Layout(done)
+
+
+@contextlib.contextmanager
+def locked(parent: pathlib.Path):
+    """Two runs do not make the same: the second one waits, and finds it."""
+    with open(parent / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def build_into(done: pathlib.Path) -> None:
@@ -113,19 +121,25 @@ def programs() -> pathlib.Path:
     done = layout().directory
     directory = done.parent / f"{done.name}-programs"
     if not directory.exists():
-        with tempfile.TemporaryDirectory(prefix=".new.", dir=done.parent) as new:
-            place = pathlib.Path(new) / "programs"
-            place.mkdir()
-            [layer] = oci.Layout(done).layers(TAG)
-            with tarfile.open(oci.Layout(done).blob(layer["digest"])) as tar:
-                for it in tar:
-                    path = pathlib.PurePath(it.name)
-                    if it.isfile() and path.parent.name == "bin":
-                        (place / path.name).write_bytes(tar.extractfile(it).read())
-                        (place / path.name).chmod(0o755)
-            # At once: a directory under its name is whole.
-            place.rename(directory)
+        with locked(done.parent):
+            if not directory.exists():
+                unpack(oci.Layout(done), directory)
     return directory
+
+
+def unpack(image: oci.Layout, directory: pathlib.Path) -> None:
+    with tempfile.TemporaryDirectory(prefix=".new.", dir=directory.parent) as new:
+        place = pathlib.Path(new) / "programs"
+        place.mkdir()
+        [layer] = image.layers(TAG)
+        with tarfile.open(image.blob(layer["digest"])) as tar:
+            for it in tar:
+                path = pathlib.PurePath(it.name)
+                if it.isfile() and path.parent.name == "bin":
+                    (place / path.name).write_bytes(tar.extractfile(it).read())
+                    (place / path.name).chmod(0o755)
+        # At once: a directory under its name is whole.
+        place.rename(directory)
 
 
 def build(directory: pathlib.Path) -> None:
