@@ -130,7 +130,9 @@ class Cluster:
 
     def _client(self, command, check, timeout, stdin, env=None) -> subprocess.CompletedProcess:
         with self.plane.machine.network():
-            return process.run(*command, check=check, timeout=timeout, stdin=stdin, env={**NO_PROXY, **(env or {})})
+            # What kinds there are is remembered by the API server's address, which two clusters have in common.
+            env = {**NO_PROXY, "KUBECACHEDIR": str(self.work / "kube-cache"), **(env or {})}
+            return process.run(*command, check=check, timeout=timeout, stdin=stdin, env=env)
 
     def apply(self, *objects: dict) -> None:
         self.kubectl("apply", "--filename", "-", stdin="\n---\n".join(json.dumps(it) for it in objects))
