@@ -1,6 +1,7 @@
 """What a volume's attributes do: a directory of the image, a layer to write, who says what a tag means, plain http."""
 
 import json
+import os
 
 import tree
 from harness import process, services, trio
@@ -78,6 +79,9 @@ class Writable(Case):
                 with file.open("ab") as out:
                     out.write(b"x")
                 node.restart(role)
+                # Answered by the server alone: the next role must not end before this one has what it held, which is what no mount survives.
+                [source] = node.directory.glob("state/sources/*/mnt")
+                os.statvfs(source)
                 self.assertEqual((top / "new").read_text(), f"{number} {role}")
             # A repeated call changes nothing.
             node.must_publish("v", reference, "--writable", **writable(writableSize="8Mi"))
