@@ -29,13 +29,15 @@ const MANAGER: &str = "clip-csi-prewarm-controller";
 /// How often progress alone is written for one object, at most.
 const PROGRESS_EVERY: Duration = Duration::from_secs(10);
 
-/// And for all objects together: each write is told to each node that watches.
+/// And for all objects together.
 const PROGRESS_EVERY_FOR_EACH: Duration = Duration::from_secs(1);
+
+/// And messages to nodes in a second, at most: each write is told to each node that watches.
+const PROGRESS_MESSAGES_PER_SECOND: u32 = 500;
 
 /// Messages to nodes in a second, at most, by which they are told that more of them may begin.
 ///
-/// With 1,000 nodes and 20 objects that share grows all the time, and an API server would do nothing else: such a
-/// message takes it some 0.3 ms (from `make bench BENCH=prewarm` with 100 nodes).
+/// With 1,000 nodes and 20 objects that share grows all the time, and an API server would do nothing else.
 const ROLLOUT_MESSAGES_PER_SECOND: u32 = 5000;
 
 /// A share is written into the status and into the annotation.
@@ -138,7 +140,7 @@ impl Writer {
         let before = self.written.get(uid).copied();
         if before.is_none_or(|it| it.all != all) {
             let every = match before.is_some_and(|it| it.permille == permille) {
-                true => PROGRESS_EVERY.max(PROGRESS_EVERY_FOR_EACH * n_objects),
+                true => progress_every(n_objects, known.status.nodes.desired),
                 false => rollout_every(n_objects, known.status.nodes.desired),
             };
             let due = before.map_or(now, |it| it.at + every);
@@ -283,6 +285,15 @@ pub(super) fn digest(status: &ImagePrewarmStatus) -> blake3::Hash {
     blake3::hash(&text)
 }
 
+/// How often is written how far one of `n_objects` is, each for `n_nodes`, at most.
+fn progress_every(n_objects: u32, n_nodes: i32) -> Duration {
+    let messages = f64::from(n_objects) * f64::from(n_nodes.max(0));
+    let share = messages / f64::from(PROGRESS_MESSAGES_PER_SECOND);
+    PROGRESS_EVERY
+        .max(PROGRESS_EVERY_FOR_EACH * n_objects)
+        .max(Duration::from_secs_f64(share))
+}
+
 /// How often the share of the nodes that may begin is written for one of `n_objects`, each for `n_nodes`, at most.
 fn rollout_every(n_objects: u32, n_nodes: i32) -> Duration {
     let n_nodes = f64::from(n_nodes.max(0));
@@ -314,6 +325,20 @@ fn steps(status: &ImagePrewarmStatus) -> ImagePrewarmStatus {
 mod tests {
     use super::*;
     use crate::api::{ImageStatus, Phase};
+
+    #[test]
+    fn the_more_nodes_and_objects_there_are_the_seldomer_progress_is_written() {
+        for (n_objects, n_nodes, seconds) in [
+            (0, 0, 10),
+            (1, 1000, 10),
+            (20, 100, 20),
+            (20, 1000, 40),
+            (1, -1, 10),
+        ] {
+            let every = progress_every(n_objects, n_nodes);
+            assert_eq!(every.as_secs(), seconds, "{n_objects} {n_nodes}");
+        }
+    }
 
     #[test]
     fn the_more_nodes_and_objects_there_are_the_seldomer_a_share_is_written() {
