@@ -22,7 +22,7 @@ say = @printf '\n==> %s\n' "$(1)"
 help: ## List these commands
 	@grep -hE '^[a-z0-9]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9]+):.*## /\1\t/' | while IFS=$$'\t' read -r name text; do printf '  make %-8s %s\n' "$$name" "$$text"; done
 
-demo: ## Play the three stories on real services and print the table (root; installs what is missing; about 10 minutes the first time)
+demo: ## Play the three stories on real services and print the table (root; installs what is missing; about a quarter of an hour the first time)
 	$(call say,Installing what is missing)
 	@./e2e/install.sh demo
 	$(call say,Building clip-csi as the Dockerfile ships it; the CSI client; the image: five layers of 30 MB of real files)
