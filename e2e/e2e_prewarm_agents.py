@@ -224,8 +224,10 @@ class PrewarmPanels(PrewarmCase):
         without = lambda: [it.expr for it in queries if not watching.query_range(it.expr, begin, time.time(), 1)]
         process.wait_until(lambda: time.sleep(0.5) or not without(), f"data for all of them; now there is none for {without()}", 30)
         nodes = next(it for it in queries if "prewarm_nodes" in it.expr)
-        newest = {it["metric"]["warmup"]: it["value"][1] for it in watching.query(nodes.expr)}
-        self.assertEqual(newest, {"pending": "0", "warming": "0", "ready": "2", "failed": "0"})
+        newest = lambda: {it["metric"]["warmup"]: it["value"][1] for it in watching.query(nodes.expr)}
+        both_ready = {"pending": "0", "warming": "0", "ready": "2", "failed": "0"}
+        # Prometheus knows what it scraped last, which may be from before the last node was ready.
+        process.wait_until(lambda: time.sleep(0.2) or newest() == both_ready, f"Prometheus to show {both_ready}", 30)
 
 
 class PrewarmLeading(PrewarmCase):
