@@ -293,7 +293,7 @@ class Lifecycle(DriverCase):
         kinds = self.kubectl("api-resources", "--verbs=list", "--output=name").stdout.split()
         left = self.kubectl("get", ",".join(it for it in kinds if "events" not in it), "--all-namespaces", "--selector", f"app.kubernetes.io/instance={NAME}", "--output=name").stdout
         # Where images were warmed: the definitions stay, because the objects of users would go with them (docs/PREWARM.md).
-        definitions = {f"customresourcedefinition.apiextensions.k8s.io/{kind}.clip-csi.dev" for kind in ("imageprewarms", "nodeimagecaches")}
+        definitions = {f"customresourcedefinition.apiextensions.k8s.io/{kind}.clip-csi.dev" for kind in ("imageprewarms", "imagerollouts", "nodeimagecaches")}
         self.assertEqual(set(left.split()) - definitions, set())
 
 

@@ -67,19 +67,30 @@ class PrewarmCase(DriverCase):
 class PrewarmNodes(PrewarmCase):
     """Nodes come and go, and so does the remote."""
 
-    def test_a_third_node_joins_and_leaves(self):
-        """It is warmed by itself, without the registry; pods there read everything; when it leaves, nobody counts it any more."""
+    def test_a_third_node_joins_with_a_full_disk_and_leaves(self):
+        """It fails alone, and it is said why; with room it is warmed, without the registry; pods there read everything; when it leaves, nobody counts it any more."""
         self.release.empty_all()
         reference = self.cluster.push("demo5")
         self.create(prewarm("joined", reference, parallelism="100%"))
         self.wait_phase("joined", "Ready")
         mark, third = self.cluster.registry.mark(), "n3"
-        begin = time.monotonic()
         self.addCleanup(self.take_away, third)
-        self.cluster.join(third)
-        ready = time.monotonic()
+        # Less than what cache.min_free_bytes leaves free.
+        self.cluster.join(third, cache_bytes=300 << 20)
+        it = self.wait_phase("joined", "Degraded")
+        [failed] = it["status"]["failedNodes"]
+        self.assertEqual((failed["node"], failed["reason"], it["status"]["nodesReady"]), (third, "NoSpace", "2/3"))
+        self.assertIn("a larger disk or cache.max_bytes", failed["message"])
+        for name in ("Distributed", "Ready"):
+            self.assertEqual(self.condition(it, name)[:2], ("False", "NoSpace"))
+        process.wait_until(lambda: time.sleep(0.2) or "NoSpace" in [reason for reason, _ in self.warnings("joined")], "an event", 10)
+
+        self.cluster.nodes[third].mount_cache(2 << 30)
+        begin = time.monotonic()
+        # It would try again by itself after half a minute.
+        self.kubectl("patch", "imageprewarm", "joined", "--type=merge", "--patch", json.dumps({"spec": {"priority": 1}}))
         self.wait_nodes("joined", "3/3")
-        say(f"{third} was ready after {ready - begin:.1f} s, and warm {time.monotonic() - ready:.1f} s later")
+        say(f"{third} was warm {time.monotonic() - begin:.1f} s after it had room")
         self.assertEqual(self.metric(third, "registry_read_bytes_total"), 0)
         self.assertGreater(self.metric(third, "prewarm_bytes_total", tier="content_cache"), 150e6)
         self.read_everywhere("demo5", reference, mark, [third])

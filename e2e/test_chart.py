@@ -565,11 +565,11 @@ class Security(NeedsHelm):
                 ("events", "list", "watch", "create", "update", "patch")},
             "Role clip-csi-controller": {("leases", "get", "create", "update")},
             "ClusterRole clip-csi-prewarm": {
-                ("imageprewarms", "list", "watch"), ("imageprewarms", "patch"), ("imageprewarms", "delete"), ("imageprewarms/status", "patch"), ("nodeimagecaches", "list", "watch"),
+                ("imageprewarms", "list", "watch"), ("imagerollouts", "create", "delete", "list", "patch", "watch"), ("imageprewarms", "delete"), ("imageprewarms/status", "patch"), ("nodeimagecaches", "list", "watch"),
                 ("nodes", "list", "watch"), ("events", "create"), ("pods", "list", "watch"), ("deployments", "statefulsets", "daemonsets", "list", "watch"), ("jobs", "cronjobs", "list", "watch")},
             "ClusterRole clip-csi-prewarm-pull-secrets": {("secrets", "get")},
             "ClusterRole clip-csi-prewarm-node": {
-                ("imageprewarms", "get", "list", "watch"), ("nodeimagecaches", "get"), ("nodeimagecaches", "create", "patch"), ("nodeimagecaches/status", "patch"), ("nodes", "get"), ("pods", "list", "watch")},
+                ("imagerollouts", "list", "watch"), ("imageprewarms", "get"), ("nodeimagecaches", "get"), ("nodeimagecaches", "create", "patch"), ("nodeimagecaches/status", "patch"), ("nodes", "get"), ("pods", "list", "watch")},
             "Role clip-csi-prewarm": {("leases", "get", "create", "update")}})
 
     def test_pre_warming_is_there_when_it_is_wanted_and_has_rights_of_its_own(self):

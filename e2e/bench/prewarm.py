@@ -49,7 +49,7 @@ MOST_SECONDS = 600
 
 SERIES = re.compile(r'^(apiserver_request_total|apiserver_watch_events_total)\{([^}]*)\} (\S+)', re.M)
 LABEL = re.compile(r'(\w+)="([^"]*)"')
-OURS = ("imageprewarms", "nodeimagecaches", "events", "leases")
+OURS = ("imageprewarms", "imagerollouts", "nodeimagecaches", "events", "leases")
 
 
 def layer(number: int) -> tuple[bytes, str]:

@@ -80,9 +80,12 @@ class Cluster:
         nodes = self.get("api/v1/nodes")["items"]
         return len(nodes) == len(self.nodes) and all(condition(node, "Ready") for node in nodes)
 
-    def join(self, name: str) -> None:
-        """One more node, "n3", ready for pods. Whoever has it join has it leave."""
-        self._add(name).start_kubelet()
+    def join(self, name: str, cache_bytes: int | None = None) -> None:
+        """One more node, "n3", ready for pods; with a disk of `cache_bytes` for the driver's cache. Whoever has it join has it leave."""
+        node = self._add(name)
+        if cache_bytes is not None:
+            node.mount_cache(cache_bytes)
+        node.start_kubelet()
         process.wait_until(self._nodes_ready, f"{name} to be ready", PATIENCE_SECONDS)
 
     def leave(self, name: str) -> None:

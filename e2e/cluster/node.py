@@ -132,6 +132,13 @@ class Node:
         """A path of the node below /var/lib, as the host reaches it; what is mounted on it is the node's alone."""
         return self.work / pathlib.PurePosixPath(path).relative_to("/var/lib")
 
+    def mount_cache(self, n_bytes: int) -> None:
+        """A disk of its own for the driver's cache; another size if there is one."""
+        path = "/var/lib/clip-csi/cache"
+        self.machine.run("mkdir", "-p", path)
+        is_there = self.machine.run("mountpoint", "--quiet", path, check=False).returncode == 0
+        self.machine.run("mount", "-o", f"{'remount,' if is_there else ''}size={n_bytes}", "-t", "tmpfs", "cache", path)
+
     def stop(self) -> None:
         self.machine.stop()
         cgroups.remove(self.cgroup)

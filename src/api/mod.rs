@@ -1,10 +1,11 @@
 //! The Kubernetes API of pre-warming: what people ask for, and what controller and agents answer.
 //!
 //! [`ImagePrewarm`] is an intent, and lives in the namespace of who has it; its status is the controller's alone.
-//! [`NodeImageCache`] is what one node has come to, and is written by that node alone. Both are in the group
-//! [`GROUP`], and described by `deploy/helm/clip-csi/files/crds`; a test keeps types and YAML alike.
+//! [`ImageRollout`] is what the controller tells all nodes of it. [`NodeImageCache`] is what one node has come to, and is
+//! written by that node alone. They are in the group [`GROUP`], and described by `deploy/helm/clip-csi/files/crds`; a test keeps types and YAML alike.
 
 mod image_prewarm;
+mod image_rollout;
 mod node_image_cache;
 
 pub use image_prewarm::{
@@ -12,6 +13,7 @@ pub use image_prewarm::{
     ImageStatus, ImageToWarm, NodeCounts, Phase, PullSecretRef, Target, Toleration,
     TolerationOperator, Workloads,
 };
+pub use image_rollout::{ImageRollout, ImageRolloutSpec};
 pub use node_image_cache::{
     CacheUsage, MAX_WARMUPS, NodeImageCache, NodeImageCacheStatus, Warmup, WarmupPhase,
 };

@@ -2,14 +2,15 @@
 //!
 //! ```text
 //! ImagePrewarm ──► controller ── seeds ──► remote content cache ──► agents fill their disks
-//!        ▲            │ status.admittedPermille, annotation ROLLOUT        │
-//!        └────────────┴───────────── NodeImageCache, one per node ◄────────┘
+//!        ▲          │  │  ▲                                             ▲  │
+//!        └─ status ─┘  │  └────── NodeImageCache, one per node ◄────────┼──┘
+//!                      └───────── ImageRollout, one per ImagePrewarm ───┘
 //! ```
 //!
-//! The controller tells no node anything: it writes which share of the nodes may begin, and each agent knows by
-//! [`rollout::slot`] whether it is among them. Agents watch the metadata of the objects alone; what they need of it is an
-//! annotation, and they read an object only when it is their turn. So one write of the controller costs one small message
-//! for each node, and a node costs the API server a read and two writes for each object.
+//! The controller tells no node anything: it writes which share of the nodes may begin into an object that all of them
+//! watch, and each agent knows by [`rollout::slot`] whether it is among them. That object is small, and apart from the
+//! status that people see, because a write of it is a message to each node. Agents read an ImagePrewarm only when it is
+//! their turn. So a node costs the API server a read and two writes for each object.
 //!
 //! Deliberately absent: connections between controller and nodes, jobs, pods, credentials on nodes.
 

@@ -1,15 +1,10 @@
 //! What controller and agents must agree about: who is admitted, and what there is to have.
 
-use std::{collections::BTreeMap, fmt};
+use std::collections::BTreeMap;
 
 use kube::Resource;
 
-use crate::api::{Content, ImageStatus};
-
-/// Annotation of an ImagePrewarm by which agents, which watch metadata alone, see whether it is their turn.
-///
-/// A hint that saves reads: whoever acts on it has read the status before, which only the controller writes.
-pub const ANNOTATION: &str = "clip-csi.dev/rollout";
+use crate::api::{Content, ImageRolloutSpec, ImageStatus};
 
 /// All nodes are admitted.
 pub const ALL: i32 = 1000;
@@ -53,57 +48,9 @@ pub fn revision(content: Content, images: &[ImageStatus], after: &str) -> String
     hash.finalize().to_hex()[..REVISION_DIGITS].to_owned()
 }
 
-/// What [`ANNOTATION`] says. Prints as it.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Rollout {
-    /// What there is to have (`status.revision`).
-    pub revision: String,
-    /// Share of the nodes that may begin, of [`ALL`].
-    pub permille: i32,
-    /// Nodes that are to be warmed: how seldom each of them tells of its progress.
-    pub nodes: u32,
-}
-
-impl Rollout {
-    /// Reads the annotation of an object; `None` if it has none, or none that can be read.
-    pub fn of(object: &impl Resource) -> Option<Self> {
-        let annotations = object.meta().annotations.as_ref()?;
-        Self::parse(annotations.get(ANNOTATION)?)
-    }
-
-    /// Parses `revision=R,permille=P,nodes=N`.
-    pub fn parse(text: &str) -> Option<Self> {
-        let mut rollout = Self::default();
-        for part in text.split(',') {
-            let (key, value) = part.split_once('=')?;
-            match key {
-                "revision" if value.len() <= 64 => value.clone_into(&mut rollout.revision),
-                "permille" => {
-                    rollout.permille = value.parse().ok().filter(|it| (0..=ALL).contains(it))?
-                }
-                "nodes" => rollout.nodes = value.parse().ok()?,
-                // Of a newer controller.
-                _ => {}
-            }
-        }
-        Some(rollout)
-    }
-
-    /// Whether it is the turn of a node.
-    pub fn admits(&self, node: &str, uid: &str) -> bool {
-        slot(node, uid) < self.permille
-    }
-}
-
-impl fmt::Display for Rollout {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self {
-            revision,
-            permille,
-            nodes,
-        } = self;
-        write!(f, "revision={revision},permille={permille},nodes={nodes}")
-    }
+/// Whether it is the turn of a node to have what the ImagePrewarm `uid` offers.
+pub fn admits(rollout: &ImageRolloutSpec, node: &str, uid: &str) -> bool {
+    slot(node, uid) < rollout.admitted_permille
 }
 
 /// Uid of an object; empty for one that was never in a cluster.
@@ -132,32 +79,6 @@ mod tests {
         assert!(same < 10, "{same} of 1000 are the same");
         // What agents of one version and a controller of another must agree about.
         assert_eq!(slot("n1", "7e1c"), 917);
-    }
-
-    #[test]
-    fn the_annotation_is_read_as_it_is_written_and_nothing_else_is() {
-        let rollout = Rollout {
-            revision: "ab12".to_owned(),
-            permille: 250,
-            nodes: 1000,
-        };
-        let text = "revision=ab12,permille=250,nodes=1000";
-        assert_eq!(rollout.to_string(), text);
-        assert_eq!(Rollout::parse(text), Some(rollout.clone()));
-        assert_eq!(
-            Rollout::parse("revision=ab12,permille=250,nodes=1000,later=1"),
-            Some(rollout)
-        );
-        for bad in [
-            "",
-            "x",
-            "permille=1001",
-            "permille=-1",
-            "permille=x",
-            "nodes=-1",
-        ] {
-            assert_eq!(Rollout::parse(bad), None, "{bad:?}");
-        }
     }
 
     #[test]

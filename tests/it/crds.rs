@@ -9,9 +9,9 @@ use std::{collections::BTreeSet, fs};
 
 use clip_csi::api::{
     CacheUsage, Content, FailedNode, ImagePrewarm, ImagePrewarmSpec, ImagePrewarmStatus,
-    ImageState, ImageStatus, ImageToWarm, MAX_WARMUPS, NodeCounts, NodeImageCache,
-    NodeImageCacheStatus, Phase, PullSecretRef, Target, Toleration, TolerationOperator, Warmup,
-    WarmupPhase, Workloads,
+    ImageRollout, ImageRolloutSpec, ImageState, ImageStatus, ImageToWarm, MAX_WARMUPS, NodeCounts,
+    NodeImageCache, NodeImageCacheStatus, Phase, PullSecretRef, Target, Toleration,
+    TolerationOperator, Warmup, WarmupPhase, Workloads,
 };
 use k8s_openapi::{
     apimachinery::pkg::{
@@ -133,6 +133,20 @@ fn image_prewarm() -> ImagePrewarm {
     }
 }
 
+fn image_rollout() -> ImageRollout {
+    ImageRollout {
+        metadata: ObjectMeta::default(),
+        spec: ImageRolloutSpec {
+            namespace: "n".to_owned(),
+            name: "n".to_owned(),
+            generation: 1,
+            revision: "r".to_owned(),
+            admitted_permille: 1,
+            nodes: 1,
+        },
+    }
+}
+
 fn node_image_cache() -> NodeImageCache {
     NodeImageCache {
         metadata: ObjectMeta::default(),
@@ -220,6 +234,10 @@ fn faults(object: &impl Serialize, definition: &Value) -> Vec<String> {
 fn types_have_the_fields_of_the_definitions() {
     assert_eq!(
         faults(&image_prewarm(), &definition("imageprewarms")),
+        [""; 0]
+    );
+    assert_eq!(
+        faults(&image_rollout(), &definition("imagerollouts")),
         [""; 0]
     );
     assert_eq!(
@@ -323,5 +341,6 @@ fn names_are_those_of_the_definitions() {
         assert_eq!(spec["scope"], scope);
     }
     check::<ImagePrewarm>("Namespaced");
+    check::<ImageRollout>("Cluster");
     check::<NodeImageCache>("Cluster");
 }

@@ -1,9 +1,9 @@
 //! Warms this node: follows ImagePrewarms, fills the cache when it is the node's turn, and says how far it is.
 //!
 //! ```text
-//! watch of metadata ──► queue (pure) ──► read an object ──► order (pure) ──► task: fill
-//!                         ▲   └────────────────────────────────────────────────┘
-//!                         └──► report: NodeImageCache
+//! watch of ImageRollouts ──► queue (pure) ──► read an object ──► order (pure) ──► task: fill
+//!                               ▲   └────────────────────────────────────────────────┘
+//!                               └──► report: NodeImageCache
 //! watch of this node's pods ──► bound (pure) ──► read ──► order (pure) ──► task: fill one image
 //! ```
 //!
@@ -23,7 +23,7 @@ use std::{
 };
 
 use k8s_openapi::api::core::v1::Node;
-use kube::{Api, Client, core::PartialObjectMeta};
+use kube::{Api, Client};
 use tokio::{
     sync::mpsc,
     time::{MissedTickBehavior, interval, timeout},
@@ -43,7 +43,7 @@ use super::{
     workloads::{Kind, Object},
 };
 use crate::{
-    api::ImagePrewarm,
+    api::{ImagePrewarm, ImageRollout},
     cluster::{Seen, Selector, watch},
     metrics::Metrics,
     telemetry::error_chain,
@@ -144,7 +144,7 @@ impl NodeWarming {
     /// Safe: what is under way stops.
     pub async fn run(mut self) {
         let (sender, changes) = mpsc::channel(CHANGES);
-        let api: Api<PartialObjectMeta<ImagePrewarm>> = Api::all(self.client.clone());
+        let api: Api<ImageRollout> = Api::all(self.client.clone());
         let watching = watch(api, Selector::default(), async |seen| {
             // A receiver that has gone is being dropped with this very future.
             drop(sender.send(seen).await);
@@ -188,7 +188,7 @@ impl NodeWarming {
 
     async fn work(
         &mut self,
-        mut changes: mpsc::Receiver<Seen<PartialObjectMeta<ImagePrewarm>>>,
+        mut changes: mpsc::Receiver<Seen<ImageRollout>>,
         mut pods: mpsc::Receiver<Seen<BoundPod>>,
     ) {
         let mut rounds = interval(ROUND);
@@ -346,8 +346,8 @@ impl NodeWarming {
             return Err("the Node is not known".to_owned());
         };
         let object = self.get(namespace, name).await?;
-        let Settings { node, platform, .. } = &self.settings;
-        Ok(object.and_then(|it| order::of(&it, uid, node, platform, facts)))
+        let platform = &self.settings.platform;
+        Ok(object.and_then(|it| order::of(&it, uid, platform, facts)))
     }
 
     async fn get(&self, namespace: &str, name: &str) -> Result<Option<ImagePrewarm>, String> {

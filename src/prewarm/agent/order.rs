@@ -2,10 +2,7 @@
 
 use crate::{
     api::{Content, ImagePrewarm, ImagePrewarmSpec, ImagePrewarmStatus},
-    prewarm::{
-        nodes::NodeFacts,
-        rollout::{slot, uid as uid_of},
-    },
+    prewarm::{nodes::NodeFacts, rollout::uid as uid_of},
 };
 
 /// What is to be done for an ImagePrewarm on this node.
@@ -34,24 +31,20 @@ pub(super) struct ImageToFill {
     pub(super) digest: String,
 }
 
-/// What is to be done for `object` on `node`; `None` if nothing is, or it is not the node's turn.
-///
-/// The status decides, which only the controller writes; what an annotation says is a hint.
+/// What is to be done for `object` on a node of these `facts`, whose turn it is; `None` if nothing is.
 pub(super) fn of(
     object: &ImagePrewarm,
     uid: &str,
-    node: &str,
     platform: &str,
     facts: &NodeFacts,
 ) -> Option<Order> {
     let (spec, status) = (&object.spec, object.status.as_ref()?);
     let generation = object.metadata.generation?;
-    let is_admitted = slot(node, uid) < status.admitted_permille;
     // The same name may be another object by now.
     if uid_of(object) != uid || object.metadata.deletion_timestamp.is_some() {
         return None;
     }
-    if spec.suspend || !is_admitted || status.revision.is_empty() || !facts.is_wanted(spec) {
+    if spec.suspend || status.revision.is_empty() || !facts.is_wanted(spec) {
         return None;
     }
     let images = status.images.iter().filter(|it| it.platform == platform);
@@ -135,7 +128,7 @@ mod tests {
     }
 
     fn of_object(change: impl FnOnce(&mut Value)) -> Option<Order> {
-        of(&object(change), "u", "n1", PLATFORM, &NodeFacts::default())
+        of(&object(change), "u", PLATFORM, &NodeFacts::default())
     }
 
     #[test]
@@ -197,13 +190,11 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_done_out_of_turn_or_for_other_nodes() {
-        let turn = slot("n1", "u");
+    fn nothing_is_done_for_other_nodes_or_for_what_is_suspended_or_another_object() {
         for (pointer, value) in [
             ("/spec/suspend", json!(true)),
             ("/spec/target", json!("Remote")),
             ("/spec/nodeSelector", json!({"gpu": "yes"})),
-            ("/status/admittedPermille", json!(turn)),
             ("/status/revision", json!("")),
             ("/status", json!(null)),
             ("/metadata/uid", json!("another")),
@@ -216,7 +207,5 @@ mod tests {
             });
             assert_eq!(order, None, "{pointer}");
         }
-        let just = of_object(|it| it["status"]["admittedPermille"] = json!(turn + 1));
-        assert!(just.is_some());
     }
 }

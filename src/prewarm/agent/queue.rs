@@ -7,14 +7,13 @@ use std::{
 };
 
 use k8s_openapi::{apimachinery::pkg::apis::meta::v1::Time, jiff::Timestamp};
-use kube::core::PartialObjectMeta;
 use tracing::warn;
 
 use super::order::Order;
 use crate::{
-    api::{ImagePrewarm, MAX_WARMUPS, Warmup, WarmupPhase},
+    api::{ImageRollout, ImageRolloutSpec, MAX_WARMUPS, Warmup, WarmupPhase},
     cluster::{Seen, bounded},
-    prewarm::rollout::{Rollout, uid as uid_of},
+    prewarm::rollout::admits,
 };
 
 /// First wait after a failure that may go by itself; each further one is twice as long.
@@ -55,10 +54,7 @@ pub(super) enum End {
 /// An ImagePrewarm, as far as this node has to do with it.
 #[derive(Debug)]
 struct Item {
-    namespace: String,
-    name: String,
-    generation: i64,
-    rollout: Option<Rollout>,
+    rollout: ImageRolloutSpec,
     /// Whether the last listing named it.
     is_listed: bool,
     read: Option<Read>,
@@ -76,8 +72,6 @@ struct Item {
 struct Read {
     generation: i64,
     revision: String,
-    /// The share that was admitted by then: whoever was refused asks again when it has changed.
-    permille: i32,
     order: Option<Order>,
     at: Instant,
 }
@@ -91,7 +85,7 @@ pub(super) struct Queue {
     /// What was told before this process, of objects that the watch has yet to name.
     before: BTreeMap<String, Warmup>,
     is_listed: bool,
-    /// What the node says has changed: in more than bytes, or in bytes.
+    /// What of that which the node says has changed.
     news: News,
 }
 
@@ -102,7 +96,9 @@ pub(super) enum News {
     None,
     /// Some bytes have come.
     Progress,
-    /// Something has begun or ended.
+    /// Something has begun, and may have ended before it is told.
+    Begun,
+    /// Something has ended, or is not wanted any more.
     Step,
 }
 
@@ -124,7 +120,7 @@ impl Queue {
     }
 
     /// Takes in what the watch has told of.
-    pub(super) fn see(&mut self, seen: Seen<PartialObjectMeta<ImagePrewarm>>) {
+    pub(super) fn see(&mut self, seen: Seen<ImageRollout>) {
         match seen {
             Seen::Listing => self.items.values_mut().for_each(|it| it.is_listed = false),
             Seen::Listed => {
@@ -138,8 +134,8 @@ impl Queue {
                     self.news = News::Step;
                 }
             }
-            Seen::Gone(object) => self.remove(uid_of(&*object)),
-            Seen::Is(object) => self.see_object(&object),
+            Seen::Gone(object) => self.remove(&object.metadata.name.unwrap_or_default()),
+            Seen::Is(object) => self.see_rollout(*object),
         }
     }
 
@@ -149,21 +145,13 @@ impl Queue {
         }
     }
 
-    fn see_object(&mut self, object: &PartialObjectMeta<ImagePrewarm>) {
-        let uid = uid_of(object).to_owned();
-        let meta = &object.metadata;
-        if meta.deletion_timestamp.is_some() {
-            self.remove(&uid);
-            return;
-        }
-        let generation = meta.generation.unwrap_or_default();
-        let rollout = Rollout::of(object);
+    fn see_rollout(&mut self, object: ImageRollout) {
+        // It has the name of what it is about.
+        let uid = object.metadata.name.unwrap_or_default();
+        let rollout = object.spec;
         let before = &mut self.before;
         let item = self.items.entry(uid.clone()).or_insert_with(|| Item {
-            namespace: meta.namespace.clone().unwrap_or_default(),
-            name: meta.name.clone().unwrap_or_default(),
-            generation,
-            rollout: None,
+            rollout: rollout.clone(),
             is_listed: true,
             read: None,
             not_before: None,
@@ -177,15 +165,12 @@ impl Queue {
                 it
             }),
         });
-        let is_other = item.generation != generation
-            || item.rollout.as_ref().map(|it| &it.revision)
-                != rollout.as_ref().map(|it| &it.revision);
-        if is_other {
+        let key = |it: &ImageRolloutSpec| (it.generation, it.revision.clone());
+        if key(&item.rollout) != key(&rollout) {
             item.attempts = 0;
             item.not_before = None;
         }
         item.is_listed = true;
-        item.generation = generation;
         item.rollout = rollout;
     }
 
@@ -205,9 +190,9 @@ impl Queue {
             let Some((_, revision)) = &item.running else {
                 continue;
             };
-            let rollout = item.rollout.as_ref();
+            let rollout = &item.rollout;
             // Out of turn is no reason to stop: the share may shrink while more nodes come.
-            let is_offered = rollout.is_some_and(|it| 0 < it.permille && it.revision == *revision);
+            let is_offered = 0 < rollout.admitted_permille && rollout.revision == *revision;
             let is_ordered = item.read.as_ref().is_some_and(|it| it.order.is_some());
             if !is_offered || !is_ordered {
                 item.running = None;
@@ -228,23 +213,23 @@ impl Queue {
     /// name.
     pub(super) fn offers_in(&self, namespace: &str, max: usize) -> Vec<(String, String)> {
         let offers = self.items.iter().filter(|(_, it)| {
-            let revision = it.rollout.as_ref().map_or("", |it| it.revision.as_str());
+            let revision = &it.rollout.revision;
             let has_it = it
                 .told
                 .as_ref()
-                .is_some_and(|it| it.phase == WarmupPhase::Ready && it.revision == revision);
-            it.namespace == namespace && !revision.is_empty() && !has_it
+                .is_some_and(|it| it.phase == WarmupPhase::Ready && it.revision == *revision);
+            it.rollout.namespace == namespace && !revision.is_empty() && !has_it
         });
         let offers = offers.take(max);
         offers
-            .map(|(uid, it)| (uid.clone(), it.name.clone()))
+            .map(|(uid, it)| (uid.clone(), it.rollout.name.clone()))
             .collect()
     }
 
     /// Whether there is this object still, and its spec is this one.
     pub(super) fn is_current(&self, uid: &str, generation: i64) -> bool {
         let item = self.items.get(uid);
-        item.is_some_and(|it| it.generation == generation)
+        item.is_some_and(|it| it.rollout.generation == generation)
     }
 
     /// What is to be done now: at most `max_reads` objects to read, and as many tasks as there is room for.
@@ -253,26 +238,21 @@ impl Queue {
         let mut reads = Vec::new();
         let mut ready: Vec<(Reverse<i32>, Instant, &String)> = Vec::new();
         for (uid, item) in &self.items {
-            let Some(rollout) = &item.rollout else {
-                continue;
-            };
+            let rollout = &item.rollout;
             let is_early = item.not_before.is_some_and(|it| now < it);
             let has_it = item.told.as_ref().is_some_and(|it| {
                 it.phase == WarmupPhase::Ready && it.revision == rollout.revision
             });
-            if is_early || has_it || rollout.revision.is_empty() || !rollout.admits(node, uid) {
+            if is_early || has_it || rollout.revision.is_empty() || !admits(rollout, node, uid) {
                 continue;
             }
-            let is_current = |it: &&Read| {
-                it.generation == item.generation
-                    && it.revision == rollout.revision
-                    && (it.order.is_some() || it.permille == rollout.permille)
-            };
+            let is_current =
+                |it: &&Read| it.generation == rollout.generation && it.revision == rollout.revision;
             match item.read.as_ref().filter(is_current) {
                 None => reads.push(Do::Read {
                     uid: uid.clone(),
-                    namespace: item.namespace.clone(),
-                    name: item.name.clone(),
+                    namespace: rollout.namespace.clone(),
+                    name: rollout.name.clone(),
                 }),
                 Some(read) => {
                     if let Some(order) = &read.order
@@ -308,7 +288,7 @@ impl Queue {
         let order = item.read.as_ref()?.order.clone()?;
         item.running = Some((order.generation, order.revision.clone()));
         item.tell(&order, WarmupPhase::Warming);
-        self.news = News::Step;
+        self.news = self.news.max(News::Begun);
         Some(order)
     }
 
@@ -325,7 +305,9 @@ impl Queue {
         let order = match read {
             Ok(order) => order,
             Err(error) => {
-                let (namespace, name) = (&item.namespace, &item.name);
+                let ImageRolloutSpec {
+                    namespace, name, ..
+                } = &item.rollout;
                 warn!(
                     namespace,
                     name, error, "cannot read an ImagePrewarm, trying again"
@@ -334,29 +316,30 @@ impl Queue {
                 return;
             }
         };
-        let Some(rollout) = &item.rollout else {
-            return;
-        };
-        let permille = rollout.permille;
-        let asked = (item.generation, rollout.revision.clone());
+        let asked = (item.rollout.generation, item.rollout.revision.clone());
         if let Some(order) = &order
             && (order.generation, &order.revision) != (asked.0, &asked.1)
         {
-            // The metadata of what was read is on its way: then it is read once more, if it is still not that.
+            // The rollout of what was read is on its way: then it is read once more, if it is still not that.
             item.not_before = Some(retry_at);
             return;
         }
-        match &order {
+        let news = match &order {
             // A task that runs for the same goes on.
-            Some(order) if item.running.is_none() => item.tell(order, WarmupPhase::Pending),
-            Some(_) => {}
-            None => item.told = None,
-        }
-        self.news = News::Step;
+            Some(_) if item.running.is_some() => News::None,
+            Some(order) => {
+                item.tell(order, WarmupPhase::Pending);
+                News::Begun
+            }
+            None => {
+                item.told = None;
+                News::Step
+            }
+        };
+        self.news = self.news.max(news);
         item.read = Some(Read {
             generation: asked.0,
             revision: asked.1,
-            permille,
             order,
             at: Instant::now(),
         });
@@ -452,8 +435,8 @@ impl Queue {
 
     /// Nodes that the greatest rollout is for.
     pub(super) fn n_nodes(&self) -> u32 {
-        let rollouts = self.items.values().filter_map(|it| it.rollout.as_ref());
-        rollouts.map(|it| it.nodes).max().unwrap_or(0)
+        let nodes = self.items.values().map(|it| it.rollout.nodes);
+        u32::try_from(nodes.max().unwrap_or(0)).unwrap_or(0)
     }
 }
 
@@ -471,8 +454,8 @@ impl Item {
         }
         self.told = Some(Warmup {
             uid: order.uid.clone(),
-            namespace: self.namespace.clone(),
-            name: self.name.clone(),
+            namespace: self.rollout.namespace.clone(),
+            name: self.rollout.name.clone(),
             revision: order.revision.clone(),
             phase,
             bytes_done: before.map_or(0, |it| it.bytes_done),

@@ -1,4 +1,5 @@
-//! Writes the node's NodeImageCache: at once where something has begun or ended, seldom where something only goes on.
+//! Writes the node's NodeImageCache: at once where something has ended, soon where something has begun, seldom where
+//! something only goes on.
 
 use std::time::{Duration, Instant};
 
@@ -31,6 +32,13 @@ const PROGRESS_EVERY: Duration = Duration::from_secs(15);
 /// Writes of progress in a second that a whole cluster makes, at most.
 const PROGRESS_OF_ALL_PER_SECOND: u32 = 50;
 
+/// Writes of what has begun in a second that a whole cluster makes, at most. What has ended meanwhile is told with it, so
+/// that what takes a moment is one write and not two.
+const BEGINS_OF_ALL_PER_SECOND: u32 = 100;
+
+/// How long it waits before that, at most.
+const MAX_BEGIN_AFTER: Duration = Duration::from_secs(30);
+
 /// How long a write that failed is not tried again; twice as long each time.
 const FIRST_RETRY: Duration = Duration::from_secs(2);
 
@@ -48,6 +56,8 @@ pub(super) struct Report {
     /// Whether the object is known to be there.
     is_made: bool,
     written_at: Option<Instant>,
+    /// When there was something to tell first, since.
+    news_at: Option<Instant>,
     not_before: Instant,
     retry: Duration,
 }
@@ -60,6 +70,7 @@ impl Report {
             metrics,
             is_made: false,
             written_at: None,
+            news_at: None,
             not_before: Instant::now(),
             retry: FIRST_RETRY,
         }
@@ -90,11 +101,16 @@ impl Report {
     pub(super) async fn write(&mut self, node_uid: &str, queue: &mut Queue) {
         self.show(&queue.told());
         let now = Instant::now();
+        if queue.news() != News::None {
+            self.news_at.get_or_insert(now);
+        }
+        let age = self.news_at.map_or(Duration::ZERO, |at| now - at);
         let is_due = match (queue.news(), self.written_at) {
             // The object itself says that there is an agent.
             (_, None) => true,
             (News::None, Some(_)) => false,
             (News::Step, Some(_)) => true,
+            (News::Begun, Some(_)) => begin_after(queue.n_nodes()) <= age,
             (News::Progress, Some(at)) => progress_every(queue.n_nodes()) <= now.duration_since(at),
         };
         // An unfinished listing would have what it does not name yet forgotten.
@@ -105,6 +121,7 @@ impl Report {
             Ok(()) => {
                 queue.was_told();
                 self.written_at = Some(now);
+                self.news_at = None;
                 self.retry = FIRST_RETRY;
             }
             Err(error) => {
@@ -202,6 +219,12 @@ fn progress_every(n_nodes: u32) -> Duration {
     PROGRESS_EVERY.max(Duration::from_secs_f64(share))
 }
 
+/// How long one of `n_nodes` waits before it tells that something has begun; not at all in a small cluster.
+fn begin_after(n_nodes: u32) -> Duration {
+    let share = Duration::from_secs(u64::from(n_nodes / BEGINS_OF_ALL_PER_SECOND));
+    share.min(MAX_BEGIN_AFTER)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -210,6 +233,9 @@ mod tests {
     fn a_cluster_of_any_size_writes_so_much_in_a_second() {
         for (n_nodes, seconds) in [(0, 15), (750, 15), (1000, 20), (10_000, 200)] {
             assert_eq!(progress_every(n_nodes), Duration::from_secs(seconds));
+        }
+        for (n_nodes, seconds) in [(0, 0), (99, 0), (1000, 10), (10_000, 30)] {
+            assert_eq!(begin_after(n_nodes), Duration::from_secs(seconds));
         }
     }
 }

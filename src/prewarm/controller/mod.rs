@@ -1,7 +1,7 @@
 //! Decides what is warmed where, and when, and has images seeded.
 //!
 //! ```text
-//! watches ──► world ──► plan (pure) ──► writer: status, annotation, events, deletion
+//! watches ──► world ──► plan (pure) ──► writer: status, ImageRollout, events, deletion
 //!                         ▲    └──────► seeding: a bounded number of tasks
 //!                         └─────────────────┘ what they have come to
 //! ```
@@ -42,11 +42,11 @@ use self::{
     discovery::{Discovery, of_object},
     plan::{ImageKey, Task},
     seeding::{Order, Seeding, TaskId, Wanted},
-    world::{Change, Premises, World, of_cache, of_node},
+    world::{Change, Premises, World, of_cache, of_node, of_rollout},
     writer::{Left, Writer},
 };
 use crate::{
-    api::{ImagePrewarm, NodeImageCache, Phase},
+    api::{ImagePrewarm, ImageRollout, NodeImageCache, Phase},
     cluster::{Elector, Events, LeaseName, Selector, watch},
     metrics::Metrics,
     prewarm::workloads::{Kind, Object},
@@ -171,6 +171,9 @@ impl Controller {
         let prewarms = watch::<ImagePrewarm>(Api::all(client()), all(), async |seen| {
             send(Change::Prewarm(seen)).await;
         });
+        let rollouts = watch::<ImageRollout>(Api::all(client()), all(), async |seen| {
+            send(Change::Rollout(seen.map(of_rollout))).await;
+        });
         let nodes = watch::<Node>(Api::all(client()), all(), async |seen| {
             send(Change::Node(seen.map(|it| of_node(&it)))).await;
         });
@@ -186,7 +189,7 @@ impl Controller {
             })
         }));
         let decisions = Decisions::new(self).run(changes);
-        tokio::join!(prewarms, nodes, caches, workloads, decisions);
+        tokio::join!(prewarms, rollouts, nodes, caches, workloads, decisions);
     }
 }
 
@@ -286,6 +289,7 @@ impl Decisions {
         to_write.sort();
         to_write.dedup();
         self.write(&to_write).await;
+        self.withdraw().await;
         let prewarms = &self.world.prewarms;
         self.left.retain(|uid, _| prewarms.get(uid).is_some());
         self.writer.retain(|uid| prewarms.get(uid).is_some());
@@ -362,12 +366,26 @@ impl Decisions {
         let n_objects = u32::try_from(under_way.count()).unwrap_or(u32::MAX);
         for uid in uids {
             self.left.remove(uid);
-            let Some(known) = self.world.prewarms.get_mut(uid) else {
+            let Some(known) = self.world.prewarms.get(uid) else {
                 continue;
             };
-            match self.writer.write(uid, known, n_objects).await {
+            let mut told = self.world.rollouts.get(uid).cloned();
+            let left = self.writer.write(uid, known, &mut told, n_objects).await;
+            if let Some(told) = told {
+                self.world.rollouts.set(uid.clone(), told);
+            }
+            match left {
                 Left::Nothing => {}
                 Left::At(at) => drop(self.left.insert(uid.clone(), at)),
+            }
+        }
+    }
+
+    /// Has nodes stop with what is not there any more.
+    async fn withdraw(&mut self) {
+        for uid in self.world.orphans() {
+            if self.writer.withdraw(&uid).await {
+                self.world.rollouts.remove(&uid);
             }
         }
     }

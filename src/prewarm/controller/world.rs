@@ -18,11 +18,14 @@ use super::{
     writer::digest,
 };
 use crate::{
-    api::{ImagePrewarm, ImagePrewarmSpec, ImagePrewarmStatus, NodeImageCache, WarmupPhase},
+    api::{
+        ImagePrewarm, ImagePrewarmSpec, ImagePrewarmStatus, ImageRollout, ImageRolloutSpec,
+        NodeImageCache, WarmupPhase,
+    },
     cluster::Seen,
     prewarm::{
         nodes::NodeFacts,
-        rollout::{Rollout, slot, uid},
+        rollout::{slot, uid},
         table::Table,
         workloads::Kind,
     },
@@ -32,6 +35,7 @@ use crate::{
 #[derive(Debug)]
 pub(super) enum Change {
     Prewarm(Seen<ImagePrewarm>),
+    Rollout(Seen<Named<ImageRolloutSpec>>),
     Node(Seen<Named<NodeFacts>>),
     Cache(Seen<Named<Vec<Told>>>),
     Workload(Kind, Seen<Sighting>),
@@ -69,8 +73,6 @@ pub(super) struct Known {
     pub(super) status: ImagePrewarmStatus,
     /// The status that was there when the object was seen first.
     pub(super) read: Option<blake3::Hash>,
-    /// What the annotation says in the cluster.
-    pub(super) rollout: Option<Rollout>,
     /// Tasks of this generation.
     pub(super) tasks: BTreeMap<ImageKey, Task>,
     /// What is to be seeded, as it was decided last.
@@ -85,6 +87,8 @@ pub(super) struct Known {
 pub(super) struct World {
     /// By uid.
     pub(super) prewarms: Table<Known>,
+    /// What nodes are told, by the uid of what it is about.
+    pub(super) rollouts: Table<ImageRolloutSpec>,
     /// By name.
     nodes: Table<NodeFacts>,
     /// By the node's name; what a node has told, by uid.
@@ -100,6 +104,14 @@ pub(super) struct World {
 pub(super) struct Premises {
     pub(super) platform: String,
     pub(super) has_remote: bool,
+}
+
+/// Takes of an ImageRollout what counts.
+pub(super) fn of_rollout(rollout: ImageRollout) -> Named<ImageRolloutSpec> {
+    Named {
+        name: rollout.metadata.name.unwrap_or_default(),
+        facts: rollout.spec,
+    }
 }
 
 /// Takes of a Node what counts.
@@ -138,6 +150,7 @@ impl World {
     pub(super) fn new(discovery: Option<Discovery>) -> Self {
         Self {
             prewarms: Table::new(),
+            rollouts: Table::new(),
             nodes: Table::new(),
             caches: Table::new(),
             discovery,
@@ -147,7 +160,10 @@ impl World {
 
     /// Whether all is known: a decision without the nodes would be one for no nodes.
     pub(super) fn is_complete(&self) -> bool {
-        self.prewarms.is_complete() && self.nodes.is_complete() && self.caches.is_complete()
+        self.prewarms.is_complete()
+            && self.rollouts.is_complete()
+            && self.nodes.is_complete()
+            && self.caches.is_complete()
     }
 
     /// Takes in what a watch has told of.
@@ -159,6 +175,23 @@ impl World {
                 self.prewarms.remove(uid(&*object));
             }
             Change::Prewarm(Seen::Is(object)) => self.see_prewarm(*object),
+            Change::Rollout(Seen::Listing) => self.rollouts.begin(),
+            Change::Rollout(Seen::Listed) => {
+                let gone = self.rollouts.end();
+                self.dirty.extend(gone);
+            }
+            Change::Rollout(Seen::Gone(rollout)) => {
+                self.rollouts.remove(&rollout.name);
+                self.dirty.insert(rollout.name);
+            }
+            Change::Rollout(Seen::Is(rollout)) => {
+                // What somebody else has written is put right.
+                let Named { name, facts } = *rollout;
+                if self.rollouts.get(&name) != Some(&facts) {
+                    self.dirty.insert(name.clone());
+                }
+                self.rollouts.set(name, facts);
+            }
             Change::Node(Seen::Listing) => self.nodes.begin(),
             Change::Node(Seen::Listed) => {
                 if !self.nodes.end().is_empty() {
@@ -233,9 +266,7 @@ impl World {
             return;
         }
         let generation = object.metadata.generation.unwrap_or_default();
-        let rollout = Rollout::of(&object);
         if let Some(known) = self.prewarms.see(&uid) {
-            known.rollout = rollout;
             if known.generation == generation {
                 return;
             }
@@ -256,7 +287,6 @@ impl World {
             found: None,
             read: object.status.as_ref().map(digest),
             status: object.status.unwrap_or_default(),
-            rollout,
             tasks: BTreeMap::new(),
             seed: Vec::new(),
             wake_at: None,
@@ -278,6 +308,14 @@ impl World {
         let changed: Vec<_> = now.chain(was).map(|it| it.uid.clone()).collect();
         *before = facts;
         self.dirty.extend(changed);
+    }
+
+    /// What nodes are told of ImagePrewarms that are not there any more.
+    pub(super) fn orphans(&self) -> Vec<String> {
+        let uids = self.rollouts.iter().map(|(uid, _)| uid);
+        uids.filter(|it| self.prewarms.get(it).is_none())
+            .cloned()
+            .collect()
     }
 
     /// Those about which there is something to decide: something is new, or it is time.

@@ -16,10 +16,11 @@ use tracing::{debug, info, warn};
 
 use super::{plan::Notice, world::Known};
 use crate::{
-    api::{ImagePrewarm, ImagePrewarmStatus, ImageState, NodeCounts},
+    api::{
+        ImagePrewarm, ImagePrewarmStatus, ImageRollout, ImageRolloutSpec, ImageState, NodeCounts,
+    },
     cluster::Events,
     metrics::Metrics,
-    prewarm::rollout::{ANNOTATION, Rollout},
     telemetry::error_chain,
 };
 
@@ -32,16 +33,11 @@ const PROGRESS_EVERY: Duration = Duration::from_secs(10);
 /// And for all objects together.
 const PROGRESS_EVERY_FOR_EACH: Duration = Duration::from_secs(1);
 
-/// And messages to nodes in a second, at most: each write is told to each node that watches.
-const PROGRESS_MESSAGES_PER_SECOND: u32 = 500;
-
-/// Messages to nodes in a second, at most, by which they are told that more of them may begin.
+/// Messages to nodes in a second, at most, by which they are told that more of them may begin: each write of a rollout is
+/// one to each node.
 ///
 /// With 1,000 nodes and 20 objects that share grows all the time, and an API server would do nothing else.
 const ROLLOUT_MESSAGES_PER_SECOND: u32 = 5000;
-
-/// A share is written into the status and into the annotation.
-const WRITES_OF_A_ROLLOUT: u32 = 2;
 
 /// How long a write that failed is not tried again.
 const RETRY_AFTER: Duration = Duration::from_secs(5);
@@ -55,7 +51,6 @@ struct Written {
     /// Digests of all of the status, and of it without what only goes on.
     all: blake3::Hash,
     steps: blake3::Hash,
-    permille: i32,
     at: Instant,
 }
 
@@ -65,6 +60,8 @@ pub(super) struct Writer {
     events: Events,
     metrics: Metrics,
     written: BTreeMap<String, Written>,
+    /// When nodes were told of it last.
+    told: BTreeMap<String, Instant>,
     not_before: BTreeMap<String, Instant>,
 }
 
@@ -84,6 +81,7 @@ impl Writer {
             events,
             metrics,
             written: BTreeMap::new(),
+            told: BTreeMap::new(),
             not_before: BTreeMap::new(),
         }
     }
@@ -91,6 +89,7 @@ impl Writer {
     /// Forgets objects that are not there any more.
     pub(super) fn retain(&mut self, is_there: impl Fn(&str) -> bool) {
         self.written.retain(|uid, _| is_there(uid));
+        self.told.retain(|uid, _| is_there(uid));
         self.not_before.retain(|uid, _| is_there(uid));
     }
 
@@ -119,50 +118,80 @@ impl Writer {
         }
     }
 
-    /// Writes status and annotation, if it is time; `n_objects` are under way.
-    pub(super) async fn write(&mut self, uid: &str, known: &mut Known, n_objects: u32) -> Left {
-        let now = Instant::now();
-        if let Some(at) = self.not_before.get(uid).filter(|it| now < **it) {
+    /// Writes status and rollout, if it is time; `n_objects` are under way. `told` is what nodes are told, and is kept true.
+    pub(super) async fn write(
+        &mut self,
+        uid: &str,
+        known: &Known,
+        told: &mut Option<ImageRolloutSpec>,
+        n_objects: u32,
+    ) -> Left {
+        if let Some(at) = self.not_before.get(uid).filter(|it| Instant::now() < **it) {
             return Left::At(*at);
         }
-        let (all, steps) = (digest(&known.status), digest(&steps(&known.status)));
-        let permille = known.status.admitted_permille;
-        let written = |at| Written {
-            all,
-            steps,
-            permille,
-            at,
+        let status = match self.write_status_in_time(uid, known, n_objects).await {
+            Ok(left) => left,
+            Err(reason) => return self.failed(uid, known, &reason),
         };
+        // After the status: who sees the one reads the other.
+        let rollout = self.write_rollout_in_time(uid, known, told, n_objects);
+        let rollout = match rollout.await {
+            Ok(left) => left,
+            Err(reason) => return self.failed(uid, known, &reason),
+        };
+        self.not_before.remove(uid);
+        status.and(rollout)
+    }
+
+    async fn write_status_in_time(
+        &mut self,
+        uid: &str,
+        known: &Known,
+        n_objects: u32,
+    ) -> Result<Left, String> {
+        let now = Instant::now();
+        let (all, steps) = (digest(&known.status), digest(&steps(&known.status)));
+        let written = |at| Written { all, steps, at };
         // What a former leader has written need not be written again.
         if !self.written.contains_key(uid) && known.read == Some(all) {
             self.written.insert(uid.to_owned(), written(now));
         }
-        let before = self.written.get(uid).copied();
-        if before.is_none_or(|it| it.all != all) {
-            let every = match before.is_some_and(|it| it.permille == permille) {
-                true => progress_every(n_objects, known.status.nodes.desired),
-                false => rollout_every(n_objects, known.status.nodes.desired),
-            };
-            let due = before.map_or(now, |it| it.at + every);
-            let is_step = before.is_none_or(|it| it.steps != steps);
-            if !is_step && now < due {
-                return Left::At(due);
+        if let Some(before) = self.written.get(uid) {
+            if before.all == all {
+                return Ok(Left::Nothing);
             }
-            if let Err(reason) = self.write_status(uid, known).await {
-                return self.failed(uid, known, &reason);
+            let due = before.at + progress_every(n_objects);
+            if before.steps == steps && now < due {
+                return Ok(Left::At(due));
             }
-            self.written.insert(uid.to_owned(), written(now));
         }
-        // After the status: who sees the one reads the other.
-        let rollout = rollout(&known.status);
-        if known.rollout.as_ref() != Some(&rollout) {
-            if let Err(reason) = self.write_rollout(uid, known, &rollout).await {
-                return self.failed(uid, known, &reason);
-            }
-            known.rollout = Some(rollout);
+        self.write_status(uid, known).await?;
+        self.written.insert(uid.to_owned(), written(now));
+        Ok(Left::Nothing)
+    }
+
+    async fn write_rollout_in_time(
+        &mut self,
+        uid: &str,
+        known: &Known,
+        told: &mut Option<ImageRolloutSpec>,
+        n_objects: u32,
+    ) -> Result<Left, String> {
+        let now = Instant::now();
+        let rollout = rollout(known);
+        if told.as_ref() == Some(&rollout) {
+            return Ok(Left::Nothing);
         }
-        self.not_before.remove(uid);
-        Left::Nothing
+        let due = self.told.get(uid);
+        let due = due.map(|it| *it + rollout_every(n_objects, rollout.nodes));
+        let is_step = told.as_ref().map(step) != Some(step(&rollout));
+        if let Some(due) = due.filter(|it| now < *it && !is_step) {
+            return Ok(Left::At(due));
+        }
+        self.write_rollout(uid, &rollout).await?;
+        self.told.insert(uid.to_owned(), now);
+        *told = Some(rollout);
+        Ok(Left::Nothing)
     }
 
     fn failed(&mut self, uid: &str, known: &Known, reason: &str) -> Left {
@@ -193,24 +222,33 @@ impl Writer {
         self.done("status", done)
     }
 
-    async fn write_rollout(
-        &self,
-        uid: &str,
-        known: &Known,
-        rollout: &Rollout,
-    ) -> Result<(), String> {
-        // No apply: it would make an object that has just been deleted anew.
-        let patch =
-            json!({"metadata": {"uid": uid, "annotations": {ANNOTATION: rollout.to_string()}}});
-        let params = PatchParams {
-            field_manager: Some(MANAGER.to_owned()),
-            ..PatchParams::default()
-        };
-        let api = self.api(known);
-        let patch = Patch::Merge(&patch);
-        let write = api.patch_metadata(&known.name, &params, &patch);
-        let done = timeout(WRITE_TIMEOUT, write).await;
+    async fn write_rollout(&self, uid: &str, rollout: &ImageRolloutSpec) -> Result<(), String> {
+        let patch = json!({
+            "apiVersion": ImageRollout::api_version(&()),
+            "kind": ImageRollout::kind(&()),
+            "metadata": {"name": uid},
+            "spec": rollout,
+        });
+        let params = PatchParams::apply(MANAGER).force();
+        let api = self.rollouts();
+        let patch = Patch::Apply(&patch);
+        let done = timeout(WRITE_TIMEOUT, api.patch(uid, &params, &patch)).await;
         self.done("rollout", done)
+    }
+
+    /// Tells nodes no more of an object that is not there any more. Says whether that was done.
+    pub(super) async fn withdraw(&self, uid: &str) -> bool {
+        let api = self.rollouts();
+        let params = DeleteParams::default();
+        let done = timeout(WRITE_TIMEOUT, api.delete(uid, &params)).await;
+        let done = self.done("rollout", done);
+        if let Err(error) = &done {
+            warn!(
+                uid,
+                error, "cannot delete an ImageRollout of no ImagePrewarm, trying again"
+            );
+        }
+        done.is_ok()
     }
 
     /// Deletes an object whose time is over. Says whether that was done.
@@ -244,6 +282,10 @@ impl Writer {
         Api::namespaced(self.client.clone(), &known.namespace)
     }
 
+    fn rollouts(&self) -> Api<ImageRollout> {
+        Api::all(self.client.clone())
+    }
+
     fn done<T>(
         &self,
         what: &str,
@@ -270,12 +312,35 @@ impl Writer {
     }
 }
 
-/// What the annotation is to say.
-fn rollout(status: &ImagePrewarmStatus) -> Rollout {
-    Rollout {
+impl Left {
+    /// What is to be tried first.
+    fn and(self, other: Self) -> Self {
+        match (self, other) {
+            (Self::At(one), Self::At(another)) => Self::At(one.min(another)),
+            (Self::Nothing, it) | (it, Self::Nothing) => it,
+        }
+    }
+}
+
+/// What nodes are to be told.
+fn rollout(known: &Known) -> ImageRolloutSpec {
+    let status = &known.status;
+    ImageRolloutSpec {
+        namespace: known.namespace.clone(),
+        name: known.name.clone(),
+        generation: status.observed_generation,
         revision: status.revision.clone(),
-        permille: status.admitted_permille,
-        nodes: u32::try_from(status.nodes.desired).unwrap_or(0),
+        admitted_permille: status.admitted_permille,
+        nodes: status.nodes.desired,
+    }
+}
+
+/// What nodes are to be told at once: whether any of them may begin is a step, how many of them is not.
+fn step(rollout: &ImageRolloutSpec) -> ImageRolloutSpec {
+    ImageRolloutSpec {
+        admitted_permille: rollout.admitted_permille.min(1),
+        nodes: 0,
+        ..rollout.clone()
     }
 }
 
@@ -285,19 +350,14 @@ pub(super) fn digest(status: &ImagePrewarmStatus) -> blake3::Hash {
     blake3::hash(&text)
 }
 
-/// How often is written how far one of `n_objects` is, each for `n_nodes`, at most.
-fn progress_every(n_objects: u32, n_nodes: i32) -> Duration {
-    let messages = f64::from(n_objects) * f64::from(n_nodes.max(0));
-    let share = messages / f64::from(PROGRESS_MESSAGES_PER_SECOND);
-    PROGRESS_EVERY
-        .max(PROGRESS_EVERY_FOR_EACH * n_objects)
-        .max(Duration::from_secs_f64(share))
+/// How often is written how far one of `n_objects` is, at most.
+fn progress_every(n_objects: u32) -> Duration {
+    PROGRESS_EVERY.max(PROGRESS_EVERY_FOR_EACH * n_objects)
 }
 
 /// How often the share of the nodes that may begin is written for one of `n_objects`, each for `n_nodes`, at most.
 fn rollout_every(n_objects: u32, n_nodes: i32) -> Duration {
-    let n_nodes = f64::from(n_nodes.max(0));
-    let messages = f64::from(n_objects) * n_nodes * f64::from(WRITES_OF_A_ROLLOUT);
+    let messages = f64::from(n_objects) * f64::from(n_nodes.max(0));
     Duration::from_secs_f64(messages / f64::from(ROLLOUT_MESSAGES_PER_SECOND))
 }
 
@@ -327,27 +387,13 @@ mod tests {
     use crate::api::{ImageStatus, Phase};
 
     #[test]
-    fn the_more_nodes_and_objects_there_are_the_seldomer_progress_is_written() {
-        for (n_objects, n_nodes, seconds) in [
-            (0, 0, 10),
-            (1, 1000, 10),
-            (20, 100, 20),
-            (20, 1000, 40),
-            (1, -1, 10),
-        ] {
-            let every = progress_every(n_objects, n_nodes);
-            assert_eq!(every.as_secs(), seconds, "{n_objects} {n_nodes}");
-        }
-    }
-
-    #[test]
     fn the_more_nodes_and_objects_there_are_the_seldomer_a_share_is_written() {
         for (n_objects, n_nodes, milliseconds) in [
             (0, 0, 0),
-            (1, 2, 0), // 0.8 ms
-            (1, 1000, 400),
-            (20, 1000, 8000),
-            (20, 10_000, 80_000),
+            (1, 2, 0), // 0.4 ms
+            (1, 1000, 200),
+            (20, 1000, 4000),
+            (20, 10_000, 40_000),
             (1, -1, 0),
         ] {
             let every = rollout_every(n_objects, n_nodes);
@@ -357,6 +403,18 @@ mod tests {
 
     #[test]
     fn that_nodes_may_begin_is_a_step_and_how_many_of_them_only_goes_on() {
+        let of = |admitted_permille, nodes| ImageRolloutSpec {
+            admitted_permille,
+            nodes,
+            ..ImageRolloutSpec::default()
+        };
+        assert_ne!(step(&of(0, 9)), step(&of(100, 9)));
+        assert_eq!(step(&of(100, 9)), step(&of(1000, 8)));
+        let other = ImageRolloutSpec {
+            generation: 1,
+            ..of(100, 9)
+        };
+        assert_ne!(step(&of(100, 9)), step(&other));
         let of = |admitted_permille| {
             steps(&ImagePrewarmStatus {
                 admitted_permille,
@@ -364,7 +422,6 @@ mod tests {
             })
         };
         assert_ne!(of(0), of(100));
-        assert_eq!(of(100), of(200));
         assert_eq!(of(100), of(1000));
     }
 

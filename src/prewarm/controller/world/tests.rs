@@ -63,6 +63,7 @@ impl Case {
         };
         for listing in [
             Change::Prewarm(Seen::Listing),
+            Change::Rollout(Seen::Listing),
             Change::Node(Seen::Listing),
             Change::Cache(Seen::Listing),
         ] {
@@ -74,6 +75,7 @@ impl Case {
     fn listed(&mut self) {
         for listed in [
             Change::Prewarm(Seen::Listed),
+            Change::Rollout(Seen::Listed),
             Change::Node(Seen::Listed),
             Change::Cache(Seen::Listed),
         ] {
@@ -199,7 +201,7 @@ fn an_object_that_changes_is_decided_anew_and_one_that_goes_is_forgotten() {
     case.listed();
     case.decide();
     case.seeded("p");
-    // Its own status, or an annotation, comes back from the API server.
+    // Its own status comes back from the API server.
     case.world
         .apply(Change::Prewarm(is(prewarm("p", 1, json!({})))));
     assert_eq!(case.decide(), [""; 0]);
@@ -223,6 +225,51 @@ fn an_object_that_changes_is_decided_anew_and_one_that_goes_is_forgotten() {
     case.world.apply(Change::Prewarm(Seen::Listed));
     assert!(case.world.prewarms.get("q").is_none());
     assert_eq!(case.decide().len(), 1);
+}
+
+fn rollout(uid: &str, revision: &str) -> Change {
+    let rollout = json!({"metadata": {"name": uid}, "spec": {"revision": revision}});
+    let rollout: ImageRollout = serde_json::from_value(rollout).unwrap();
+    Change::Rollout(is(of_rollout(rollout)))
+}
+
+#[test]
+fn what_nodes_are_told_is_put_right_and_goes_with_its_object() {
+    let mut case = Case::new();
+    for uid in ["p", "q"] {
+        case.world
+            .apply(Change::Prewarm(is(prewarm(uid, 1, json!({})))));
+    }
+    case.world.apply(rollout("p", "r"));
+    case.world.apply(rollout("gone", "r"));
+    case.listed();
+    case.decide();
+    assert_eq!(case.world.orphans(), ["gone"]);
+    // What was written comes back from the API server.
+    case.world.apply(rollout("p", "r"));
+    assert_eq!(case.decide(), [""; 0]);
+    // Somebody else has changed it, or has deleted it.
+    case.world.apply(rollout("p", "other"));
+    assert_eq!(case.decide(), ["p"]);
+    let Change::Rollout(Seen::Is(of_p)) = rollout("p", "other") else {
+        unreachable!("it makes such");
+    };
+    case.world.apply(Change::Rollout(Seen::Gone(of_p)));
+    assert_eq!(case.decide(), ["p"]);
+    case.world.apply(rollout("q", "r"));
+    case.decide();
+    case.world.apply(Change::Rollout(Seen::Listing));
+    case.world.apply(Change::Rollout(Seen::Listed));
+    assert_eq!(case.decide(), ["gone", "q"]);
+    assert_eq!(case.world.orphans(), [""; 0]);
+    case.world.apply(rollout("q", "r"));
+    case.world
+        .apply(Change::Prewarm(Seen::Gone(Box::new(prewarm(
+            "q",
+            1,
+            json!({}),
+        )))));
+    assert_eq!(case.world.orphans(), ["q"]);
 }
 
 #[test]
