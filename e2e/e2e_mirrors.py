@@ -4,6 +4,7 @@ import json
 import pathlib
 
 import images
+from cluster.pki import Pki
 from e2e_csi import docker_config
 from harness import process, services
 from harness.environment import Case
@@ -57,3 +58,33 @@ class Mirrors(Case):
         self.assertLess(reply.milliseconds, 5000)
         self.assert_tree("demo1", worker.target("v"))
         self.assertIn("mirror failed, passing it over", worker.log.read_text())
+
+
+class Certificates(Case):
+    """A registry that asks everybody for a certificate, and a node that has a hosts.toml for it."""
+
+    def test_a_registry_that_wants_a_certificate_is_shown_that_of_hosts_toml(self):
+        """Who has none, or one of another authority, is told what to do; who has the right one reads."""
+        pki, other = (Pki(self.work / name, "", ["IP:127.0.0.1"]) for name in ("pki", "other"))
+        for it in (pki, other):
+            it.issue("client", "/CN=node", "extendedKeyUsage=clientAuth")
+        self.env.push("demo1")
+        authority = pki.file("ca.crt")
+        registry = services.Registry(self.work, self.env.work / "registry", tls=(pki.file("apiserver.crt"), pki.file("apiserver.key"), authority), name="certified")
+        self.addCleanup(registry.stop)
+        reference = f"{registry.host}/e2e/demo1:{images.TAG}"
+        cases = {"none": (None, "it wants to be shown a certificate: name one as client in its hosts.toml"), "stranger": (other, "it does not take the certificate that it is shown"), "friend": (pki, None)}
+        for name, (shown, words) in cases.items():
+            with self.subTest(name):
+                directory = self.work / f"certs-{name}" / registry.host
+                directory.mkdir(parents=True)
+                client = f"client = {json.dumps([[str(shown.file('client.crt')), str(shown.file('client.key'))]])}\n" if shown else ""
+                (directory / "hosts.toml").write_text(f'server = "https://{registry.host}"\nca = {json.dumps(str(authority))}\n{client}')
+                worker = self.worker(name, config=self.config(f"{name}.toml", registry={"hosts_dir": str(directory.parent)}))
+                reply = worker.publish("v", reference)
+                if words:
+                    self.assertEqual(reply.code, "UNAVAILABLE", reply)
+                    self.assertIn(words, reply.message)
+                else:
+                    self.assertEqual(reply.code, "OK", reply)
+                    self.assert_tree("demo1", worker.target("v"))

@@ -58,7 +58,7 @@ class Rights(ClusterCase):
         for it in (directory, *directory.rglob("*")):
             it.chmod(0o755 if it.is_dir() or it.parent == plugins else 0o644)
         over = {
-            "csiDriver": {"tokenRequests": [{"audience": AUDIENCE}]},
+            "csiDriver": {"tokenRequests": [{"audience": AUDIENCE}], "requiresRepublish": True},
             "registries": {"hostsDir": str(hosts), "credentialProviders": {"configFile": str(config), "binDir": str(plugins)},
                            "serviceAccountPullSecrets": {"enabled": True, "namespaces": [OURS, THEIRS]}},
         }
@@ -152,9 +152,8 @@ class Rights(ClusterCase):
         self.starts("mirrored", OURS)
         self.assertIn("mirror failed, passing it over", self.release.logs(N1, 200))
 
-    def test_expired_token(self):
-        """Tokens live for a second, and nothing is read before the pod's first one has ended: reading asks for another, and the pod hears nothing of it."""
-        self.lets_in("friend", token_seconds=1)
+    def start_unread(self, name: str) -> str:
+        """A pod that is ready, of whose image nothing is on its node or in the remote but the index; the checksum of what it is to read."""
         self.create(self.secret_of("friend", OURS))
         self.release.empty_all()
         demo = {"image": f"{PRIVATE_REGISTRY}/e2e/demo1:{images.TAG}", "secret": "pull"}
@@ -166,13 +165,43 @@ class Rights(ClusterCase):
         process.wait_until(lambda: time.sleep(0.3) or uploads() > before, "the upload of the layer", 60)
         # The index stays, so that the next node mounts at once; all content has to come from the registry.
         self.cluster.redis.command("EVAL", "for _, key in ipairs(redis.call('KEYS', ARGV[1])) do redis.call('DEL', key) end", "0", CHUNKS)
-        self.start("reads", OURS, attributes={"prefetch": "none"}, **demo)
-        self.becomes_ready("reads", OURS)
-        time.sleep(1.5)
+        self.start(name, OURS, attributes={"prefetch": "none"}, **demo)
+        self.becomes_ready(name, OURS)
+        return right
+
+    def assert_read_from_the_registry(self, name: str, right: str) -> None:
+        """The pod reads all there, and hears nothing of it."""
         self.registry.reset()
-        self.assertEqual(self.checksum("reads", OURS), right)
+        self.assertEqual(self.checksum(name, OURS), right)
         sent = self.registry.total().bytes_sent
-        say(f"{sent / 1e6:.1f} MB came from the registry after the first token had ended")
+        say(f"{sent / 1e6:.1f} MB came from the registry")
         self.assertGreater(sent, 5_000_000)
-        warnings = self.cluster.get(f"api/v1/namespaces/{OURS}/events", fieldSelector="involvedObject.name=reads,type=Warning")["items"]
+        warnings = self.cluster.get(f"api/v1/namespaces/{OURS}/events", fieldSelector=f"involvedObject.name={name},type=Warning")["items"]
         self.assertEqual([it["message"] for it in warnings], [])
+
+    def test_expired_token(self):
+        """Tokens live for a second, and nothing is read before the pod's first one has ended: reading asks for another."""
+        self.lets_in("friend", token_seconds=1)
+        right = self.start_unread("reads")
+        time.sleep(1.5)
+        self.assert_read_from_the_registry("reads", right)
+
+    def test_repeated_publish(self):
+        """Kubelet publishes again and again, because the CSIDriver asks for it: the mount stays as it is, and what is missing is read with the Secret of today."""
+        self.lets_in("friend", token_seconds=1)
+        right = self.start_unread("again")
+        publishes = lambda: driver.metric(self.release.metrics(N1), "csi_requests_total", rpc="NodePublishVolume", code="OK")
+        mount = lambda: self.kubectl("exec", "again", "--namespace", OURS, "--", "grep", " /mnt ", "/proc/self/mountinfo").stdout
+        self.lets_in("successor", token_seconds=1)
+        self.cluster.apply(self.secret_of("successor", OURS))
+        before, was = publishes(), mount()
+
+        def published() -> bool:
+            # Kubelet looks at a pod that has changed at once, and at others once a minute.
+            self.kubectl("annotate", "pod", "again", "--namespace", OURS, "--overwrite", f"looked-at={time.monotonic()}")
+            time.sleep(1)
+            return publishes() >= before + 2
+
+        process.wait_until(published, "two more publishes", 90)
+        self.assertEqual(mount(), was)
+        self.assert_read_from_the_registry("again", right)

@@ -15,14 +15,17 @@ class Registry:
     """A docker-registry. Its access log tells which blobs were fetched."""
 
     def __init__(self, work: pathlib.Path, storage: pathlib.Path, *, htpasswd: str | None = None,
-                 tls: tuple[pathlib.Path, pathlib.Path] | None = None, name="registry", where=process.Here(), port: int | None = None):
+                 tls: tuple[pathlib.Path, ...] | None = None, name="registry", where=process.Here(), port: int | None = None):
         self.port = port or process.free_port()
         self.host = f"{where.address}:{self.port}"
         self.access_log = work / f"{name}.access.log"
         config = work / f"{name}.yml"
         auth, certificate = "", ""
         if tls is not None:
-            certificate = f", tls: {{certificate: {json.dumps(str(tls[0]))}, key: {json.dumps(str(tls[1]))}}}"
+            # Certificate and key; then the authorities of those that clients have to show.
+            words = [f"certificate: {json.dumps(str(tls[0]))}", f"key: {json.dumps(str(tls[1]))}"]
+            words += [f"clientcas: {json.dumps([str(it) for it in tls[2:]])}"] if tls[2:] else []
+            certificate = f", tls: {{{', '.join(words)}}}"
         if htpasswd is not None:
             (work / f"{name}.htpasswd").write_text(htpasswd)
             auth = f"auth: {{htpasswd: {{realm: e2e, path: {json.dumps(str(work / f'{name}.htpasswd'))}}}}}\n"

@@ -6,7 +6,7 @@ use std::{
     time::Duration,
 };
 
-use rustls::pki_types::CertificateDer;
+use rustls::{AlertDescription, pki_types::CertificateDer};
 
 use super::{
     config::RegistryConfigError,
@@ -121,6 +121,26 @@ pub(crate) fn send_error(host: &str, error: reqwest::Error) -> SourceError {
             host,
             "it does not speak TLS: set plain_http for this host if this is meant".to_owned(),
         ),
+        Some(rustls::Error::AlertReceived(alert)) => match alert {
+            AlertDescription::CertificateRequired => unavailable(
+                host,
+                "it wants to be shown a certificate: name one as client in its hosts.toml"
+                    .to_owned(),
+            ),
+            // Of a certificate that is shown, and in TLS 1.2 also of one that is missing.
+            AlertDescription::BadCertificate
+            | AlertDescription::CertificateExpired
+            | AlertDescription::CertificateRevoked
+            | AlertDescription::CertificateUnknown
+            | AlertDescription::UnknownCA
+            | AlertDescription::UnsupportedCertificate => unavailable(
+                host,
+                format!(
+                    "it does not take the certificate that it is shown ({alert:?}): see client in its hosts.toml"
+                ),
+            ),
+            other => unavailable(host, format!("TLS failed: it says {other:?}")),
+        },
         Some(other) => unavailable(host, format!("TLS failed: {other}")),
         None if error.is_connect() => {
             unavailable(host, format!("cannot connect: {}", root_cause(&error)))

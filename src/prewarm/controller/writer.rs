@@ -179,7 +179,7 @@ impl Writer {
     ) -> Result<Left, String> {
         let now = Instant::now();
         let rollout = rollout(known);
-        if told.as_ref() == Some(&rollout) {
+        if !is_news(told.as_ref(), &rollout) {
             return Ok(Left::Nothing);
         }
         let due = self.told.get(uid);
@@ -335,6 +335,19 @@ fn rollout(known: &Known) -> ImageRolloutSpec {
     }
 }
 
+/// Whether nodes are to be told. While none of them may begin, it is enough that they know that there is something: each
+/// image that is looked up makes another revision.
+fn is_news(told: Option<&ImageRolloutSpec>, rollout: &ImageRolloutSpec) -> bool {
+    let Some(told) = told else {
+        return true;
+    };
+    let nobody_begins = told.admitted_permille == 0 && rollout.admitted_permille == 0;
+    match nobody_begins && told.generation == rollout.generation {
+        true => told.revision.is_empty() != rollout.revision.is_empty(),
+        false => told != rollout,
+    }
+}
+
 /// What nodes are to be told at once: whether any of them may begin is a step, how many of them is not.
 fn step(rollout: &ImageRolloutSpec) -> ImageRolloutSpec {
     ImageRolloutSpec {
@@ -398,6 +411,30 @@ mod tests {
         ] {
             let every = rollout_every(n_objects, n_nodes);
             assert_eq!(every.as_millis(), milliseconds, "{n_objects} {n_nodes}");
+        }
+    }
+
+    #[test]
+    fn nodes_are_told_what_makes_a_difference_to_them() {
+        let of = |generation, revision: &str, admitted_permille| ImageRolloutSpec {
+            generation,
+            revision: revision.to_owned(),
+            admitted_permille,
+            ..ImageRolloutSpec::default()
+        };
+        assert!(is_news(None, &of(1, "", 0)));
+        for (told, rollout, expected) in [
+            (of(1, "", 0), of(1, "a", 0), true),
+            (of(1, "a", 0), of(1, "b", 0), false),
+            (of(1, "a", 0), of(2, "b", 0), true),
+            (of(1, "a", 0), of(1, "", 0), true),
+            (of(1, "a", 0), of(1, "b", 1), true),
+            (of(1, "a", 1), of(1, "a", 1), false),
+            (of(1, "a", 1), of(1, "b", 1), true),
+            (of(1, "a", 1), of(1, "a", 2), true),
+            (of(1, "a", 1), of(1, "a", 0), true),
+        ] {
+            assert_eq!(is_news(Some(&told), &rollout), expected, "{told:?}");
         }
     }
 
