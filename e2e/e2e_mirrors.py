@@ -73,8 +73,8 @@ class Certificates(Case):
         registry = services.Registry(self.work, self.env.work / "registry", tls=(pki.file("apiserver.crt"), pki.file("apiserver.key"), authority), name="certified")
         self.addCleanup(registry.stop)
         reference = f"{registry.host}/e2e/demo1:{images.TAG}"
-        cases = {"none": (None, "it wants to be shown a certificate: name one as client in its hosts.toml"), "stranger": (other, "it does not take the certificate that it is shown"), "friend": (pki, None)}
-        for name, (shown, words) in cases.items():
+        cases = {"none": None, "stranger": other, "friend": pki}
+        for name, shown in cases.items():
             with self.subTest(name):
                 directory = self.work / f"certs-{name}" / registry.host
                 directory.mkdir(parents=True)
@@ -82,9 +82,9 @@ class Certificates(Case):
                 (directory / "hosts.toml").write_text(f'server = "https://{registry.host}"\nca = {json.dumps(str(authority))}\n{client}')
                 worker = self.worker(name, config=self.config(f"{name}.toml", registry={"hosts_dir": str(directory.parent)}))
                 reply = worker.publish("v", reference)
-                if words:
-                    self.assertEqual(reply.code, "UNAVAILABLE", reply)
-                    self.assertIn(words, reply.message)
-                else:
+                if shown == pki:
                     self.assertEqual(reply.code, "OK", reply)
                     self.assert_tree("demo1", worker.target("v"))
+                else:
+                    self.assertEqual(reply.code, "UNAVAILABLE", reply)
+                    self.assertRegex(reply.message, r"it wants to be shown a certificate that it trusts \(\w+\): name one as client in its hosts.toml$")

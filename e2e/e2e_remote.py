@@ -51,7 +51,9 @@ class Remote(Case):
         image = self.env.push(name)
         for engine, where in {"redis": {"redis": self.redis()}, "dir": {"remote_dir": self.work / "shared"}, "s3": {"s3": self.s3()}}.items():
             with self.subTest(engine):
-                config = self.config(f"{engine}.toml", key_file=self.work / "key", **where)
+                # On a busy machine a node would take a remote that answers late for one that is down, and go on without it.
+                patient = {"request_timeout_ms": 20_000, "connect_timeout_ms": 10_000, "lease_wait_seconds": 120}
+                config = self.config(f"{engine}.toml", key_file=self.work / "key", remote=patient, **where)
                 nodes = [self.worker(f"{engine}-{node}", config=config) for node in "abc"]
                 mark = self.registry.mark()
                 threads = [threading.Thread(target=node.must_publish, args=("v", image)) for node in nodes]

@@ -31,8 +31,8 @@ class Reply:
 
 
 def write_config(file: pathlib.Path, *, plain_http=(), redis: services.Redis | None = None, remote_dir: pathlib.Path | None = None,
-                 s3: services.S3 | None = None, key_file: pathlib.Path | None = None, **sections) -> pathlib.Path:
-    """A configuration file. `sections` are tables: cache={"max_layer_bytes": 1}."""
+                 s3: services.S3 | None = None, key_file: pathlib.Path | None = None, remote: dict | None = None, **sections) -> pathlib.Path:
+    """A configuration file. `sections` are tables: cache={"max_layer_bytes": 1}; `remote` is what else that table has."""
     lines = []
     for name, table in sections.items():
         lines += [f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in table.items())]
@@ -50,6 +50,7 @@ def write_config(file: pathlib.Path, *, plain_http=(), redis: services.Redis | N
                 key_file.touch(mode=0o600)
                 key_file.write_text(secrets.token_hex(32))
             lines.append(f"hmac_key_file = {json.dumps(str(key_file))}")
+        lines += [f"{key} = {json.dumps(value)}" for key, value in (remote or {}).items()]
     for host in plain_http:
         lines += [f'[registry.hosts."{host}"]', "plain_http = true"]
     file.write_text("\n".join(lines) + "\n")

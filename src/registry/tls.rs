@@ -121,26 +121,21 @@ pub(crate) fn send_error(host: &str, error: reqwest::Error) -> SourceError {
             host,
             "it does not speak TLS: set plain_http for this host if this is meant".to_owned(),
         ),
-        Some(rustls::Error::AlertReceived(alert)) => match alert {
-            AlertDescription::CertificateRequired => unavailable(
-                host,
-                "it wants to be shown a certificate: name one as client in its hosts.toml"
-                    .to_owned(),
-            ),
-            // Of a certificate that is shown, and in TLS 1.2 also of one that is missing.
-            AlertDescription::BadCertificate
+        // Some servers say of a certificate that is missing what others say of one that they do not know.
+        Some(rustls::Error::AlertReceived(
+            alert @ (AlertDescription::BadCertificate
             | AlertDescription::CertificateExpired
+            | AlertDescription::CertificateRequired
             | AlertDescription::CertificateRevoked
             | AlertDescription::CertificateUnknown
             | AlertDescription::UnknownCA
-            | AlertDescription::UnsupportedCertificate => unavailable(
-                host,
-                format!(
-                    "it does not take the certificate that it is shown ({alert:?}): see client in its hosts.toml"
-                ),
+            | AlertDescription::UnsupportedCertificate),
+        )) => unavailable(
+            host,
+            format!(
+                "it wants to be shown a certificate that it trusts ({alert:?}): name one as client in its hosts.toml"
             ),
-            other => unavailable(host, format!("TLS failed: it says {other:?}")),
-        },
+        ),
         Some(other) => unavailable(host, format!("TLS failed: {other}")),
         None if error.is_connect() => {
             unavailable(host, format!("cannot connect: {}", root_cause(&error)))
