@@ -87,7 +87,7 @@ storage: install ## Kubernetes' own end-to-end tests of CSI drivers on the clust
 	@./e2e/tools.sh kubernetes >/dev/null
 	python3 e2e/storage_suite.py
 
-e2e: ## End-to-end tests alone, all of them (root; CASES=name,name or E2E="-k NAME" picks some; 15 to 30 minutes, the longer the first time)
+e2e: ## End-to-end tests alone, all of them (root; CASES=name,name or E2E="-k NAME" picks some; 15 to 35 minutes, the longer the first time)
 	@trap 'wait' EXIT
 	# All is built at once, unless some cases are picked: those make what they need.
 	[ -n "$(CASES)$(E2E)" ] || $(if $(KUBERNETES),$(MAKE) kubernetes,true) &

@@ -36,13 +36,13 @@ def write_config(file: pathlib.Path, *, plain_http=(), redis: services.Redis | N
     lines = []
     for name, table in sections.items():
         lines += [f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in table.items())]
-    if redis or remote_dir or s3:
+    if redis or remote_dir or s3 or remote:
         lines.append("[remote]")
         if redis:
             lines += ['kind = "redis"', f"url = {json.dumps(redis.url)}"]
         elif remote_dir:
             lines += ['kind = "dir"', f"path = {json.dumps(str(remote_dir))}"]
-        else:
+        elif s3:
             bucket = {"endpoint": s3.url, "bucket": s3.bucket, **{name: str(file) for name, file in s3.key_files.items()}}
             lines += ['kind = "s3"', "s3.allow_http = true", *(f"s3.{name} = {json.dumps(value)}" for name, value in bucket.items())]
         if key_file:
