@@ -104,6 +104,7 @@ fn an_object_is_read_when_it_is_the_nodes_turn_and_once() {
     assert_eq!(case.next(), ["read a"]);
     case.read("a", 1, "r1", 0);
     assert_eq!(case.phases(), [("a".to_owned(), WarmupPhase::Pending)]);
+    assert_eq!(case.queue.news(), News::Begun);
     assert_eq!(case.next(), ["start a r1"]);
     assert_eq!(case.next(), [""; 0]);
     // More nodes are admitted: nothing new for this one.
@@ -244,6 +245,7 @@ fn what_does_not_mean_this_node_is_read_again_when_one_of_them_has_changed() {
     case.see("a", 1, "r", 999);
     assert_eq!(case.next(), ["read a"]);
     case.queue.read("a", Ok(None), case.now);
+    assert_eq!(case.queue.news(), News::Step);
     case.see("a", 1, "r", 1000);
     assert_eq!(case.next(), [""; 0]);
     case.see("a", 2, "r", 1000);
