@@ -96,7 +96,10 @@ e2e: ## End-to-end tests alone, all of them (root; CASES=name,name or E2E="-k NA
 	cargo fetch --quiet --locked
 	nice -n 15 ./e2e/tools.sh >/dev/null
 	# What is tested is what ships: the programs of the project's image, unless others are named.
-	CLIP_CSI_BIN="$${CLIP_CSI_BIN:-$$(python3 e2e/cluster/project_image.py --programs | tail -n 1)/clip-csi}" python3 e2e/run.py $(if $(KUBERNETES),,--without-kubernetes) --cases "$(CASES)" $(E2E)
+	export CLIP_CSI_BIN="$${CLIP_CSI_BIN:-$$(python3 e2e/cluster/project_image.py --programs | tail -n 1)/clip-csi}"
+	# The S3 server, which a few cases want, of which none comes first.
+	[ -n "$(CASES)$(E2E)" ] || nice -n 5 ./e2e/tools.sh s3 >/dev/null &
+	python3 e2e/run.py $(if $(KUBERNETES),,--without-kubernetes) --cases "$(CASES)" $(E2E)
 
 # It needs Go alone: where that is, before anything is installed.
 kubernetes:

@@ -19,8 +19,8 @@ use std::{
 
 use clip_csi::{
     codec::{
-        Compression, Decoder,
-        access_map::{AccessMap, AccessMapWriter, Subject},
+        Compression, Decoder, Subject,
+        access_map::{AccessMap, AccessMapWriter},
     },
     digest::{BlobDigest, DiffId},
 };

@@ -33,6 +33,8 @@ def differences(truth, seen, dirs_without_mtime=frozenset()) -> list[str]:
         if path not in truth:
             lines.append(f"too much: {path} ({seen[path]['type']})")
             continue
+        if truth[path] == seen[path]:
+            continue
         for key in trees.KEYS:
             if key == "mtime" and path in dirs_without_mtime and truth[path]["type"] == "dir":
                 continue

@@ -15,7 +15,6 @@ import argparse
 import os
 import pathlib
 import random
-import shutil
 import sys
 import time
 
@@ -77,12 +76,13 @@ class Traffic:
                                          cache={"max_bytes": MAX_CACHE_BYTES})
             os.chown(self.work / "key", process.UNPRIVILEGED, process.UNPRIVILEGED)
             self.start_api()
+            self.binary = paths.install(self.work / "bin")
             self.workers = {}
             for name in ("n1", "n2"):
                 self.api.node(name)
                 kubeconfig = self.api.kubeconfig_of(name, self.api.token(NAMESPACE, "clip-csi-node", name))
                 warming = ["--node-id", name, "--prewarm", "--kubeconfig", kubeconfig]
-                self.workers[name] = trio.Trio(self.work / name, config, self.binary(), options={"agent": warming})
+                self.workers[name] = trio.Trio(self.work / name, config, self.binary, options={"agent": warming})
                 self.ends.append(self.workers[name].end)
             controller = self.start_controller(config)
             self.prometheus = prometheus.Prometheus(self.work, self.addresses(), controllers={"n1": controller}, scrape_interval=f"{SCRAPE_SECONDS}s")
@@ -104,7 +104,7 @@ class Traffic:
         address = f"127.0.0.1:{process.free_port()}"
         kubeconfig = self.api.kubeconfig_of("prewarm", self.api.token(NAMESPACE, "clip-csi-prewarm"))
         controller = process.Server(
-            [self.binary(), "prewarm-controller", "--lease-namespace", NAMESPACE, "--identity", "c1", "--config", config, "--cache-dir", self.work / "controller",
+            [self.binary, "prewarm-controller", "--lease-namespace", NAMESPACE, "--identity", "c1", "--config", config, "--cache-dir", self.work / "controller",
              "--kubeconfig", kubeconfig, "--metrics-addr", address], stdout=self.work / "controller.log")
         self.ends.append(controller.kill)
         controller.wait_ready(lambda: process.listens(int(address.rpartition(":")[2])), "the controller")
@@ -117,15 +117,6 @@ class Traffic:
     def __exit__(self, *_):
         while self.ends:
             self.ends.pop()()
-
-    def binary(self) -> pathlib.Path:
-        """The program where every user may run it, with those that it becomes."""
-        place = self.work / "bin"
-        place.mkdir(exist_ok=True)
-        for program in paths.programs():
-            shutil.copy(program, place)
-            (place / program.name).chmod(0o755)
-        return place / "clip-csi"
 
     def addresses(self) -> dict[str, str]:
         return {name: f"127.0.0.1:{worker.metrics_port}" for name, worker in self.workers.items()}

@@ -46,15 +46,16 @@ class Claims(DriverCase):
 
     def test_claim(self):
         """A claim of a StorageClass gets a volume, pods of both nodes read it, and it goes with the claim."""
-        self.create(claim("image", storageClassName=CLASS))
+        it = claim("image", storageClassName=CLASS)
+        self.create(it)
         volume = self.wait_bound("image")
         spec = self.cluster.get(f"{VOLUMES}/{volume}")["spec"]
         self.assertEqual((spec["csi"]["driver"], spec["csi"]["volumeAttributes"]["image"]), (DRIVER, self.reference))
         for node in NODES:
             self.run_pod(f"claim-{node}", node=node, volume=claimed("image"))
             self.assertEqual(self.exec(f"claim-{node}", "cat", "/mnt/hello"), "hello\n")
-        self.kubectl("delete", "pod", *[f"claim-{node}" for node in NODES])
-        self.kubectl("delete", "pvc", "image")
+        self.cluster.delete_pods(*[f"claim-{node}" for node in NODES])
+        self.cluster.delete(it)
         self.cluster.wait(VOLUMES, volume, lambda it: it is None, "the volume to be gone", 60)
 
     def test_claim_that_nobody_can_fulfil(self):
@@ -88,7 +89,7 @@ class Claims(DriverCase):
         # The node service is replaced, and what was written stays.
         self.release.delete_pod(N2, "node")
         self.assertEqual(self.exec("writes", "cat", "/mnt/dir/new"), "new\n")
-        self.kubectl("delete", "pod", "writes")
+        self.cluster.delete_pods("writes")
         start("writes")
         self.assertEqual(self.exec("writes", "ls", "/mnt"), self.exec("reads", "ls", "/mnt"))
 

@@ -30,7 +30,7 @@ class Platform(ClusterCase):
         pods = {node: self.wait_ready(f"smoke-{node}") for node in NODES}
         for node, other in zip(NODES, reversed(NODES)):
             self.assertEqual(pods[node]["spec"]["nodeName"], node)
-            self.assertEqual(self.kubectl("logs", f"smoke-{node}").stdout, f"hello from {node}\n")
+            self.assertEqual(self.cluster.logs(f"smoke-{node}"), f"hello from {node}\n")
             address = pods[other]["status"]["podIP"]
             self.assertEqual(self.exec(f"smoke-{node}", "wget", "-q", "-O", "-", f"http://{address}/name"), f"{other}\n")
             self.assertEqual(self.exec(f"smoke-{node}", "sh", "-c", "nc -w 5 10.96.0.1 443 </dev/null"), "")
@@ -97,9 +97,9 @@ class Volumes(DriverCase):
         self.assertEqual(self.metric(N1, "volumes"), 2)
         devices = {self.machine(it).run("stat", "--format", "%d", self.target(it)).stdout for it in pods}
         self.assertEqual(len(devices), 1, "one file system")
-        self.kubectl("delete", "pod", "shared-1")
+        self.cluster.delete_pods("shared-1")
         self.assertEqual(self.exec("shared-2", "cat", "/mnt/hello"), "hello\n")
-        self.kubectl("delete", "pod", "shared-2")
+        self.cluster.delete_pods("shared-2")
         process.wait_until(lambda: self.metric(N1, "mounts") == before, "the source mount to go", 30)
 
     def test_second_node(self):
@@ -141,9 +141,9 @@ class Volumes(DriverCase):
         self.assertEqual(self.metric(N1, "mounts"), 1)
         self.assertEqual(self.metric(N1, "volumes"), 30)
         for name in names:
-            self.assertEqual(self.kubectl("logs", name).stdout.split()[0], images.get("demo5").note()["files"][0][file])
+            self.assertEqual(self.cluster.logs(name).split()[0], images.get("demo5").note()["files"][0][file])
         self.assertLessEqual(max(self.blob_gets("demo5", mark)), 1)
-        self.kubectl("delete", "pod", *names, "--timeout=120s")
+        self.cluster.delete_pods(*names)
         process.wait_until(lambda: self.metric(N1, "volumes") == 0 and self.metric(N1, "mounts") == 0, "all volumes to be taken down", 60)
 
 

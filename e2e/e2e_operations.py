@@ -128,7 +128,7 @@ class Chart(DriverCase):
                 it = f"traffic-{name}-{node}"
                 self.run_pod(it, node=node, image=reference)
                 self.exec(it, "sh", "-c", "find /mnt -type f -exec cat {} + >/dev/null; echo x >/mnt/x", check=False)
-                self.kubectl("delete", "pod", it)
+                self.cluster.delete_pods(it)
 
         with concurrent.futures.ThreadPoolExecutor() as pool:
             # The list has what was raised there raised here.
@@ -239,7 +239,7 @@ class Registration(ClusterCase):
     def check_pod(self, node: str, **settings) -> None:
         self.run_pod("check", node=node, image=self.cluster.push("small"), **settings)
         self.assertEqual(self.exec("check", "cat", "/mnt/hello"), "hello\n")
-        self.kubectl("delete", "pod", "check")
+        self.cluster.delete_pods("check")
 
     def test_self_registration(self):
         """Without the registrar: the driver registers itself, also when kubelet starts anew, and is gone from CSINode at the end."""
@@ -281,7 +281,7 @@ class Lifecycle(DriverCase):
         for node in NODES:
             self.run_pod(f"uninstall-{node}", node=node, image=reference)
         self.assertTrue(self.release.left_on_nodes(), "there is something to leave")
-        self.kubectl("delete", "pod", *[f"uninstall-{node}" for node in NODES], "--timeout=60s")
+        self.cluster.delete_pods(*[f"uninstall-{node}" for node in NODES])
         self.release.uninstall()
         try:
             # Kubelet removes the directories of pods that are gone every few seconds.

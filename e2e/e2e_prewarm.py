@@ -94,7 +94,7 @@ class PrewarmNodes(PrewarmCase):
         self.assertEqual(self.metric(third, "registry_read_bytes_total"), 0)
         self.assertGreater(self.metric(third, "prewarm_bytes_total", tier="content_cache"), 150e6)
         self.read_everywhere("demo5", reference, mark, [third])
-        self.kubectl("delete", "pod", f"warm-demo5-{third}")
+        self.cluster.delete_pods(f"warm-demo5-{third}")
         self.take_away(third)
         self.wait_nodes("joined", "2/2")
 
@@ -146,7 +146,7 @@ class PrewarmNodes(PrewarmCase):
             self.cluster.redis = services.Redis(self.cluster.work, where=self.cluster.plane.machine, port=port)
         self.addCleanup(lambda: self.cluster.redis.server.alive() or again())
         down = lambda it: it and it.get("status", {}).get("images", [{}])[0].get("reason") == "RemoteDown"
-        it = self.cluster.wait(PREWARMS, "away", down, "the controller to miss the remote", 60)
+        it = self.cluster.wait(PREWARMS, "away", down, "the controller to miss the remote", 120)
         for name in ("Seeded", "Ready"):
             status, why, message = self.condition(it, name)
             self.assertEqual((status, why), ("False", "RemoteDown"))

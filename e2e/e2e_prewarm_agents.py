@@ -15,8 +15,8 @@ from cluster import containers
 from cluster.case import docker_config
 from cluster.release import secret
 from harness import dashboard, driver, paths, process, prometheus, services
-from harness.api_server import ApiServer
 from harness.environment import Case
+from harness.kube_objects import APPLY, collection
 from harness.process import say
 
 NAMESPACE, TEAM = "clip-csi", "team"
@@ -25,8 +25,11 @@ GRANTS = ("ClusterRole", "ClusterRoleBinding", "Role", "RoleBinding", "ServiceAc
 PREWARMS = f"/apis/clip-csi.dev/v1alpha1/namespaces/{TEAM}/imageprewarms"
 CACHES = "/apis/clip-csi.dev/v1alpha1/nodeimagecaches"
 LEASE = f"/apis/coordination.k8s.io/v1/namespaces/{NAMESPACE}/leases/clip-csi-prewarm"
-APPLY = "application/apply-patch+yaml"
 DRIVER = "csi.clip-csi.dev"
+WORKLOADS = {"Pod": "v1", "Deployment": "apps/v1", "StatefulSet": "apps/v1", "DaemonSet": "apps/v1", "Job": "batch/v1", "CronJob": "batch/v1"}
+# What a case and its programs leave in the Kubernetes API.
+LEFT = (PREWARMS[1:], CACHES[1:], "apis/clip-csi.dev/v1alpha1/imagerollouts", "api/v1/nodes", LEASE[1:].rpartition("/")[0], f"api/v1/namespaces/{TEAM}/events",
+        *(collection(api, kind, namespace) for kind, api in WORKLOADS.items() for namespace in (TEAM, "default")))
 MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 
 
@@ -92,8 +95,8 @@ class PrewarmCase(Case):
 
     def setUp(self):
         super().setUp()
-        self.api = ApiServer(self.work)
-        self.addCleanup(self.api.stop)
+        self.api = self.env.api_server()
+        self.addCleanup(self.api.clear, *LEFT)
         for namespace in (NAMESPACE, TEAM):
             self.api.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": namespace}})
         self.api.apply(*rendered(self.discovery))
@@ -460,11 +463,8 @@ class PrewarmAlone(PrewarmCase):
         self.assertEqual(self.layer_gets("demo1", mark), [2])
 
 
-PLACES = {"Pod": "/api/v1", "Deployment": "/apis/apps/v1", "StatefulSet": "/apis/apps/v1", "DaemonSet": "/apis/apps/v1", "Job": "/apis/batch/v1", "CronJob": "/apis/batch/v1"}
-
-
 def place(kind: str, name="", namespace: str = TEAM) -> str:
-    return f"{PLACES[kind]}/namespaces/{namespace}/{kind.lower()}s{'/' * bool(name)}{name}"
+    return f"/{collection(WORKLOADS[kind], kind, namespace)}{'/' * bool(name)}{name}"
 
 
 def workload(kind: str, name: str, image: str, *, secret: str | None = None, labels: dict | None = None, node: str | None = None) -> dict:
@@ -478,8 +478,7 @@ def workload(kind: str, name: str, image: str, *, secret: str | None = None, lab
         "CronJob": {"schedule": "@yearly", "jobTemplate": {"spec": {"template": {"spec": {**spec, "restartPolicy": "Never"}}}}},
     }
     makes = {"selector": {"matchLabels": {"app": name}}, "template": template, **({"replicas": 0} if kind != "DaemonSet" else {}), **({"serviceName": "s"} if kind == "StatefulSet" else {})}
-    api = PLACES[kind].removeprefix("/apis/").removeprefix("/api/")
-    return {"apiVersion": api, "kind": kind, "metadata": {"name": name, "labels": labels or {}}, "spec": of_kind.get(kind, makes)}
+    return {"apiVersion": WORKLOADS[kind], "kind": kind, "metadata": {"name": name, "labels": labels or {}}, "spec": of_kind.get(kind, makes)}
 
 
 class PrewarmWorkloads(PrivateCase):
@@ -538,8 +537,8 @@ class PrewarmWorkloads(PrivateCase):
     def test_all_kinds_count_and_a_selector_chooses(self):
         """Pods and all that makes pods, by their own labels; a pod that has ended, or that a template makes, does not count."""
         self.controller("c1")
-        tags = self.tags(self.env.push("small"), *(kind.lower() for kind in PLACES), "ended", "made")
-        by_kind = dict(zip(PLACES, tags))
+        tags = self.tags(self.env.push("small"), *(kind.lower() for kind in WORKLOADS), "ended", "made")
+        by_kind = dict(zip(WORKLOADS, tags))
         for kind, image in by_kind.items():
             self.make(kind, kind.lower(), image, labels={"kind": kind})
         ended = self.make("Pod", "ended", tags[-2])

@@ -1,10 +1,12 @@
 """The remote content cache: another node's cold disk is filled from it, and its faults hurt nobody."""
 
+import pathlib
 import threading
+import time
 
 import images
 import tree
-from harness import driver, process
+from harness import delay, driver, process
 from harness.environment import Case
 
 
@@ -66,6 +68,55 @@ class Remote(Case):
                 self.assertEqual(set(self.layer_gets(name, mark)), {1})
                 waits = sum(node.metric("remote_lease_waits_total", outcome="made") for node in nodes)
                 self.assertGreater(waits, 0, "some have waited")
+
+    def far_away(self, redis, seconds: float, name: str) -> tuple[delay.DelayProxy, driver.Worker]:
+        """A node to which Redis answers after twice so many seconds, and whose patience is long. Nothing is fetched for it ahead of its readers."""
+        proxy = delay.DelayProxy(redis.port, seconds)
+        self.addCleanup(proxy.stop)
+        patient = {"request_timeout_ms": 60_000, "connect_timeout_ms": 20_000}
+        config = self.config(f"{name}.toml", redis=proxy, key_file=self.work / "key", remote=patient, cache={"prefetch": "none"})
+        return proxy, self.worker(name, config=config)
+
+    def test_who_reads_in_order_does_not_wait_for_a_round_trip_for_each_chunk(self):
+        redis = self.redis()
+        self.warm("demo1", self.config(redis=redis, key_file=self.work / "key"))
+        seconds = 0.2
+        _, b = self.far_away(redis, seconds / 2, "far")
+        b.must_publish("v", self.env.push("demo1"))
+        # As they come in the layers.
+        files = sorted(it for it in pathlib.Path(b.target("v")).rglob("*") if it.is_file() and not it.is_symlink())
+        before = b.metric("remote_requests_total", op="get", outcome="hit")
+        started = time.monotonic()
+        for it in files:
+            it.read_bytes()
+        took = time.monotonic() - started
+        chunks = b.metric("remote_requests_total", op="get", outcome="hit") - before
+        self.assertGreater(chunks, 20, "the files lie in some chunks")
+        self.assertLess(took, 0.7 * chunks * seconds, f"{chunks} chunks, one round trip each would be {chunks * seconds:.1f} s")
+
+    def test_a_connection_that_stalls_is_gone_round(self):
+        redis = self.redis()
+        name = "demo5"
+        self.warm(name, self.config(redis=redis, key_file=self.work / "key"))
+        proxy, b = self.far_away(redis, 0, "stalled")
+        mark = self.registry.mark()
+        b.must_publish("v", self.env.push(name))
+        files = [it for it in pathlib.Path(b.target("v")).rglob("*") if it.is_file() and not it.is_symlink()]
+        self.dice.shuffle(files)
+        half = len(files) // 2
+        for it in files[:half]:
+            it.read_bytes()
+        before = b.metric("remote_hedges_total", outcome="won")
+        proxy.stall()
+        started = time.monotonic()
+        for it in files[half:]:
+            it.read_bytes()
+        took = time.monotonic() - started
+        self.assert_tree(name, b.target("v"))
+        self.assertGreater(b.metric("remote_hedges_total", outcome="won"), before)
+        self.assertLess(took, 60, "nobody waited until the request was given up")
+        self.assertEqual(b.metric("remote_up"), 1)
+        self.assertEqual(set(self.layer_gets(name, mark)), {0}, "layers come from the remote cache")
 
     def test_a_cached_layer_is_no_permission(self):
         """The registry is asked for the manifest each time, also when all is cached."""

@@ -76,7 +76,7 @@ class Restart(DriverCase):
     def assert_pods_come_and_go(self, name: str, node: str, image: str) -> None:
         self.run_pod(name, node=node, image=image)
         self.assertEqual(self.exec(name, "cat", "/mnt/hello"), "hello\n")
-        self.kubectl("delete", "pod", name, "--timeout=60s")
+        self.cluster.delete_pods(name)
 
     def test_upgrade(self):
         """`helm upgrade --wait` to another version and back, again and again, under readers; pods that start meanwhile start."""
@@ -97,7 +97,7 @@ class Restart(DriverCase):
                 self.wait_ready(name)
                 self.assertEqual(self.exec(name, "cat", "/mnt/hello"), "hello\n")
             # What the old driver mounted, the new one takes down.
-            self.kubectl("delete", "pod", *meanwhile, "--timeout=60s")
+            self.cluster.delete_pods(*meanwhile)
         for node in NODES:
             self.assertGreater(self.metric(node, "serve_takeovers_total"), 0, "the new server took the mounts over")
         self.verdict()
@@ -158,7 +158,7 @@ class Lost(DriverCase):
         say(f"event of node {N1}: {events()[-1]}")
 
     def assert_mended(self) -> None:
-        self.kubectl("delete", "pod", "lost", "--timeout=60s")
+        self.cluster.delete_pods("lost")
         process.wait_until(lambda: time.sleep(0.3) or self.metric(N1, "dead_volumes") == 0, "the dead volume to go", 30)
         self.run_pod("anew", node=N1, image=self.reference)
         self.assert_reads("anew", self.second)

@@ -7,7 +7,7 @@ import subprocess
 import time
 
 import images
-from harness import driver, paths, process, services
+from harness import driver, process, services
 from harness.environment import Case
 
 N_NODES = 16
@@ -19,10 +19,10 @@ MOST_FILLING, MOST_SEEDING = 16e6, 20e6
 class Warming(subprocess.Popen):
     """`clip-csi warm` under way. Its output goes to a file; what it takes at most is looked at until it ends."""
 
-    def __init__(self, directory: pathlib.Path, config: pathlib.Path, *words):
+    def __init__(self, binary: pathlib.Path, directory: pathlib.Path, config: pathlib.Path, *words):
         directory.mkdir(exist_ok=True)
         self.log = directory / "log"
-        command = [paths.binary(), "warm", *words, "--config", config, "--cache-dir", directory / "cache"]
+        command = [binary, "warm", *words, "--config", config, "--cache-dir", directory / "cache"]
         with open(self.log, "ab") as log:
             super().__init__([str(it) for it in command], stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         self.started, self.most_bytes = time.monotonic(), 0
@@ -58,7 +58,7 @@ class Warm(Case):
         return images.get(name).push(self.registry.host)
 
     def warm(self, name: str, config: pathlib.Path, *words) -> Warming:
-        warming = Warming(self.work / name, config, *words)
+        warming = Warming(self.env.binary(), self.work / name, config, *words)
         self.addCleanup(warming.wait)
         self.addCleanup(warming.kill)
         return warming
@@ -132,7 +132,11 @@ class Warm(Case):
         # In turn with the cache of the one before, and with none, as on another machine.
         for number, cache in enumerate(("one", "one", "two")):
             seeder = self.warm(cache, config, reference)
-            time.sleep(self.dice.uniform(0.1, 0.4) * whole.seconds)
+            if number == 0:
+                # It has put something: a lease, and some of 150 chunks.
+                process.wait_until(lambda: int(redis.command("DBSIZE")) > 5, "some chunks to be put")
+            else:
+                time.sleep(self.dice.uniform(0.1, 0.4) * whole.seconds)
             seeder.kill()
             seeder.wait()
             killed.append(seeder)

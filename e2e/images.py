@@ -31,7 +31,7 @@ import nasty
 import tree
 from harness import oci, paths, process
 from harness.process import run, say
-from harness.rawtar import TIME, Tar, header
+from harness.rawtar import TIME, Tar, capability, header
 
 TAG = "latest"
 MIB = 1 << 20
@@ -304,6 +304,53 @@ def zstd(it: Image) -> None:
         layers.append((it.layout.add(packed, oci.LAYER_TAR + "+zstd"), diff_id))
     it.layout.add_image(TAG, layers)
     note(it, same_tree_as="debian-python")
+
+
+@image("tables", 1, needs=["demo1"])
+def tables(it: Image) -> None:
+    """What images with tables of contents are made of: real files, and above them one of each kind."""
+    [inventory] = get("demo1").note()["files"]
+    layer = Tar()
+    layer.dir("kinds", time_ns=TIME * 10**9)
+    layer.file("kinds/setuid", "#!/bin/sh\n", mode=0o4755, uid=1000, gid=2000)
+    layer.file("kinds/capable", "x" * 70_000, xattrs={"security.capability": capability(1 << 13), "user.origin": b"e2e"})
+    layer.file("kinds/empty", "")
+    layer.file(f"kinds/{'long' * 40}", "long\n")
+    layer.hardlink("kinds/linked", "kinds/capable")
+    layer.symlink("kinds/link", "../layer-1")
+    layer.char("kinds/char", (10, 229))
+    layer.fifo("kinds/fifo")
+    layer.whiteout(min(inventory))
+    gzip_image(it, [*uncompressed(get("demo1")), layer.bytes()])
+
+
+def with_tables(it: Image, kind: str, media_type: str) -> None:
+    """The image `tables` with layers that carry tables of contents, made by the format's own library."""
+    program = pathlib.Path(run(paths.E2E / "tools.sh", "toc").stdout.strip()) / "toc"
+    layers = []
+    with tempfile.TemporaryDirectory(dir=it.directory) as scratch:
+        for data in uncompressed(get("tables")):
+            tar, blob = pathlib.Path(scratch) / "tar", pathlib.Path(scratch) / "blob"
+            tar.write_bytes(data)
+            made = json.loads(run(program, kind, tar, blob).stdout)
+            layers.append(({**it.layout.add(blob.read_bytes(), media_type), "annotations": made["annotations"]}, made["diff_id"]))
+    it.layout.add_image(TAG, layers)
+    shutil.copy(get("tables").truth(), it.directory / "expected.manifest")
+
+
+TOC_SOURCES = lambda: source_hash("tools/toc/main.go", "tools/toc/go.mod")
+
+
+@image("estargz", TOC_SOURCES, needs=["tables"])
+def estargz(it: Image) -> None:
+    """Layers in eStargz."""
+    with_tables(it, "estargz", oci.LAYER_GZIP)
+
+
+@image("zstd-chunked", TOC_SOURCES, needs=["tables"])
+def zstd_chunked(it: Image) -> None:
+    """Layers in zstd:chunked."""
+    with_tables(it, "zstd-chunked", oci.LAYER_TAR + "+zstd")
 
 
 @image("docker", 1, needs=["debian-python"])

@@ -34,8 +34,8 @@ READ_BYTES = 128 << 10
 MAX_KEPT = 10
 # Shorter ones are no pause.
 SPAN_SECONDS = 0.001
-# Between two steps, so that seven readers leave two cores something for those they read from.
-REST_SECONDS = 0.001
+# Between two steps, so that seven readers leave two cores something for those they read from, and for other cases.
+REST_SECONDS = 0.005
 HELD_FILES = 40
 PAGE = mmap.PAGESIZE
 

@@ -28,18 +28,22 @@ from harness import environment, paths, process
 LANES = {
     "node": ["test_tree", "test_images", "test_readers", "test_testregistry", "test_bench", "test_sim", "e2e_tree", "e2e_sharing", "e2e_csi", "e2e_attributes", "e2e_mirrors", "e2e_credentials", "e2e_bad_input",
              "e2e_roles", "e2e_memory"],
-    "tiers": ["e2e_remote", "e2e_warm", "e2e_prefetch", "e2e_index", "e2e_cache", "e2e_crash"],
-    "deaths": ["e2e_restart", "e2e_kill"],
-    # Helm, and an API server without a cluster.
-    "kubernetes": ["test_chart", "e2e_prewarm_agents"],
+    # What needs the S3 server comes last: that may still be built.
+    "tiers": ["e2e_prefetch", "e2e_index", "e2e_toc", "e2e_remote", "e2e_warm"],
+    "cache": ["e2e_cache", "e2e_crash"],
+    "restarts": ["e2e_restart"],
+    "kills": ["e2e_kill"],
+    # Helm alone; an API server without a cluster.
+    "chart": ["test_chart"],
+    "agents": ["e2e_prewarm_agents"],
     # Each of these two has a cluster of its own, and mostly waits.
     "cluster": ["e2e_cluster", "e2e_rights", "e2e_claims", "e2e_prewarm"],
     "operations": ["e2e_rollout", "e2e_operations"],
 }
 # Those that need what is built of Kubernetes, which takes minutes.
-KUBERNETES = {"kubernetes", "cluster", "operations"}
+KUBERNETES = {"chart", "agents", "cluster", "operations"}
 # The others make way for the lanes that take longest, and for what these wait for.
-LONGEST = {"cluster", "operations"}
+LONGEST = {"cluster", "operations", "kills"}
 MAKES_WAY = 7
 
 

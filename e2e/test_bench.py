@@ -52,7 +52,9 @@ class NodeCache(unittest.TestCase):
             layer_bytes = 69 * node_cache.CHUNK_BYTES + 1
             (layer / "data").write_bytes(b"content")
             (layer / "index").write_bytes(b"index")
-            (layer / "state").write_bytes(node_cache.HEADER.pack(b"CLIPSTA1", layer_bytes, 7, 3) + struct.pack("<QQ", 2**64 - 1, 2**6 - 1))
+            (layer / "state").write_bytes(node_cache.HEADER.pack(node_cache.MAGIC, layer_bytes, 7, 3) + struct.pack("<QQ", 2**64 - 1, 2**6 - 1)
+                                          # Evictions and last uses of five extents.
+                                          + struct.pack("<10Q", *range(10)))
             self.assertEqual(node_cache.present(cache, DIFF_ID), (70, 70))
             self.assertTrue(node_cache.is_complete(cache, DIFF_ID))
             node_cache.without_data(cache, other)
@@ -60,7 +62,7 @@ class NodeCache(unittest.TestCase):
             copied = node_cache.layer_dir(other, DIFF_ID)
             self.assertEqual((copied / "index").read_bytes(), b"index")
             self.assertEqual((copied / "data").read_bytes(), bytes(len(b"content")))
-            self.assertEqual((copied / "state").read_bytes()[:32], node_cache.HEADER.pack(b"CLIPSTA1", layer_bytes, 7, node_cache.FLUSHED))
+            self.assertEqual((copied / "state").read_bytes()[:32], node_cache.HEADER.pack(node_cache.MAGIC, layer_bytes, 7, node_cache.FLUSHED))
             self.assertEqual(node_cache.present(other, "sha256:" + "cd" * 32), (0, 0))
             self.assertFalse(node_cache.is_complete(other, "sha256:" + "cd" * 32))
 

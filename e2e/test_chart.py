@@ -53,7 +53,7 @@ EVERYTHING = {
         "serviceAccount": {"annotations": {"a": "b"}}, "startupTaint": {"enabled": True},
     },
     "agent": {"env": [{"name": "HTTPS_PROXY", "value": "http://proxy:3128"}], "envFrom": [{"configMapRef": {"name": "e"}}]},
-    "cache": {"hostPath": "/data/cache", "maxBytes": 200 << 30, "highWatermarkPercent": 85, "lowWatermarkPercent": 70, "minFreeBytes": 1 << 30,
+    "cache": {"hostPath": "/data/cache", "maxBytes": 200 << 30, "highWatermarkPercent": 85, "lowWatermarkPercent": 70, "minFreeBytes": 1 << 30, "minFreeInodes": 5000,
               "maxLayerBytes": 1 << 40, "maxLayerEntries": 1000, "maxLayerIndexBytes": 1 << 20, "maxIndexNodes": 1000, "maxDecompressions": 2,
               "stallTimeoutSeconds": 30, "prefetch": "all"},
     "remote": {"kind": "redis", "url": "redis://reader@redis.cache:6379/1", "existingSecret": {"name": "remote", "passwordKey": "password"},

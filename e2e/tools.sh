@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Builds the Go programs of e2e/tools into the cache and prints the directory they are in.
-# usage: tools.sh [csi|kubernetes|s3|storage]
+# usage: tools.sh [csi|kubernetes|s3|storage|toc]
 #   csi         csi-sanity, csictl, and what tests and benchmarks need: testregistry, benchreader, credentialprovider (the default)
 #   kubernetes  Kubernetes' own programs, Helm, the cluster's sidecars, and in crds/ the kinds of Prometheus' operator
 #   s3          versitygw, a server that speaks S3
 #   storage     Kubernetes' own end-to-end tests of CSI drivers
+#   toc         toc, which makes eStargz and zstd:chunked of layers
 # A no-op when the cache holds them for these very sources.
 set -euo pipefail
 . "$(dirname "$0")/paths.sh"
@@ -51,7 +52,13 @@ storage)
     verb=(test -c)
     about="Kubernetes' tests of CSI drivers (Go, once; about three minutes on two idle cores)"
     ;;
-*) die "usage: tools.sh [csi|kubernetes|s3|storage]" ;;
+toc)
+    module="$E2E_DIR/tools/toc"
+    sources=("$module"/*.go)
+    packages=(.)
+    about="toc (Go, once; some seconds)"
+    ;;
+*) die "usage: tools.sh [csi|kubernetes|s3|storage|toc]" ;;
 esac
 
 # What is built of what; the number is raised when how that is done changes below.

@@ -13,7 +13,9 @@ import argparse
 import concurrent.futures
 import errno
 import hashlib
+import itertools
 import os
+import re
 import stat
 import sys
 
@@ -29,12 +31,20 @@ TYPES = {
     stat.S_IFSOCK: "socket",
 }
 
+# What is written as it is: printable ASCII but for blanks and backslashes.
+PLAIN = re.compile(rb"[!-\[\]-~]*")
+
+# Files that a thread reads one after the other: to hand over one costs as much as to hash a small one.
+FILES_AT_ONCE = 32
+
 # One FUSE read of the driver is at most 1 MiB.
 READ_BYTES = 1 << 20
 
 
 def escape(raw: bytes) -> str:
     """The bytes as printable ASCII without blanks, reversibly."""
+    if PLAIN.fullmatch(raw):
+        return raw.decode("ascii")
     return "".join(chr(b) if 0x21 <= b <= 0x7E and b != 0x5C else f"\\x{b:02x}" for b in raw)
 
 
@@ -112,9 +122,11 @@ def manifest(root: str, contents: bool = True, threads: int = 4) -> dict[str, di
         for _, full, info in found
         if contents and stat.S_ISREG(info.st_mode)
     }
+    paths = list(to_hash.values())
+    runs = [paths[at:at + FILES_AT_ONCE] for at in range(0, len(paths), FILES_AT_ONCE)]
     # Several readers at once: they are what a driver has to bear.
     with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-        digests = dict(zip(to_hash, pool.map(sha256, to_hash.values())))
+        digests = dict(zip(to_hash, itertools.chain.from_iterable(pool.map(lambda run: [sha256(path) for path in run], runs))))
 
     lines = {}
     for relative, full, info in found:

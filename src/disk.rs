@@ -172,6 +172,8 @@ pub struct DiskSpace {
     pub free_bytes: u64,
     /// All bytes.
     pub size_bytes: u64,
+    /// Files that users without privileges may still make; `None` where the file system has no bound.
+    pub free_inodes: Option<u64>,
 }
 
 /// Asks for the space of the file system of `path`, which reads no disk.
@@ -183,6 +185,8 @@ pub fn space(path: &Path) -> io::Result<DiskSpace> {
     Ok(DiskSpace {
         free_bytes: disk.f_bavail.saturating_mul(disk.f_frsize),
         size_bytes: disk.f_blocks.saturating_mul(disk.f_frsize),
+        // btrfs says that it has none of those that it has.
+        free_inodes: (0 < disk.f_files).then_some(disk.f_favail),
     })
 }
 

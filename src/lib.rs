@@ -11,6 +11,7 @@ pub mod digest;
 pub mod disk;
 pub mod exposition;
 mod failpoint;
+pub mod fair;
 pub mod health;
 pub mod integrity;
 pub mod metrics;
@@ -26,6 +27,8 @@ pub mod tar;
 
 pub mod codec;
 pub mod tier;
+
+pub mod toc;
 
 pub mod registry;
 pub mod remote;

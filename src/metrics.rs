@@ -126,7 +126,9 @@ pub struct Metrics {
     pub layer_cache_disk_size_bytes: IntGauge,
     /// Layers evicted from it, by the bound that demanded it.
     pub layer_cache_evictions: IntCounterVec,
-    /// Bytes of evicted layers.
+    /// Extents of layers in use evicted from it, by the bound that demanded it.
+    pub layer_cache_extent_evictions: IntCounterVec,
+    /// Bytes of evicted layers and extents.
     pub layer_cache_evicted_bytes: IntCounter,
     /// Layers in the local disk cache.
     pub layer_cache_layers: IntGauge,
@@ -136,6 +138,8 @@ pub struct Metrics {
     pub remote_requests: IntCounterVec,
     /// Time of requests to the remote content cache.
     pub remote_request_duration: HistogramVec,
+    /// Reads that the remote content cache was asked for a second time, by which request answered.
+    pub remote_hedges: IntCounterVec,
     /// Whether the remote content cache is asked (1) or skipped after failures (0).
     pub remote_up: IntGauge,
     /// Waits for a layer that another node makes, by what ended them.
@@ -150,6 +154,8 @@ pub struct Metrics {
     pub registry_read_bytes: IntCounter,
     /// Layers whose index was looked for in the registry, by outcome.
     pub pushed_index_lookups: IntCounterVec,
+    /// Layers whose table of contents was read, by outcome.
+    pub toc_lookups: IntCounterVec,
     /// Time to build an image's index, layers included.
     pub index_build_duration: Histogram,
     /// Whether kubelet knows the driver (1) or not yet (0).
@@ -261,11 +267,13 @@ impl Metrics {
             layer_cache_disk_free_bytes: make.int_gauge("layer_cache_disk_free_bytes", "Free bytes of the disk of the local disk cache."),
             layer_cache_disk_size_bytes: make.int_gauge("layer_cache_disk_size_bytes", "Size of the disk of the local disk cache."),
             layer_cache_evictions: make.counters("layer_cache_evictions_total", "Layers evicted from the local disk cache, by the bound that demanded it.", &["reason"]),
-            layer_cache_evicted_bytes: make.counter("layer_cache_evicted_bytes_total", "Bytes of layers evicted from the local disk cache."),
+            layer_cache_extent_evictions: make.counters("layer_cache_extent_evictions_total", "Extents of layers in use evicted from the local disk cache, by the bound that demanded it.", &["reason"]),
+            layer_cache_evicted_bytes: make.counter("layer_cache_evicted_bytes_total", "Bytes of layers and extents evicted from the local disk cache."),
             layer_cache_layers: make.int_gauge("layer_cache_layers", "Layers in the local disk cache."),
             verify_failures: make.counters("verify_failures_total", "Bytes that did not match their digest, by the tier they came from.", &["tier"]),
             remote_requests: make.counters("remote_requests_total", "Requests to the remote content cache by operation and outcome.", &["op", "outcome"]),
             remote_request_duration: make.histograms("remote_request_duration_seconds", "Time of requests to the remote content cache.", &["op"], READ_BUCKETS_SECONDS),
+            remote_hedges: make.counters("remote_hedges_total", "Reads of the remote content cache that took long and were asked for again, by whether the second request answered first.", &["outcome"]),
             remote_up: make.int_gauge("remote_up", "Whether the remote content cache is asked (1), or skipped after failures or not configured (0)."),
             remote_lease_waits: make.counters("remote_lease_waits_total", "Waits for a layer that another node makes, by what ended them.", &["outcome"]),
             remote_uploads: make.counters("remote_uploads_total", "Layers whose upload to the remote content cache ended, by outcome.", &["outcome"]),
@@ -273,6 +281,7 @@ impl Metrics {
             registry_requests: make.counters("registry_requests_total", "Requests to registries by operation and class of status code.", &["op", "code"]),
             registry_read_bytes: make.counter("registry_read_bytes_total", "Compressed bytes received from registries."),
             pushed_index_lookups: make.counters("pushed_index_lookups_total", "Layers whose index was looked for beside the image in the registry, by outcome.", &["outcome"]),
+            toc_lookups: make.counters("toc_lookups_total", "Layers whose blob's table of contents was read to mount them by it, by outcome.", &["outcome"]),
             index_build_duration: make.histogram("index_build_duration_seconds", "Time to build an image's index, its layers included.", CALL_BUCKETS_SECONDS),
             registered: make.int_gauge("registered", "Whether kubelet has registered the driver (1) or not (0)."),
             mounts: make.int_gauge("mounts", "Source mounts: one per image and options."),
@@ -306,8 +315,13 @@ impl Metrics {
         for state in State::ALL {
             metrics.health.with_label_values(&[state.label()]);
         }
-        for reason in ["capacity", "disk"] {
+        for reason in ["capacity", "disk", "inodes"] {
             metrics.layer_cache_evictions.with_label_values(&[reason]);
+        }
+        for reason in ["capacity", "disk"] {
+            metrics
+                .layer_cache_extent_evictions
+                .with_label_values(&[reason]);
         }
         for reason in ["no_space", "io_error"] {
             metrics.chunks_served_through.with_label_values(&[reason]);
@@ -334,6 +348,12 @@ impl Metrics {
         }
         for outcome in ["hit", "miss", "untrusted", "error"] {
             metrics.pushed_index_lookups.with_label_values(&[outcome]);
+        }
+        for outcome in ["hit", "unusable", "empty", "error"] {
+            metrics.toc_lookups.with_label_values(&[outcome]);
+        }
+        for outcome in ["won", "lost"] {
+            metrics.remote_hedges.with_label_values(&[outcome]);
         }
         for outcome in ["made", "taken", "timeout", "error"] {
             metrics.remote_lease_waits.with_label_values(&[outcome]);

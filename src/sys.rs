@@ -115,6 +115,14 @@ impl SharedWords {
         self.word(at).fetch_and(!bits, Ordering::AcqRel);
     }
 
+    /// Adds to word `at`, which wraps; who sees the sum sees what was written before.
+    ///
+    /// # Panics
+    /// If there is no such word.
+    pub fn add(&self, at: usize, number: u64) {
+        self.word(at).fetch_add(number, Ordering::AcqRel);
+    }
+
     /// Replaces word `at`.
     ///
     /// # Panics

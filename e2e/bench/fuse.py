@@ -1,10 +1,11 @@
-"""Reads and looks through FUSE, with all layers on disk, against a copy of the same tree on the same disk.
+"""Reads and looks through FUSE, with all layers on disk, against a copy of the same tree on the same disk, and the kernel's EROFS over the layers.
 
 The share is native time / FUSE time of the medians: 1 is as fast, more is faster. What reads is compiled and
 does nothing else (tools/benchreader). Warm: both trees have been gone through before. Cold: the page
 cache, names and inodes of this machine are dropped before each run.
 """
 
+import contextlib
 import dataclasses
 import json
 import pathlib
@@ -13,7 +14,7 @@ import shutil
 import images
 from harness import driver, process, testregistry
 
-from . import layers, measure, node, page_cache
+from . import erofs, layers, measure, node, node_cache, page_cache
 
 IMAGES = ("bench-tree",)
 # What a run can read of a cold disk in about a second.
@@ -50,10 +51,10 @@ def ways(warm: bool) -> list[Way]:
 
 
 class Trees:
-    """The same tree twice."""
+    """The same tree more than once."""
 
-    def __init__(self, work: pathlib.Path, worker: driver.Worker, native: pathlib.Path):
-        self.worker, self.trees = worker, {"native": native, "fuse": worker.target("v")}
+    def __init__(self, work: pathlib.Path, worker: driver.Worker, native: pathlib.Path, others: dict[str, pathlib.Path]):
+        self.worker, self.trees, self.others = worker, {"native": native, "fuse": worker.target("v"), **others}, list(others)
         self.lists = {"names": work / "names", "small": work / "small-files"}
         # In one order for both, that of the layer and of the copy, and not what either directory happens to answer.
         names = sorted(str(path.relative_to(native)) for path in native.rglob("*"))
@@ -80,12 +81,14 @@ class Trees:
         rows = []
         for way in chosen:
             native, ours = samples[way.name, "native"], samples[way.name, "fuse"]
-            operations = {one.operations for it in (native, ours) for one in it.all}
+            others = [samples[way.name, it] for it in self.others]
+            operations = {one.operations for it in (native, ours, *others) for one in it.all}
             if len(operations) != 1:
                 raise process.Failed(f"{way.name}: not the same was done each time: {operations}")
             rows.append([way.name, *(measure.seconds_text(value) for value in (native.median, native.p90, ours.median, ours.p90)),
-                         f"{native.cpu_seconds:.2f} s", f"{ours.cpu_seconds:.2f} s", f"{ours.bytes / 1e6:.0f} MB" if ours.bytes else "-", f"{native.median / ours.median:.2f}"])
-        measure.table(state, ["native p50", "p90", "FUSE p50", "p90", "CPU native", "CPU FUSE, with server", "bytes", "share"], rows)
+                         f"{native.cpu_seconds:.2f} s", f"{ours.cpu_seconds:.2f} s", f"{ours.bytes / 1e6:.0f} MB" if ours.bytes else "-", f"{native.median / ours.median:.2f}",
+                         *(f"{native.median / it.median:.2f}" for it in others)])
+        measure.table(state, ["native p50", "p90", "FUSE p50", "p90", "CPU native", "CPU FUSE, with server", "bytes", "share", *(f"that of {it}" for it in self.others)], rows)
         for way in chosen:
             if way.share is not None:
                 verdicts.at_least(f"{state}, {way.name}: share of native", samples[way.name, "native"].median / samples[way.name, "fuse"].median, way.share)
@@ -104,12 +107,21 @@ def run(work: pathlib.Path, verdicts: measure.Verdicts) -> None:
             process.run("cp", "-a", worker.target("v"), native)
             measure.settle()
             print(f"    both on {process.run('findmnt', '--noheadings', '--output', 'FSTYPE', '--target', native).stdout.strip()}")
-            trees = Trees(work, worker, native)
-            trees.compare(True, verdicts)
-            if page_cache.cannot():
-                verdicts.skip("page cache cold", page_cache.cannot())
-            else:
-                trees.compare(False, verdicts)
+            with contextlib.ExitStack() as ends:
+                others = {}
+                if erofs.cannot():
+                    verdicts.skip("EROFS", erofs.cannot())
+                else:
+                    data = [node_cache.layer_dir(worker.cache_dir, it) / "data" for it in image.layout.diff_ids(images.TAG)]
+                    others["EROFS"] = ends.enter_context(erofs.mounted(work, data))
+                    # To diff, no device is like another one.
+                    process.run("diff", "-rq", "--no-dereference", "--exclude=dev", native, others["EROFS"])
+                trees = Trees(work, worker, native, others)
+                trees.compare(True, verdicts)
+                if page_cache.cannot():
+                    verdicts.skip("page cache cold", page_cache.cannot())
+                else:
+                    trees.compare(False, verdicts)
     finally:
         registry.stop()
         shutil.rmtree(work / "native", ignore_errors=True)

@@ -21,16 +21,6 @@ N_READERS = 64
 NO_LIMIT_BYTES = 1 << 50
 
 
-def programs(work: pathlib.Path) -> pathlib.Path:
-    """The program where a user without rights may run it."""
-    place = work / "bin"
-    place.mkdir()
-    for it in paths.programs():
-        shutil.copy(it, place)
-        (place / it.name).chmod(0o755)
-    return place / paths.binary().name
-
-
 class Node:
     """A node with a cold cache, that ends with its case."""
 
@@ -107,7 +97,7 @@ CASES = {
 
 def run(work: pathlib.Path, verdicts: measure.Verdicts) -> None:
     registry = testregistry.serving(work, [images.get(it) for it in IMAGES])
-    binary, rows = programs(work), []
+    binary, rows = paths.install(work / "bin"), []
     try:
         for number, (name, case) in enumerate(CASES.items()):
             redis = services.Redis(work)

@@ -6,8 +6,9 @@ import shutil
 import struct
 
 CHUNK_BYTES = 1_044_480
-# Words of `state` before the bitmap; of these, magic, bytes of the layer, boot and flags.
+# Words of `state` before the bitmap: magic, bytes of the layer, boot and flags.
 HEADER = struct.Struct("<8sQQQ")
+MAGIC = b"CLIPSTA2"
 FLUSHED = 1
 
 
@@ -21,8 +22,11 @@ def present(cache_dir: pathlib.Path, diff_id: str) -> tuple[int, int]:
         state = (layer_dir(cache_dir, diff_id) / "state").read_bytes()
     except FileNotFoundError:
         return 0, 0
-    _, layer_bytes, _, _ = HEADER.unpack_from(state)
-    return sum(it.bit_count() for it in state[HEADER.size:]), -(-layer_bytes // CHUNK_BYTES)
+    magic, layer_bytes, _, _ = HEADER.unpack_from(state)
+    assert magic == MAGIC, f"a state file of another version: {magic}"
+    n_chunks = -(-layer_bytes // CHUNK_BYTES)
+    bitmap = state[HEADER.size:][:-(-n_chunks // 64) * 8]
+    return sum(it.bit_count() for it in bitmap), n_chunks
 
 
 def is_complete(cache_dir: pathlib.Path, diff_id: str) -> bool:

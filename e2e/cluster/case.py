@@ -30,9 +30,8 @@ class ClusterCase(Case):
 
     def create(self, *objects: dict) -> None:
         """Objects that end with the test."""
-        text = "\n---\n".join(json.dumps(it) for it in objects)
-        self.addCleanup(self.kubectl, "delete", "--filename", "-", "--ignore-not-found", "--timeout=120s", stdin=text)
-        self.kubectl("apply", "--filename", "-", stdin=text)
+        self.addCleanup(self.cluster.delete, *objects)
+        self.cluster.apply(*objects)
 
     def wait_pod(self, name: str, done, what: str, seconds: float = 120) -> dict:
         """The pod once `done` holds for it; at once a failure if it has failed before."""
@@ -50,7 +49,7 @@ class ClusterCase(Case):
     def wait_succeeded(self, name: str) -> str:
         """What a pod printed that ran to its end."""
         self.wait_pod(name, lambda it: it["status"].get("phase") == "Succeeded", "done")
-        return self.kubectl("logs", name).stdout
+        return self.cluster.logs(name)
 
     def wait_gone(self, name: str) -> None:
         self.cluster.wait(PODS, name, lambda it: it is None, f"pod {name} to be gone")
@@ -141,7 +140,7 @@ class DriverCase(ClusterCase):
         self.exec("warm", "sh", "-c", "find /mnt -type f -exec cat {} + >/dev/null")
         layers = len(set(images.get(image).layout.diff_ids(images.TAG)))
         process.wait_until(lambda: self.metric(node, "remote_uploads_total", outcome="ok") >= before + layers, "the uploads", 120)
-        self.kubectl("delete", "pod", "warm")
+        self.cluster.delete_pods("warm")
         return reference
 
 

@@ -13,7 +13,7 @@ import time
 import urllib.parse
 
 import images
-from harness import oci, process, services
+from harness import kube_objects, oci, process, services
 from harness.process import say
 
 from . import cgroups, containers, leftovers
@@ -68,7 +68,7 @@ class Cluster:
         for node in self.nodes.values():
             node.start_kubelet()
         process.wait_until(self._nodes_ready, "both nodes to be ready", PATIENCE_SECONDS)
-        process.wait_until(lambda: self.kubectl("get", "serviceaccount", "default", check=False).returncode == 0, "the ServiceAccount that pods need", PATIENCE_SECONDS)
+        process.wait_until(lambda: self._exists("api/v1/namespaces/default/serviceaccounts", "default"), "the ServiceAccount that pods need", PATIENCE_SECONDS)
 
     def _add(self, name: str) -> Node:
         self.nodes[name] = Node(int(name.removeprefix("n")), self.plane, self.work, f"{REGISTRY}/pause:1", [REGISTRY, PRIVATE_REGISTRY])
@@ -137,11 +137,42 @@ class Cluster:
             env = {**NO_PROXY, "KUBECACHEDIR": str(self.work / "kube-cache"), **(env or {})}
             return process.run(*command, check=check, timeout=timeout, stdin=stdin, env=env)
 
+    # Not by kubectl, which takes longer to start than the answer.
+
     def apply(self, *objects: dict) -> None:
-        self.kubectl("apply", "--filename", "-", stdin="\n---\n".join(json.dumps(it) for it in objects))
+        for it in objects:
+            path = "/".join(kube_objects.place(it))
+            answer = self.plane.request("PATCH", f"/{path}?{kube_objects.APPLIED}", it, content_type=kube_objects.APPLY)
+            if answer.status not in (200, 201):
+                raise process.Failed(f"applying {path}: {answer.status} {answer.read().decode()}")
+
+    def delete(self, *objects: dict) -> None:
+        """Deletes objects, and waits until they are gone; it is no error that one is not there."""
+        deleted = []
+        for it in objects:
+            where, name = kube_objects.place(it)
+            answer = self.plane.request("DELETE", f"/{where}/{name}")
+            body = json.loads(answer.read())
+            if answer.status in (200, 202):
+                # The object as long as it has to end by itself, else what has become of it.
+                deleted.append((where, name, body.get("details", body.get("metadata"))["uid"]))
+            elif answer.status != 404:
+                raise process.Failed(f"deleting {where}/{name}: {answer.status} {body}")
+        for where, name, uid in deleted:
+            # There may be another one in its place: a service account comes again.
+            self.wait(where, name, lambda it, uid=uid: it is None or it["metadata"]["uid"] != uid, f"{name} to be gone")
+
+    def delete_pods(self, *names: str, namespace: str = "default") -> None:
+        self.delete(*({"apiVersion": "v1", "kind": "Pod", "metadata": {"namespace": namespace, "name": name}} for name in names))
+
+    def logs(self, pod: str) -> str:
+        """What a pod of the default namespace has printed; nothing as long as it has no log."""
+        answer = self.plane.request("GET", f"/api/v1/namespaces/default/pods/{pod}/log")
+        text = answer.read().decode()
+        return text if answer.status == 200 else ""
 
     def get(self, path: str, **query: str) -> dict:
-        """What the API server has at a path: "api/v1/nodes", labelSelector="a=b". Not by kubectl, which takes longer to start than the answer."""
+        """What the API server has at a path: "api/v1/nodes", labelSelector="a=b"."""
         answer = self.plane.request("GET", f"/{path}?{urllib.parse.urlencode(query)}")
         body = answer.read()
         if answer.status != 200:
@@ -157,10 +188,11 @@ class Cluster:
         last = None
         try:
             # A watch of version 0 begins with what the API server has in memory, at once. It has a bound so that it is taken up again when it hangs.
-            if not self._exists(resource, name) and condition(None):
-                return None
             while time.monotonic() < deadline:
                 answer = self.plane.request("GET", f"/{resource}?watch=1&resourceVersion=0&timeoutSeconds=30&fieldSelector=metadata.name%3D{name}", timeout=deadline - time.monotonic())
+                # Asked for once the watch is there: of what went before, it says nothing.
+                if not self._exists(resource, name) and condition(None):
+                    return None
                 for line in answer:
                     event = json.loads(line)
                     if event["type"] == "ERROR":

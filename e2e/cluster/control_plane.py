@@ -63,13 +63,13 @@ class ControlPlane:
     def _start(self, name: str, *command) -> None:
         self.servers[name] = self.machine.start(name, *command)
 
-    def request(self, method: str, path: str, body=None, timeout: float = 30) -> http.client.HTTPResponse:
+    def request(self, method: str, path: str, body=None, timeout: float = 30, content_type="application/json") -> http.client.HTTPResponse:
         """A request to the API server as the cluster's administrator; its answer, still to be read."""
         # With a context: without one it makes one that it has no use for, which costs fifty times the request.
         connection = http.client.HTTPSConnection(ADDRESS, PORT, timeout=timeout, context=self.tls)
         connection.sock = self.tls.wrap_socket(self.machine.connect(PORT, timeout=timeout), server_hostname=ADDRESS)
         data = None if body is None else json.dumps(body)
-        connection.request(method, path, data, {"Content-Type": "application/json", "Accept": "application/json"})
+        connection.request(method, path, data, {"Content-Type": content_type, "Accept": "application/json"})
         return connection.getresponse()
 
     def ready(self) -> bool:

@@ -60,7 +60,7 @@ class ReaderPods:
         return it
 
     def _log(self, name: str) -> str:
-        return self.case.kubectl("logs", name, check=False).stdout
+        return self.case.cluster.logs(name)
 
     def stop(self) -> reading.Report:
         """Ends the readers. One that has died, or hangs, is an error of the report."""

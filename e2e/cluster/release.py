@@ -138,7 +138,7 @@ class Release:
     def delete_pod(self, node: str, component: str) -> None:
         """Deletes the pod of a DaemonSet on a node, and waits until another one is ready in its place."""
         old = self.pods(component)[node]["metadata"]["name"]
-        self.cluster.kubectl("delete", "pod", old, "--namespace", NAMESPACE, "--timeout=60s")
+        self.cluster.delete_pods(old, namespace=NAMESPACE)
         def new():
             time.sleep(0.3)
             it = self.pods(component).get(node)

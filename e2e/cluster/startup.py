@@ -51,7 +51,7 @@ class Stopwatch:
             if not self.changed.wait_for(lambda: name in self.times, seconds):
                 raise process.Failed(f"pod {name} has not read its file in {seconds} s:\n{self.cluster.kubectl('describe', 'pod', name).stdout}")
             found = self.times.pop(name) - begin
-        self.cluster.kubectl("delete", "pod", name)
+        self.cluster.delete_pods(name)
         return found
 
     def close(self) -> None:

@@ -9,7 +9,7 @@ import time
 from cluster import containers
 from cluster.pki import Pki
 
-from . import process
+from . import kube_objects, process
 
 AUDIENCE = "https://kubernetes.default.svc"
 
@@ -20,6 +20,7 @@ class ApiServer:
         self.port = process.free_port()
         self.work = work / "api"
         self.work.mkdir()
+        self.applied: list[dict] = []
         self.pki = Pki(self.work / "pki", f"https://127.0.0.1:{self.port}", ["DNS:localhost", "IP:127.0.0.1"])
         self.kubeconfig = self.pki.kubeconfig("admin", "/O=system:masters/CN=admin")
         self.tls = ssl.create_default_context(cafile=str(self.pki.file("ca.crt")))
@@ -66,7 +67,22 @@ class ApiServer:
         return process.run(self.tools / "kubectl", "--kubeconfig", self.kubeconfig, *words, stdin=stdin).stdout
 
     def apply(self, *objects: dict) -> None:
-        self.kubectl("apply", "--server-side", "--filename", "-", stdin="\n---\n".join(json.dumps(it) for it in objects))
+        for it in objects:
+            self.do("PATCH", f"/{'/'.join(kube_objects.place(it))}?{kube_objects.APPLIED}", it, kube_objects.APPLY)
+        self.applied += objects
+
+    def clear(self, *collections: str) -> None:
+        """Removes what was applied, but for namespaces and definitions, and all that is in these collections: for the next one who uses it."""
+        objects = ["/".join(kube_objects.place(it)) for it in self.applied if it["kind"] not in ("Namespace", "CustomResourceDefinition")]
+        self.applied = []
+        for path in [*objects, *collections]:
+            # Said, because what Jobs leave is an orphan otherwise, and waits for a controller that does not run.
+            status, answer = self.request("DELETE", f"/{path}", {"kind": "DeleteOptions", "apiVersion": "v1", "gracePeriodSeconds": 0, "propagationPolicy": "Background"})
+            if status not in (200, 404):
+                raise process.Failed(f"DELETE {path}: {status} {answer}")
+        left = {path: names for path in collections if (names := [it["metadata"]["name"] for it in self.get(f"/{path}")["items"]])}
+        if left:
+            raise process.Failed(f"they stay: {left}")
 
     def node(self, name: str, ready=True, **labels: str) -> None:
         """A node, as kubelet would have it registered."""

@@ -165,8 +165,10 @@ def metric(page: dict[str, float], name: str, **labels: str) -> float:
     total = 0.0
     for series, value in page.items():
         base, _, rest = series.partition("{")
+        if base != f"clip_csi_{name}":
+            continue
         have = dict(re.findall(r'(\w+)="([^"]*)"', rest))
-        if base == f"clip_csi_{name}" and all(have.get(key) == wanted for key, wanted in labels.items()):
+        if all(have.get(key) == wanted for key, wanted in labels.items()):
             total += value
     return total
 

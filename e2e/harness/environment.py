@@ -1,9 +1,9 @@
 """What all end-to-end tests share: one registry, one cluster, the images, and a test case that cleans up."""
 
+import functools
 import os
 import pathlib
 import random
-import shutil
 import subprocess
 import tempfile
 import unittest
@@ -15,6 +15,7 @@ from cluster.cluster import Cluster
 from cluster.release import Release
 
 from . import driver, paths, process, reading, services
+from .api_server import ApiServer
 from .trio import Trio
 
 # Set by run.py for the time of the run.
@@ -28,6 +29,8 @@ class Environment:
         self.work = work
         self.pushed: dict[str, str] = {}
         self.plans: dict[str, pathlib.Path] = {}
+        self._binary: pathlib.Path | None = None
+        self._api: ApiServer | None = None
         self._cluster: Cluster | None = None
         self._release: Release | None = None
 
@@ -38,6 +41,12 @@ class Environment:
     def __exit__(self, *_):
         self.registry.stop()
         self.take_down_cluster()
+
+    def api_server(self) -> ApiServer:
+        """A Kubernetes API without a cluster; whoever uses it clears it afterwards."""
+        if self._api is None:
+            self._api = ApiServer(self.work)
+        return self._api
 
     def cluster(self) -> Cluster:
         if self._cluster is None:
@@ -51,7 +60,10 @@ class Environment:
         return self._release
 
     def take_down_cluster(self) -> list[str]:
-        """What is left of it afterwards: nothing."""
+        """And the API server alone. What is left of the cluster afterwards: nothing."""
+        api, self._api = self._api, None
+        if api:
+            api.stop()
         cluster, self._cluster = self._cluster, None
         if cluster is None:
             return []
@@ -64,20 +76,21 @@ class Environment:
         return self.pushed[name]
 
     def binary(self) -> pathlib.Path:
-        """The program under test where every user may run it: a clone may lie where only its owner goes."""
-        place = self.work / "bin" / "clip-csi"
-        if not place.exists():
-            place.parent.mkdir()
-            for program in paths.programs():
-                shutil.copy(program, place.parent)
-                (place.parent / program.name).chmod(0o755)
-        return place
+        """The program under test where every user may run it."""
+        if self._binary is None:
+            self._binary = paths.install(self.work / "bin")
+        return self._binary
 
     def plan(self, name: str) -> pathlib.Path:
         """For readers: what the image must show."""
         if name not in self.plans:
             self.plans[name] = reading.plan(self.work, name)
         return self.plans[name]
+
+
+@functools.cache
+def truth_of(manifest: pathlib.Path) -> dict[str, dict[str, str]]:
+    return tree.parse(manifest.read_text(encoding="ascii"))
 
 
 def children_left() -> list[str]:
@@ -165,8 +178,7 @@ class Case(unittest.TestCase):
     def assert_tree(self, name: str, directory) -> None:
         """The directory shows the image, byte for byte and attribute for attribute."""
         image = images.get(name)
-        truth = tree.parse(image.truth().read_text(encoding="ascii"))
-        found = compare.differences(truth, tree.manifest(str(directory)), image.dirs_without_time())
+        found = compare.differences(truth_of(image.truth()), tree.manifest(str(directory)), image.dirs_without_time())
         if found:
             self.fail(f"{name}: {len(found)} differences from the truth:\n" + "\n".join(found[:compare.MAX_PRINTED]))
 

@@ -13,8 +13,8 @@ import time
 
 # How long a server or a state may take on a loaded two-core machine.
 READY_SECONDS = 30
-# Between two looks at a condition.
-POLL_SECONDS = 0.005
+# Between the first two looks at a condition, and at most; a look may cost more than the wait for what is looked at.
+POLL_SECONDS, MAX_POLL_SECONDS = 0.005, 0.1
 
 
 def say(text: str) -> None:
@@ -36,16 +36,18 @@ def run(*command, check=True, env=None, timeout=600, cwd=None, stdin: str | None
     return done
 
 
-def wait_until(condition, what: str, seconds: float = READY_SECONDS):
-    """The first true value of `condition`, asked again and again; Failed when time is up."""
-    deadline = time.monotonic() + seconds
+def wait_until(condition, what: str, seconds: float = READY_SECONDS, most_pause: float = MAX_POLL_SECONDS):
+    """The first true value of `condition`, asked again and again; Failed when time is up. Whoever measures how long it took says how long a pause may be."""
+    deadline, pause = time.monotonic() + seconds, POLL_SECONDS
     while True:
         value = condition()
         if value:
             return value
         if time.monotonic() > deadline:
             raise Failed(f"waited {seconds} s in vain for: {what}")
-        time.sleep(POLL_SECONDS)
+        time.sleep(pause)
+        # Who has waited long may learn of it a little later.
+        pause = min(pause * 1.2, most_pause)
 
 
 def free_port() -> int:

@@ -9,62 +9,43 @@
 
 use std::io;
 
-use super::{Compression, checkpoint::Checkpoint};
+use super::{
+    Compression, Subject,
+    checkpoint::Checkpoint,
+    map_frame::{CHECKSUM_BYTES, FOOTER_BYTES, Format, Frame, FrameWriter, HEADER_BYTES},
+};
 use crate::{
     digest::{BlobDigest, DiffId},
     index::{
         IndexError,
-        source::{self, IndexBytes},
+        source::IndexBytes,
         wire::{Reader, Write as _},
     },
     sys::inflate::WINDOW_BYTES,
 };
 
-/// First bytes of an access map.
-const MAGIC: &[u8; 8] = b"CLIPAMAP";
-
 /// Version of the format: raise it with every change of the bytes.
 pub const ACCESS_MAP_VERSION: u32 = 1;
 
-/// Magic, version, reserved.
-const HEADER_BYTES: usize = 8 + 4 + 4;
+const FORMAT: Format = Format {
+    magic: b"CLIPAMAP",
+    version: ACCESS_MAP_VERSION,
+    what: "access map",
+};
+
+/// A length or an offset that cannot be.
+const DAMAGED: IndexError = FORMAT.damaged();
 
 /// Bytes of one checkpoint's record.
 const RECORD_BYTES: usize = 3 * 8 + 4 + 4;
 
-/// Compression and reserved, number of records, blob, layer.
-const FOOTER_BYTES: usize = 4 + 4 + (32 + 8) + (32 + 8);
-
-/// Bytes of the BLAKE3 at the end, over all that precedes it.
-const CHECKSUM_BYTES: usize = 32;
-
-/// What errors call this format.
-const WHAT: &str = "access map";
-
 /// zstd's default level: a window of 32 KiB takes about 0.1 ms.
 const WINDOW_LEVEL: i32 = 3;
-
-/// What a map is about: a blob, and the layer that it decompresses to.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Subject {
-    /// How the blob is compressed.
-    pub compression: Compression,
-    /// Names the blob.
-    pub blob: BlobDigest,
-    /// Size of the blob.
-    pub blob_bytes: u64,
-    /// Names the layer.
-    pub diff_id: DiffId,
-    /// Size of the layer.
-    pub layer_bytes: u64,
-}
 
 /// Writes an access map while the checkpoints are found.
 #[derive(Debug)]
 pub struct AccessMapWriter<W> {
-    out: W,
-    hasher: blake3::Hasher,
-    position: u64,
+    frame: FrameWriter<W>,
     records: Vec<u8>,
     /// Offsets in layer and blob of the last checkpoint.
     last: Option<(u64, u64)>,
@@ -76,19 +57,11 @@ impl<W: io::Write> AccessMapWriter<W> {
     /// # Errors
     /// Those of `out`.
     pub fn new(out: W) -> io::Result<Self> {
-        let mut writer = Self {
-            out,
-            hasher: blake3::Hasher::new(),
-            position: 0,
+        Ok(Self {
+            frame: FrameWriter::new(out, FORMAT)?,
             records: Vec::new(),
             last: None,
-        };
-        let mut header = Vec::with_capacity(HEADER_BYTES);
-        header.put(MAGIC);
-        header.put_u32(ACCESS_MAP_VERSION);
-        header.put_u32(0);
-        writer.write(&header)?;
-        Ok(writer)
+        })
     }
 
     /// Writes the next checkpoint's window, and keeps the few bytes that find it.
@@ -116,11 +89,11 @@ impl<W: io::Write> AccessMapWriter<W> {
         };
         self.records.put_u64(checkpoint.layer_offset);
         self.records.put_u64(checkpoint.blob_offset);
-        self.records.put_u64(self.position);
+        self.records.put_u64(self.frame.position());
         self.records
             .put_u32(u32::try_from(window.len()).map_err(io::Error::other)?);
         self.records.put_u32(checkpoint.bit_offset.into());
-        self.write(&window)
+        self.frame.write(&window)
     }
 
     /// Closes the map, and returns what it was written to.
@@ -143,22 +116,9 @@ impl<W: io::Write> AccessMapWriter<W> {
             ));
         }
         let n_records = self.records.len() / RECORD_BYTES;
-        let mut tail = std::mem::take(&mut self.records);
-        tail.put_u32(compression_code(subject.compression));
-        tail.put_u32(u32::try_from(n_records).map_err(io::Error::other)?);
-        tail.put(subject.blob.as_bytes());
-        tail.put_u64(subject.blob_bytes);
-        tail.put(subject.diff_id.as_bytes());
-        tail.put_u64(subject.layer_bytes);
-        self.write(&tail)?;
-        self.out.write_all(self.hasher.finalize().as_bytes())?;
-        Ok(self.out)
-    }
-
-    fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
-        self.hasher.update(bytes);
-        self.position += bytes.len() as u64;
-        self.out.write_all(bytes)
+        self.frame.write(&self.records)?;
+        let n_records = u32::try_from(n_records).map_err(io::Error::other)?;
+        self.frame.finish(subject, n_records)
     }
 }
 
@@ -186,38 +146,13 @@ impl<B: IndexBytes> AccessMap<B> {
     /// # Errors
     /// [`IndexError`] says what is wrong.
     pub fn decode(bytes: B) -> Result<Self, IndexError> {
-        let body_bytes = bytes.len().checked_sub(CHECKSUM_BYTES).ok_or(DAMAGED)?;
-        let (body, checksum) = bytes.split_at(body_bytes);
-        let mut header = Reader::new(body, WHAT);
-        if header.array::<8>()? != *MAGIC {
-            return Err(IndexError::Magic { what: WHAT });
-        }
-        let version = header.u32()?;
-        if version != ACCESS_MAP_VERSION {
-            return Err(IndexError::Version {
-                what: WHAT,
-                found: version,
-                max: ACCESS_MAP_VERSION,
-            });
-        }
-        if source::hash(&bytes, 0..body_bytes).as_bytes() != checksum {
-            return Err(IndexError::Checksum { what: WHAT });
-        }
-        let footer_at = body_bytes.checked_sub(FOOTER_BYTES).ok_or(DAMAGED)?;
-        let mut footer = Reader::new(&body[footer_at..], WHAT);
-        let compression = compression_of(footer.u32()?)?;
-        let n_checkpoints = footer.u32()?;
-        let subject = Subject {
-            compression,
-            blob: BlobDigest::from_bytes(footer.array()?),
-            blob_bytes: footer.u64()?,
-            diff_id: DiffId::from_bytes(footer.array()?),
-            layer_bytes: footer.u64()?,
-        };
+        let Frame {
+            subject, n_records, ..
+        } = FORMAT.decode(&bytes)?;
         let map = Self {
             bytes,
             subject,
-            n_checkpoints,
+            n_checkpoints: n_records,
         };
         map.check()?;
         Ok(map)
@@ -420,7 +355,7 @@ impl<B: IndexBytes> AccessMap<B> {
         assert!(index < self.n_checkpoints, "checkpoint {index}");
         let read = || {
             let at = self.records_at()? + usize::try_from(index).ok()? * RECORD_BYTES;
-            let mut reader = Reader::new(self.bytes.get(at..at + RECORD_BYTES)?, WHAT);
+            let mut reader = Reader::new(self.bytes.get(at..at + RECORD_BYTES)?, FORMAT.what);
             Some(Record {
                 layer_offset: reader.u64().ok()?,
                 blob_offset: reader.u64().ok()?,
@@ -430,26 +365,6 @@ impl<B: IndexBytes> AccessMap<B> {
             })
         };
         read().expect("the records were checked to be there")
-    }
-}
-
-/// A length or an offset that cannot be.
-const DAMAGED: IndexError = IndexError::Truncated { what: WHAT };
-
-fn compression_code(compression: Compression) -> u32 {
-    match compression {
-        Compression::None => 0,
-        Compression::Gzip => 1,
-        Compression::Zstd => 2,
-    }
-}
-
-fn compression_of(code: u32) -> Result<Compression, IndexError> {
-    match code {
-        0 => Ok(Compression::None),
-        1 => Ok(Compression::Gzip),
-        2 => Ok(Compression::Zstd),
-        _ => Err(DAMAGED),
     }
 }
 

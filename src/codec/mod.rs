@@ -9,12 +9,14 @@
 //! (`Step`) that never see the input.
 //!
 //! For random access, [`Decoder::with_checkpoints`] notes places at which [`Decoder::resume`] can
-//! begin later, and [`access_map`] keeps them.
+//! begin later, and [`access_map`] keeps them; [`piece_map`] keeps those of blobs that say themselves where.
 
 pub mod access_map;
 pub mod checkpoint;
+pub mod piece_map;
 
 mod gzip;
+mod map_frame;
 mod trim;
 mod zstd;
 
@@ -22,6 +24,8 @@ use std::{
     fmt,
     io::{self, BufRead, Chain, Cursor, Read},
 };
+
+pub use map_frame::Subject;
 
 use checkpoint::{Boundary, Checkpoint, Picker};
 use gzip::GzipSteps;

@@ -22,6 +22,10 @@ impl LayerData for Layer {
         self.file().has(chunks)
     }
 
+    fn n_evictions(&self, chunks: Range<u32>) -> u64 {
+        self.file().n_evictions(&chunks)
+    }
+
     fn read_at(&self, buf: &mut [u8], offset: u64, wait: Wait) -> io::Result<bool> {
         self.file().read_at(buf, offset, disk_wait(wait))
     }
@@ -38,6 +42,10 @@ impl LayerData for LayerReader {
 
     fn has(&self, chunks: Range<u32>) -> bool {
         Self::has(self, chunks)
+    }
+
+    fn n_evictions(&self, chunks: Range<u32>) -> u64 {
+        Self::n_evictions(self, &chunks)
     }
 
     fn read_at(&self, buf: &mut [u8], offset: u64, wait: Wait) -> io::Result<bool> {

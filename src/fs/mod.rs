@@ -39,6 +39,10 @@ pub trait LayerData: Send + Sync + fmt::Debug {
     /// Whether all these chunks are present and verified.
     fn has(&self, chunks: Range<u32>) -> bool;
 
+    /// A number that has changed if bytes of these chunks were taken away since it was read before, even
+    /// if they have come again.
+    fn n_evictions(&self, chunks: Range<u32>) -> u64;
+
     /// Fills `buf` from `offset` of the decompressed layer.
     ///
     /// Returns `false`, with `buf` in any state, if it would have to wait for the disk and `wait`

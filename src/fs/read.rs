@@ -1,6 +1,11 @@
 //! Puts the bytes of a file together from extents of a layer and holes.
 
-use std::{collections::BTreeMap, io, ops::Range};
+use std::{
+    collections::BTreeMap,
+    io,
+    ops::Range,
+    sync::atomic::{Ordering, fence},
+};
 
 use super::{ClipFs, FsError, LayerData, ServedBytes, Wait};
 use crate::{
@@ -10,6 +15,9 @@ use crate::{
     tier::{Chunk, lent::LentChunk},
 };
 
+/// Chunks that are to be made present.
+pub type Missing = Vec<(DiffId, Range<u32>)>;
+
 /// How a read ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ReadOutcome {
@@ -18,7 +26,10 @@ pub enum ReadOutcome {
     /// All bytes are on the local disk, but it would have to be waited for.
     WouldBlock,
     /// These chunks are not on the local disk. Never empty; ranges of one layer do not touch.
-    Missing(Vec<(DiffId, Range<u32>)>),
+    Missing(Missing),
+    /// All chunks are on the local disk, but were not while they were read: it is to be read again. Names a
+    /// layer of the range.
+    Evicted(DiffId),
 }
 
 /// Which of a range's chunks are to be lent.
@@ -114,7 +125,7 @@ impl<I: ServedBytes> ClipFs<I> {
         }
         let (lent, _) = from;
         let len = node.size.saturating_sub(offset).min(u64::from(len));
-        let missing = self.missing(lent, ino, &node, offset, len)?;
+        let (n_evictions, missing) = self.missing(lent, ino, &node, offset, len)?;
         if !missing.is_empty() {
             return Ok(ReadOutcome::Missing(missing));
         }
@@ -122,6 +133,7 @@ impl<I: ServedBytes> ClipFs<I> {
         buf.resize(usize::try_from(len).map_err(|_| damaged())?, 0);
         let mut rest = &mut buf[..];
         let mut at = offset;
+        let mut of = None;
         for extent in self.index.extents(&node, offset, len) {
             let layer = self.layer(&extent).ok_or_else(damaged)?;
             // `missing` has checked that extents lie in order inside the range.
@@ -130,6 +142,7 @@ impl<I: ServedBytes> ClipFs<I> {
             let (hole, behind) = rest.split_at_mut(hole_bytes);
             let (data, behind) = behind.split_at_mut(data_bytes);
             hole.fill(0);
+            of = Some(layer.diff_id());
             let read = read_extent(layer, extent.layer_offset, data, from);
             if !read.map_err(|source| FsError::Io {
                 layer: layer.diff_id(),
@@ -142,18 +155,21 @@ impl<I: ServedBytes> ClipFs<I> {
             at = extent.file_offset + extent.len;
         }
         rest.fill(0);
-        // An eviction clears the presence of a chunk before it takes its bytes: what is present
-        // now was so while it was read.
-        let missing = self.missing(lent, ino, &node, offset, len)?;
-        Ok(if missing.is_empty() {
-            ReadOutcome::Ready
-        } else {
-            ReadOutcome::Missing(missing)
+        // An eviction clears the presence of a chunk, and counts itself, before it takes the bytes: what
+        // is present now, and was not evicted in between, was so while it was read (`layer::state`, where
+        // the argument is). This is the one place where bytes of the disk cache are given to readers.
+        fence(Ordering::Acquire);
+        let (n_evictions_now, missing) = self.missing(lent, ino, &node, offset, len)?;
+        Ok(match of {
+            _ if !missing.is_empty() => ReadOutcome::Missing(missing),
+            Some(layer) if n_evictions_now != n_evictions => ReadOutcome::Evicted(layer),
+            Some(_) | None => ReadOutcome::Ready,
         })
     }
 
     /// Finds the chunks of a range of a file that are neither present nor lent, and checks that its
-    /// extents lie in order inside the range.
+    /// extents lie in order inside the range. With them comes a number that has changed if any were evicted
+    /// since it was found before.
     fn missing(
         &self,
         lent: &[LentChunk],
@@ -161,19 +177,24 @@ impl<I: ServedBytes> ClipFs<I> {
         node: &Node,
         offset: u64,
         len: u64,
-    ) -> Result<Vec<(DiffId, Range<u32>)>, FsError> {
-        let mut missing: Vec<(DiffId, Range<u32>)> = Vec::new();
+    ) -> Result<(u64, Missing), FsError> {
+        let mut missing = Missing::new();
+        let mut n_evictions: u64 = 0;
         self.visit(ino, node, offset, len, &mut |layer, chunks| {
+            let diff_id = layer.diff_id();
+            let is_lent = |chunk| lent.iter().any(|it| it.is(diff_id, chunk));
+            // Before it is looked whether they are present. Counts only grow, and so does their sum.
+            let from_disk = chunks.clone().filter(|it| !is_lent(*it));
+            let counts = from_disk.map(|it| layer.n_evictions(it..it + 1));
+            n_evictions = counts.fold(n_evictions, u64::wrapping_add);
             if layer.has(chunks.clone()) {
                 return;
             }
-            let diff_id = layer.diff_id();
-            let is_lent = |chunk| lent.iter().any(|it| it.is(diff_id, chunk));
             let absent = chunks.filter(|it| !layer.has(*it..*it + 1) && !is_lent(*it));
             missing.extend(absent.map(|it| (diff_id, it..it + 1)));
         })?;
         join_touching(&mut missing);
-        Ok(missing)
+        Ok((n_evictions, missing))
     }
 
     /// Shows `visit` which chunks of which layers a range of a file lies in, and checks that its extents

@@ -44,9 +44,12 @@ const GENERATION: Generation = Generation(0);
 /// derives it from the largest write.
 const MAX_READ_BYTES: u32 = 1 << 20;
 
-/// Readahead requests that may be under way: enough to keep eight read threads and some fetches
-/// busy.
-const MAX_BACKGROUND: u16 = 64;
+/// Readahead requests of a mount that may be under way; the kernel lets no further one pass, also for what is
+/// on disk.
+///
+/// Four of each of 64 readers that wait for a layer whose registry does not answer: with 64, and two of each,
+/// nobody else read anything in that mount until it did.
+const MAX_BACKGROUND: u16 = 256;
 
 /// What is asked of the kernel, as far as it can.
 ///

@@ -2,10 +2,9 @@
 //!
 //! No more than [`MAX_LENT`] chunks are lent at once, for all mounts together. A read takes its turn for
 //! all chunks that it needs, and gives all back before it asks for others, so that no read waits for
-//! another one that waits for it.
+//! another one that waits for it. Turns go round among mounts.
 
 use std::{
-    collections::VecDeque,
     fmt,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
@@ -14,9 +13,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::{counters::Op, read::PendingRead};
+use super::{counters::Op, pool::MountNumber, read::PendingRead};
 use crate::{
     digest::DiffId,
+    fair::RoundRobin,
     fs::{ServedBytes, read::Needed},
     telemetry::error_chain,
     tier::{
@@ -38,7 +38,7 @@ pub(super) const MAX_LENDINGS: u32 = 3;
 #[derive(Debug, Default)]
 pub(super) struct Lending(
     /// std Mutex: held to enter or leave, never while a read goes on.
-    Mutex<Turnstile<Turn>>,
+    Mutex<Turnstile<MountNumber, Turn>>,
 );
 
 /// What a read does when its turn comes.
@@ -70,44 +70,49 @@ impl Drop for Permit {
 impl Lending {
     /// Calls `turn` once so many chunks, at most [`MAX_LENT`], may be lent: at once, or when others have
     /// given theirs back, and then on their thread.
-    fn enter(self: &Arc<Self>, n_chunks: usize, turn: impl FnOnce(Permit) + Send + 'static) {
+    fn enter(
+        self: &Arc<Self>,
+        mount: MountNumber,
+        n_chunks: usize,
+        turn: impl FnOnce(Permit) + Send + 'static,
+    ) {
         let turn = Turn(Box::new(turn));
-        let started = self.turnstile().enter(n_chunks, turn);
+        let started = self.turnstile().enter(mount, n_chunks, turn);
         if let Some(turn) = started {
             let lending = Arc::clone(self);
             (turn.0)(Permit { lending, n_chunks });
         }
     }
 
-    fn turnstile(&self) -> MutexGuard<'_, Turnstile<Turn>> {
+    fn turnstile(&self) -> MutexGuard<'_, Turnstile<MountNumber, Turn>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// Lets in whoever came first.
+/// Lets in one of each mount in turn, and of a mount whoever came first.
 #[derive(Debug)]
-struct Turnstile<T> {
+struct Turnstile<K, T> {
     n_left: usize,
-    waiting: VecDeque<(usize, T)>,
+    waiting: RoundRobin<K, (usize, T)>,
 }
 
-impl<T> Default for Turnstile<T> {
+impl<K, T> Default for Turnstile<K, T> {
     fn default() -> Self {
         Self {
             n_left: MAX_LENT,
-            waiting: VecDeque::new(),
+            waiting: RoundRobin::default(),
         }
     }
 }
 
-impl<T> Turnstile<T> {
+impl<K: PartialEq, T> Turnstile<K, T> {
     /// Gives `who` back if there is room for it; else it waits behind the others.
-    fn enter(&mut self, n: usize, who: T) -> Option<T> {
+    fn enter(&mut self, mount: K, n: usize, who: T) -> Option<T> {
         if self.waiting.is_empty() && n <= self.n_left {
             self.n_left -= n;
             return Some(who);
         }
-        self.waiting.push_back((n, who));
+        self.waiting.push(mount, (n, who));
         None
     }
 
@@ -115,11 +120,11 @@ impl<T> Turnstile<T> {
     fn leave(&mut self, n: usize) -> Vec<(usize, T)> {
         self.n_left += n;
         let mut entered = Vec::new();
-        while let Some((n, _)) = self.waiting.front()
+        while let Some((n, _)) = self.waiting.peek()
             && *n <= self.n_left
         {
             self.n_left -= n;
-            entered.extend(self.waiting.pop_front());
+            entered.extend(self.waiting.pop());
         }
         entered
     }
@@ -145,9 +150,12 @@ impl<I: ServedBytes> PendingRead<I> {
     pub(super) fn borrow_in_pool(self, needed: Needed) {
         let served = Arc::clone(&self.served);
         let pool = Arc::clone(&served.pool);
-        pool.submit(Box::new(move |_buffer| {
-            served.guard_without_turn(Op::Read, || self.borrow(needed));
-        }));
+        pool.submit(
+            served.number,
+            Box::new(move |_buffer| {
+                served.guard_without_turn(Op::Read, || self.borrow(needed));
+            }),
+        );
     }
 
     fn borrow(mut self, needed: Needed) {
@@ -168,16 +176,20 @@ impl<I: ServedBytes> PendingRead<I> {
         }
         let pool = Arc::clone(&self.served.pool);
         let since = Instant::now();
-        pool.lending().enter(wanted.len(), move |permit| {
+        let number = self.served.number;
+        pool.lending().enter(number, wanted.len(), move |permit| {
             let pool = Arc::clone(&self.served.pool);
-            pool.submit(Box::new(move |_buffer| {
-                if since.elapsed() < PATIENCE {
-                    self.ask(wanted, permit);
-                } else {
-                    drop(permit);
-                    self.fail(first.layer, "those before it had chunks lent for too long");
-                }
-            }));
+            pool.submit(
+                number,
+                Box::new(move |_buffer| {
+                    if since.elapsed() < PATIENCE {
+                        self.ask(wanted, permit);
+                    } else {
+                        drop(permit);
+                        self.fail(first.layer, "those before it had chunks lent for too long");
+                    }
+                }),
+            );
         });
     }
 
@@ -238,15 +250,16 @@ mod tests {
     use std::sync::mpsc;
 
     use super::*;
+    use crate::fuse::pool::{PoolConfig, ReadPool};
 
     #[test]
     fn the_first_to_come_is_the_first_to_enter_and_none_is_passed_by() {
         let mut turnstile = Turnstile::default();
-        assert_eq!(turnstile.enter(3, 'a'), Some('a'));
-        assert_eq!(turnstile.enter(2, 'b'), None);
+        assert_eq!(turnstile.enter(0, 3, 'a'), Some('a'));
+        assert_eq!(turnstile.enter(0, 2, 'b'), None);
         // There would be room, but a stream of small ones must not keep a large one waiting.
-        assert_eq!(turnstile.enter(1, 'c'), None);
-        assert_eq!(turnstile.enter(4, 'd'), None);
+        assert_eq!(turnstile.enter(0, 1, 'c'), None);
+        assert_eq!(turnstile.enter(0, 4, 'd'), None);
         assert_eq!(turnstile.leave(3), [(2, 'b'), (1, 'c')]);
         assert_eq!(turnstile.leave(2), []);
         assert_eq!(turnstile.leave(1), [(4, 'd')]);
@@ -255,12 +268,26 @@ mod tests {
     }
 
     #[test]
+    fn many_of_one_mount_keep_another_waiting_for_one() {
+        let mut turnstile = Turnstile::default();
+        assert_eq!(turnstile.enter(0, MAX_LENT, 0), Some(0));
+        for who in 1..=64 {
+            assert_eq!(turnstile.enter(0, MAX_LENT, who), None);
+        }
+        assert_eq!(turnstile.enter(1, MAX_LENT, 65), None);
+        assert_eq!(turnstile.leave(MAX_LENT), [(MAX_LENT, 1)]);
+        assert_eq!(turnstile.leave(MAX_LENT), [(MAX_LENT, 65)]);
+        assert_eq!(turnstile.leave(MAX_LENT), [(MAX_LENT, 2)]);
+    }
+
+    #[test]
     fn a_permit_that_is_dropped_lets_the_next_one_in() {
         let lending = Arc::new(Lending::default());
         let (sender, permits) = mpsc::channel();
+        let mount = ReadPool::new(PoolConfig::default()).unwrap().join();
         for n in [MAX_LENT, 1] {
             let sender = sender.clone();
-            lending.enter(n, move |permit| sender.send(permit).unwrap());
+            lending.enter(mount, n, move |permit| sender.send(permit).unwrap());
         }
         let first = permits.try_recv().unwrap();
         assert!(permits.try_recv().is_err());

@@ -24,7 +24,7 @@ use tracing::{error, warn};
 use self::{
     counters::{Counters, FailureLog, Op, Subject},
     errno::is_failure,
-    pool::{ReadPool, TRIM_EVERY},
+    pool::{MountNumber, ReadPool, TRIM_EVERY},
 };
 use crate::{
     fs::{ClipFs, FsError, ServedBytes},
@@ -47,6 +47,8 @@ struct Served<I> {
     fs: Arc<ClipFs<I>>,
     provider: Arc<dyn MakePresent>,
     pool: Arc<ReadPool>,
+    /// Its place in the pool's queues.
+    number: MountNumber,
     counters: Counters,
     failures: FailureLog,
     /// Whether requests came since the pages of the index were last given back.
@@ -65,6 +67,7 @@ impl<I: ServedBytes> Served<I> {
     fn new(fs: Arc<ClipFs<I>>, provider: Arc<dyn MakePresent>, pool: Arc<ReadPool>) -> Self {
         Self {
             counters: Counters::new(fs.metrics()),
+            number: pool.join(),
             fs,
             provider,
             pool,

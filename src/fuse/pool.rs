@@ -5,7 +5,8 @@
 //!
 //! Memory is bounded: no more buffers exist than the configuration says, and they are freed when
 //! the process is idle. The queue has one entry, of some hundred bytes, for each kernel thread that
-//! is blocked in a read or readahead request (64 for a mount): it needs no bound of its own.
+//! is blocked in a read or readahead request (256 of the latter for a mount): it needs no bound of its own. It goes
+//! round among mounts, so that one with many readers does not keep another's waiting for all of them.
 //!
 //! A panic in a job does not end its thread. Sound, because a job owns what it works on, except its
 //! buffer, of which any content is valid, and no lock is held while a job runs.
@@ -17,14 +18,14 @@ use std::{
     panic::{AssertUnwindSafe, catch_unwind},
     sync::{
         Arc, Condvar, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicU32, Ordering},
+        atomic::{AtomicU32, AtomicU64, Ordering},
     },
     thread::{self, JoinHandle},
     time::{Duration, Instant},
 };
 
 use super::lending::Lending;
-use crate::sys;
+use crate::{fair::RoundRobin, sys};
 
 /// Idle buffers of more than this are freed at once: only direct I/O asks for so much at a time,
 /// readahead for 256 KiB.
@@ -48,6 +49,10 @@ const STACK_BYTES: usize = 256 << 10;
 
 /// What a read thread does.
 pub(super) type Job = Box<dyn FnOnce(&mut Vec<u8>) + Send>;
+
+/// Tells the mounts of a pool apart.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct MountNumber(u64);
 
 /// What happens when a burst of requests is over.
 type Trim = Box<dyn FnOnce() + Send>;
@@ -82,6 +87,7 @@ pub struct ReadPool {
     shared: Arc<Shared>,
     workers: Vec<JoinHandle<()>>,
     n_requests: AtomicU32,
+    n_mounts: AtomicU64,
     turns: Turns,
     lending: Arc<Lending>,
 }
@@ -128,7 +134,7 @@ impl fmt::Debug for Shared {
 
 #[derive(Default)]
 struct Queue {
-    jobs: VecDeque<Job>,
+    jobs: RoundRobin<MountNumber, Job>,
     /// In the order of their deadlines.
     trims: VecDeque<(Instant, Trim)>,
     stopping: bool,
@@ -159,6 +165,7 @@ impl ReadPool {
             shared,
             workers: Vec::new(),
             n_requests: AtomicU32::new(0),
+            n_mounts: AtomicU64::new(0),
             turns: Turns {
                 n_left: Mutex::new(
                     thread::available_parallelism()
@@ -180,11 +187,16 @@ impl ReadPool {
         Ok(Arc::new(pool))
     }
 
-    /// Runs `job` on a read thread, with a buffer whose content is undefined.
-    pub(super) fn submit(&self, job: Job) {
+    /// Numbers a mount that is going to be served.
+    pub(super) fn join(&self) -> MountNumber {
+        MountNumber(self.n_mounts.fetch_add(1, Ordering::Relaxed))
+    }
+
+    /// Runs `job` of a mount on a read thread, with a buffer whose content is undefined.
+    pub(super) fn submit(&self, mount: MountNumber, job: Job) {
         let mut queue = lock(&self.shared.queue);
         if !queue.stopping {
-            queue.jobs.push_back(job);
+            queue.jobs.push(mount, job);
             self.shared.work.notify_one();
         }
     }
@@ -269,7 +281,7 @@ impl Shared {
             if queue.stopping {
                 return;
             }
-            if let Some(job) = queue.jobs.pop_front() {
+            if let Some(job) = queue.jobs.pop() {
                 drop(queue);
                 let mut buffer = self.buffer();
                 run(|| job(&mut buffer));
@@ -399,7 +411,7 @@ mod tests {
         let (sender, receiver) = mpsc::channel();
         for at in 0..8 {
             let sender = sender.clone();
-            pool.submit(Box::new(move |_| sender.send(at).unwrap()));
+            pool.submit(pool.join(), Box::new(move |_| sender.send(at).unwrap()));
         }
         assert!(receiver.recv_timeout(Duration::from_millis(50)).is_err());
         drop((one, other));
@@ -411,13 +423,37 @@ mod tests {
     }
 
     #[test]
+    fn many_jobs_of_one_mount_keep_another_waiting_for_one() {
+        let pool = pool(1, 1);
+        let (many, few) = (pool.join(), pool.join());
+        let (go, wait) = mpsc::channel::<()>();
+        let (begin, began) = mpsc::channel::<()>();
+        let hold = move |_: &mut Vec<u8>| {
+            begin.send(()).unwrap();
+            wait.recv_timeout(DEADLINE).unwrap();
+        };
+        pool.submit(many, Box::new(hold));
+        began.recv_timeout(DEADLINE).unwrap();
+        let (sender, order) = mpsc::channel();
+        let note = |who: &'static str| -> Job {
+            let sender = sender.clone();
+            Box::new(move |_| sender.send(who).unwrap())
+        };
+        (0..64).for_each(|_| pool.submit(many, note("many")));
+        pool.submit(few, note("few"));
+        go.send(()).unwrap();
+        let order = (0..65).map(|_| order.recv_timeout(DEADLINE).unwrap());
+        assert_eq!(order.take_while(|it| *it != "few").count(), 1);
+    }
+
+    #[test]
     fn a_panic_ends_neither_thread_nor_buffer() {
         let pool = pool(1, 1);
         for _ in 0..3 {
-            pool.submit(Box::new(|_| panic!("a job of the test")));
+            pool.submit(pool.join(), Box::new(|_| panic!("a job of the test")));
         }
         let (sender, receiver) = mpsc::channel();
-        pool.submit(Box::new(move |_| sender.send(()).unwrap()));
+        pool.submit(pool.join(), Box::new(move |_| sender.send(()).unwrap()));
         receiver.recv_timeout(DEADLINE).unwrap();
     }
 
@@ -435,9 +471,10 @@ mod tests {
         assert!(SETTLE <= started.elapsed());
         // The buffers go right after the trim, on the same thread as this job.
         let (sender, receiver) = mpsc::channel();
-        pool.submit(Box::new(move |buffer| {
-            sender.send(buffer.capacity()).unwrap()
-        }));
+        pool.submit(
+            pool.join(),
+            Box::new(move |buffer| sender.send(buffer.capacity()).unwrap()),
+        );
         assert_eq!(receiver.recv_timeout(DEADLINE).unwrap(), 0);
     }
 
@@ -460,11 +497,14 @@ mod tests {
         let (sender, receiver) = mpsc::channel::<()>();
         let (go, wait) = mpsc::channel::<()>();
         let owned = pool.clone();
-        pool.submit(Box::new(move |_| {
-            wait.recv_timeout(DEADLINE).unwrap();
-            drop(owned);
-            drop(sender);
-        }));
+        pool.submit(
+            pool.join(),
+            Box::new(move |_| {
+                wait.recv_timeout(DEADLINE).unwrap();
+                drop(owned);
+                drop(sender);
+            }),
+        );
         drop(pool);
         go.send(()).unwrap();
         let end = receiver.recv_timeout(DEADLINE);

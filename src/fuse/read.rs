@@ -5,8 +5,9 @@
 //!                 │ present, on disk          │ not present
 //!                 ▼                           ▼
 //! read pool:    pread ──► reply ◄── pread  make_present (no thread waits) ──► EIO if that fails
-//!                 │         evicted meanwhile: fetch again, at most 3 times
-//!                 │ the disk fails            │ the disk cannot take it
+//!                 │         evicted meanwhile: again, at most 3 times
+//!                 │ the disk fails,           │ the disk cannot take it
+//!                 │ or evicts too often       │
 //!                 ▼                           ▼
 //!               lend (`lending.rs`; no thread waits) ──► reply out of memory
 //! ```
@@ -35,7 +36,7 @@ use crate::{
     digest::DiffId,
     fs::{
         FsError, ServedBytes, Wait,
-        read::{Needed, ReadOutcome},
+        read::{Missing, Needed, ReadOutcome},
     },
     index::image::Ino,
     metrics::Outcome,
@@ -43,14 +44,12 @@ use crate::{
     tier::{PresentError, lent::LentChunk},
 };
 
-/// How often a read has chunks fetched before it gives up.
+/// How often a read has chunks fetched, or reads again what was evicted while it read, before it has them
+/// lent.
 ///
 /// More than once is needed only if they are evicted between the fetch and the read. A cache in
 /// which that happens three times in a row is far too small, and going on would never end.
 const MAX_FETCHES: u32 = 3;
-
-/// The chunks that are to be made present.
-type Missing = Vec<(DiffId, std::ops::Range<u32>)>;
 
 /// A read that has not been answered.
 #[derive(Debug)]
@@ -62,6 +61,8 @@ pub(super) struct PendingRead<I> {
     reply: ReplyData,
     started: Instant,
     n_fetches: u32,
+    /// How often chunks were evicted while they were read.
+    n_evictions: u32,
     pub(super) n_lendings: u32,
     /// Chunks that are read here, not on the disk.
     pub(super) lent: Vec<LentChunk>,
@@ -93,6 +94,7 @@ impl<I: ServedBytes> PendingRead<I> {
             reply,
             started: Instant::now(),
             n_fetches: 0,
+            n_evictions: 0,
             n_lendings: 0,
             lent: Vec::new(),
             permit: None,
@@ -111,9 +113,12 @@ impl<I: ServedBytes> PendingRead<I> {
     pub(super) fn read_in_pool(self) {
         let served = self.served.clone();
         let pool = served.pool.clone();
-        pool.submit(Box::new(move |buffer| {
-            served.guard_without_turn(Op::Read, || self.attempt(buffer, Wait::ForDisk));
-        }));
+        pool.submit(
+            self.served.number,
+            Box::new(move |buffer| {
+                served.guard_without_turn(Op::Read, || self.attempt(buffer, Wait::ForDisk));
+            }),
+        );
     }
 
     fn attempt(mut self, buffer: &mut Vec<u8>, wait: Wait) {
@@ -126,6 +131,7 @@ impl<I: ServedBytes> PendingRead<I> {
         match outcome {
             Ok(ReadOutcome::Ready) => self.succeed(buffer),
             Ok(ReadOutcome::WouldBlock) => self.read_in_pool(),
+            Ok(ReadOutcome::Evicted(layer)) => self.read_again(layer),
             Ok(ReadOutcome::Missing(missing)) if self.lent.is_empty() => self.fetch(missing),
             Ok(ReadOutcome::Missing(_)) => {
                 // What is lent is missing as well, once it is given back.
@@ -147,12 +153,33 @@ impl<I: ServedBytes> PendingRead<I> {
     }
 
     fn succeed(self, bytes: &[u8]) {
-        if self.n_fetches + self.n_lendings == 0 {
+        if self.n_fetches + self.n_evictions + self.n_lendings == 0 {
             let counters = &self.served.counters;
             counters.disk_hit(bytes.len(), self.started.elapsed());
         }
         self.served.count(Op::Read, None);
         self.reply.data(bytes);
+    }
+
+    /// Reads again what was evicted in the middle of the read.
+    fn read_again(mut self, layer: DiffId) {
+        self.give_back();
+        self.n_evictions += 1;
+        match self.n_fetches + self.n_evictions <= MAX_FETCHES {
+            true => self.read_in_pool(),
+            false => self.read_past_the_disk(layer),
+        }
+    }
+
+    /// Has all chunks lent: they are evicted faster than they are read.
+    fn read_past_the_disk(self, layer: DiffId) {
+        match self.n_lendings < MAX_LENDINGS {
+            true => self.borrow_in_pool(Needed::All),
+            false => self.fail(
+                layer,
+                "evicted as soon as it was fetched: the cache is too small",
+            ),
+        }
     }
 
     /// Has chunks made present, and comes back when they are.
@@ -164,9 +191,8 @@ impl<I: ServedBytes> PendingRead<I> {
         let Some((first, _)) = missing.first().cloned() else {
             return self.read_in_pool();
         };
-        if MAX_FETCHES < self.n_fetches {
-            let reason = "evicted as soon as it was fetched: the cache is too small";
-            return self.fail(first, reason);
+        if MAX_FETCHES < self.n_fetches + self.n_evictions {
+            return self.read_past_the_disk(first);
         }
         let provider = self.served.provider.clone();
         let waiting = Arc::new(Waiting {

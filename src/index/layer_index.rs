@@ -266,6 +266,16 @@ impl<B: IndexBytes> LayerIndex<B> {
         &self.bytes[HEADER_BYTES..HEADER_BYTES + digest_bytes]
     }
 
+    /// Where in the index the digests of the chunks stand.
+    pub fn digests_start(&self) -> usize {
+        HEADER_BYTES
+    }
+
+    /// Where in the index the checksum of all that precedes it stands.
+    pub fn body_end(&self) -> usize {
+        self.bytes.len() - CHECKSUM_BYTES
+    }
+
     /// Where the index is kept.
     pub fn source(&self) -> &B {
         &self.bytes

@@ -22,7 +22,10 @@ use crate::{
     digest::ManifestDigest,
     disk,
     index::{IndexError, image::ImageIndex, merge::Merge},
-    layer::store::{Layer, LayerStore},
+    layer::{
+        disk::CachePaths,
+        store::{Layer, LayerStore},
+    },
     metrics::Metrics,
     registry::ResolvedImage,
     sys::{self, MappedFile},
@@ -61,6 +64,8 @@ pub struct OpenImage {
     pub index: ImageIndex<MappedFile>,
     /// The layers, bottom first.
     pub layers: Vec<Arc<Layer>>,
+    /// Keeps the file of the index in the cache: whoever serves the image opens it by its name.
+    pub pin: File,
 }
 
 /// Opens images: has their layers made ready, and their indexes built.
@@ -69,6 +74,7 @@ pub struct Indexer {
     store: LayerStore,
     metrics: Metrics,
     max_index_nodes: u32,
+    uses_no_toc: bool,
     /// tokio Mutex, held while a merge runs: one at a time, because each holds some MiB.
     merging: Arc<Mutex<()>>,
 }
@@ -80,6 +86,7 @@ impl Indexer {
             store,
             metrics,
             max_index_nodes,
+            uses_no_toc: false,
             merging: Arc::default(),
         }
     }
@@ -94,16 +101,16 @@ impl Indexer {
         source: &Arc<dyn BlobSource>,
     ) -> Result<OpenImage, IndexerError> {
         let started = Instant::now();
-        let layers = image
-            .layers
+        let descs = self.descs(image).await;
+        let layers = descs
             .iter()
             .map(|it| self.store.layer(it, Arc::clone(source)));
         let layers = future::try_join_all(layers).await?;
         let path = self.store.paths().image(image.manifest);
-        if let Some(index) = open_index(&path, image) {
-            return Ok(OpenImage { index, layers });
+        if let Some((index, pin)) = open_index(self.store.paths(), image, &layers) {
+            return Ok(OpenImage { index, layers, pin });
         }
-        let index = self.merge(image, &layers, &path).await?;
+        let (index, pin) = self.merge(image, &layers, &path).await?;
         self.store.sweep_soon();
         let elapsed = started.elapsed();
         self.metrics
@@ -112,7 +119,29 @@ impl Indexer {
         info!(image.manifest = %image.manifest, inodes = index.n_nodes(), layers = layers.len(),
             duration_ms = u64::try_from(elapsed.as_millis()).unwrap_or(u64::MAX),
             path = %path.display(), "image index built");
-        Ok(OpenImage { index, layers })
+        Ok(OpenImage { index, layers, pin })
+    }
+
+    /// Opens layers by their DiffIds alone from now on, whatever tables of contents their blobs have: for who
+    /// vouches for layers to others.
+    pub fn use_no_toc(&mut self) {
+        self.uses_no_toc = true;
+    }
+
+    /// The layers of `image`, by the names that they are to have.
+    ///
+    /// A layer that was read by its table of contents has another name than its DiffId. As long as the
+    /// layers are on disk by whose names the image's index knows them, they keep these: a mount may be
+    /// served by that index, and whoever adopts it opens the layers that it names.
+    async fn descs(&self, image: &ResolvedImage) -> Vec<LayerDesc> {
+        if self.uses_no_toc {
+            return image.layers.iter().map(LayerDesc::without_toc).collect();
+        }
+        let (paths, manifest) = (self.store.paths().clone(), image.manifest);
+        let layers = image.layers.clone();
+        let known = tokio::task::spawn_blocking(move || known_as(&paths, manifest, &layers));
+        let known = known.await.ok().flatten();
+        known.unwrap_or_else(|| image.layers.clone())
     }
 
     /// The layers of an image whose index is on disk, lowest first; asks nobody.
@@ -129,6 +158,7 @@ impl Indexer {
                 diff_id: layer.diff_id,
                 blob: layer.blob,
                 blob_bytes: layer.blob_bytes,
+                toc: None,
             })
         });
         layers.collect()
@@ -140,7 +170,7 @@ impl Indexer {
         image: &ResolvedImage,
         layers: &[Arc<Layer>],
         path: &Path,
-    ) -> Result<ImageIndex<MappedFile>, IndexerError> {
+    ) -> Result<(ImageIndex<MappedFile>, File), IndexerError> {
         let manifest = image.manifest;
         let (layers, descs) = (layers.to_vec(), image.layers.clone());
         let (path, max_index_nodes) = (path.to_owned(), self.max_index_nodes);
@@ -164,16 +194,45 @@ impl Indexer {
             }
             let finished = merge.finish_in(&mut store.writer(new.file()), manifest);
             finished.map_err(wrong)?;
+            // An eviction may look for room at this very moment.
+            let file = new.file().try_clone().map_err(failed)?;
+            CachePaths::pin_new_image(&file).map_err(failed)?;
             new.publish().map_err(failed)?;
             sys::trim_allocator();
-            let file = File::open(&path).map_err(failed)?;
-            ImageIndex::open(MappedFile::new(&file).map_err(failed)?).map_err(wrong)
+            let mapped = MappedFile::new(&File::open(&path).map_err(failed)?).map_err(failed)?;
+            Ok((ImageIndex::open(mapped).map_err(wrong)?, file))
         });
         merged.await.unwrap_or_else(|err| {
             let path = self.store.paths().image(manifest);
             Err(disk_error(&path, format!("merging ended early: {err}")))
         })
     }
+}
+
+/// The layers of an image by the names that its index knows them by, if it is on disk, and they are.
+fn known_as(
+    paths: &CachePaths,
+    manifest: ManifestDigest,
+    layers: &[LayerDesc],
+) -> Option<Vec<LayerDesc>> {
+    let mapped = MappedFile::new(&File::open(paths.image(manifest)).ok()?).ok()?;
+    // Not verified as a whole: whatever it names is checked by who opens it.
+    let index = ImageIndex::open(mapped).ok()?;
+    if index.manifest() != manifest || index.n_layers() as usize != layers.len() {
+        return None;
+    }
+    let known = (0..).zip(layers).map(|(at, desc)| {
+        let known = index.layer(at).filter(|it| it.blob == desc.blob)?;
+        let is_here = paths.layer(known.diff_id).exists();
+        is_here.then(|| match known.diff_id == desc.diff_id {
+            true => desc.without_toc(),
+            false => LayerDesc {
+                diff_id: known.diff_id,
+                ..desc.clone()
+            },
+        })
+    });
+    known.collect()
 }
 
 fn disk_error(path: &Path, reason: String) -> IndexerError {
@@ -202,14 +261,21 @@ fn map_index(file: &File) -> Result<ImageIndex<MappedFile>, String> {
     Ok(index)
 }
 
-/// Opens the index at `path` if it is whole and `image`'s; removes it if it is not.
-fn open_index(path: &Path, image: &ResolvedImage) -> Option<ImageIndex<MappedFile>> {
-    let file = File::open(path).ok()?;
+/// Opens the index of `image` if it is whole, and that of these layers; removes it if it is not.
+fn open_index(
+    paths: &CachePaths,
+    image: &ResolvedImage,
+    layers: &[Arc<Layer>],
+) -> Option<(ImageIndex<MappedFile>, File)> {
+    let path = paths.image(image.manifest);
+    let file = paths.pin_image(image.manifest).ok()?;
     let opened = map_index(&file).and_then(|index| {
-        let same_layers = index.n_layers() as usize == image.layers.len()
-            && (0..)
-                .zip(&image.layers)
-                .all(|(at, desc)| index.layer(at).is_some_and(|it| it.diff_id == desc.diff_id));
+        let is_at = |at, layer: &Layer| {
+            let known = index.layer(at);
+            known.is_some_and(|it| it.diff_id == layer.file().diff_id())
+        };
+        let same_layers = index.n_layers() as usize == layers.len()
+            && (0..).zip(layers).all(|(at, layer)| is_at(at, layer));
         if index.manifest() != image.manifest || !same_layers {
             return Err("it is of another image".to_owned());
         }
@@ -221,12 +287,12 @@ fn open_index(path: &Path, image: &ResolvedImage) -> Option<ImageIndex<MappedFil
                 // Then it is evicted too early, if at all.
                 debug!(path = %path.display(), error = %err, "noting the use of an image index");
             }
-            Some(index)
+            Some((index, file))
         }
         Err(reason) => {
             warn!(path = %path.display(), reason, "image index is unusable, building it anew");
             // A file that cannot be removed will be replaced.
-            let _ = fs::remove_file(path);
+            let _ = fs::remove_file(&path);
             None
         }
     }

@@ -37,7 +37,8 @@ pub enum RebuildError {
     },
 }
 
-/// Reads the whole layer, all of whose chunks must be present, and returns its index.
+/// Reads the whole layer, all of whose chunks must be present and stay so
+/// ([`keep_whole`](LayerFile::keep_whole)), and returns its index.
 ///
 /// # Errors
 /// [`RebuildError`].

@@ -1,28 +1,31 @@
-//! Where a layer's blob can be entered: its access map, kept beside the layer, and what part of
-//! the blob some chunks need.
+//! Where a layer's blob can be entered: its access map, or the map of its pieces (`pieces`), kept beside
+//! the layer, and what part of the blob some chunks need.
 
 use std::{
     fs::{self, File},
     io::{self, BufWriter},
     ops::Range,
     path::{Path, PathBuf},
-    sync::{Arc, PoisonError},
+    sync::{Arc, OnceLock, PoisonError},
 };
 
 use tracing::warn;
 
 use super::{
     disk::{ACCESS, LayerFile},
+    pieces,
     store::{Inner, Layer},
 };
 use crate::{
     chunk::{self, CHUNK_BYTES},
     codec::{
-        Compression,
-        access_map::{AccessMap, AccessMapWriter, Subject},
+        Compression, Subject,
+        access_map::{AccessMap, AccessMapWriter},
         checkpoint::Checkpoint,
+        piece_map::PieceMap,
     },
     disk,
+    index::IndexError,
     sys::MappedFile,
     tier::LayerDesc,
 };
@@ -61,8 +64,19 @@ pub(super) enum AccessState {
 
 /// Where a layer's blob can be entered.
 #[derive(Debug)]
-pub(super) struct Access {
+pub(super) enum Access {
+    /// Of a layer that is the blob, decompressed.
+    Checkpoints(Checkpoints),
+    /// Of one that was laid out by its blob's table of contents. There is no other way to its chunks.
+    Pieces(PieceMap<MappedFile>),
+}
+
+/// Where a compressed stream can be entered.
+#[derive(Debug)]
+pub(super) struct Checkpoints {
     map: AccessMap<MappedFile>,
+    /// Whether all of the layer can be had in spans; known when it was asked once.
+    covers_all: OnceLock<bool>,
 }
 
 /// Writes the access map of a blob that streams by, to a file that is not in its place yet; it is
@@ -158,12 +172,19 @@ impl Access {
         if map_file.metadata()?.len() == 0 {
             return Err(wrong("it is empty"));
         }
-        let map = AccessMap::decode(MappedFile::new(&map_file)?)
-            .map_err(|err| wrong(&err.to_string()))?;
-        if (map.diff_id(), map.layer_bytes()) != (file.diff_id(), file.layer_bytes()) {
+        let mapped = MappedFile::new(&map_file)?;
+        let damaged = |err: IndexError| wrong(&err.to_string());
+        let access = match PieceMap::<MappedFile>::is_one(&mapped) {
+            true => Self::Pieces(PieceMap::decode(mapped).map_err(damaged)?),
+            false => Self::Checkpoints(Checkpoints {
+                map: AccessMap::decode(mapped).map_err(damaged)?,
+                covers_all: OnceLock::new(),
+            }),
+        };
+        let subject = access.subject();
+        if (subject.diff_id, subject.layer_bytes) != (file.diff_id(), file.layer_bytes()) {
             return Err(wrong("it is of another layer"));
         }
-        let access = Self { map };
         if !access.is_of(desc) {
             return Err(io::Error::new(
                 io::ErrorKind::NotFound,
@@ -171,15 +192,73 @@ impl Access {
             ));
         }
         // The checksum touched every page of the map; few of them are needed again soon.
-        access.map.source().drop_resident();
+        match &access {
+            Self::Checkpoints(it) => it.map.source().drop_resident(),
+            Self::Pieces(map) => map.source().drop_resident(),
+        }
         Ok(access)
+    }
+
+    fn subject(&self) -> &Subject {
+        match self {
+            Self::Checkpoints(it) => it.map.subject(),
+            Self::Pieces(map) => map.subject(),
+        }
     }
 
     /// Whether it is the map of the blob that `desc` names.
     pub(super) fn is_of(&self, desc: &LayerDesc) -> bool {
-        (self.map.blob(), self.map.blob_bytes()) == (desc.blob, desc.blob_bytes)
+        (self.subject().blob, self.subject().blob_bytes) == (desc.blob, desc.blob_bytes)
     }
 
+    /// Whether there is no other way to the layer's chunks: its blob's stream is not the layer.
+    pub(super) fn is_only_way(&self) -> bool {
+        matches!(self, Self::Pieces(_))
+    }
+
+    /// `chunks` with those that come with them in any case.
+    pub(super) fn whole(&self, chunks: Range<u32>) -> Range<u32> {
+        match self {
+            Self::Checkpoints(_) => chunks,
+            Self::Pieces(map) => map.whole(chunks),
+        }
+    }
+
+    /// The part of the blob that `chunks` need, `None` if they are better waited for in a stream, or
+    /// fetched in parts.
+    pub(super) fn span(&self, chunks: Range<u32>) -> Option<Span> {
+        match self {
+            Self::Checkpoints(it) => it.span(chunks),
+            Self::Pieces(map) => pieces::span(map, chunks),
+        }
+    }
+
+    /// Whether all of the layer can be had in spans of a stride.
+    pub(super) fn covers_all(&self) -> bool {
+        match self {
+            Self::Checkpoints(it) => it.covers_all(),
+            Self::Pieces(_) => true,
+        }
+    }
+
+    /// How many bytes are decompressed for `span`.
+    pub(super) fn inflated_bytes(&self, span: &Span) -> u64 {
+        match self {
+            Self::Checkpoints(it) => it.inflated_bytes(span),
+            Self::Pieces(map) => pieces::inflated_bytes(map, span),
+        }
+    }
+
+    /// `span` with all of the blob that it can need.
+    pub(super) fn without_guess(&self, span: Span) -> Span {
+        match self {
+            Self::Checkpoints(it) => it.without_guess(span),
+            Self::Pieces(_) => span,
+        }
+    }
+}
+
+impl Checkpoints {
     /// How the blob is compressed.
     pub(super) fn compression(&self) -> Compression {
         self.map.compression()
@@ -237,8 +316,9 @@ impl Access {
     }
 
     /// Whether all of the layer can be had in spans of a stride.
-    pub(super) fn covers_all(&self) -> bool {
-        strides(self.map.layer_bytes()).all(|it| self.span(it).is_some())
+    fn covers_all(&self) -> bool {
+        let look = || strides(self.map.layer_bytes()).all(|it| self.span(it).is_some());
+        *self.covers_all.get_or_init(look)
     }
 
     /// Where decompression starts for the byte at `layer_offset`.
@@ -260,13 +340,13 @@ impl Access {
     }
 
     /// How many bytes are decompressed for `span`.
-    pub(super) fn inflated_bytes(&self, span: &Span) -> u64 {
+    fn inflated_bytes(&self, span: &Span) -> u64 {
         let (start, end) = self.layer_range(&span.chunks);
         end - self.entry(start)
     }
 
     /// `span` with all of the blob that it can need.
-    pub(super) fn without_guess(&self, span: Span) -> Span {
+    fn without_guess(&self, span: Span) -> Span {
         let (_, end) = self.layer_range(&span.chunks);
         Span {
             blob: span.blob.start..self.map.blob_end_for(end),
@@ -315,12 +395,18 @@ impl Inner {
         let access = self.find_access(layer, &desc).await.map(Arc::new);
         layer.set_access(match &access {
             Some(access) => AccessState::Known(Arc::clone(access)),
+            // Without a way nobody could read it: each who wants to looks again.
+            None if layer.file.learns() || desc.is_by_toc() => AccessState::Unknown,
             None => AccessState::Nowhere,
         });
         access
     }
 
-    /// Opens the access map on disk, or takes that of the remote content cache.
+    /// Opens the map on disk, or takes that of the remote content cache, or has the table of contents
+    /// read again.
+    ///
+    /// The remote's is trusted by nobody: of a layer whose digests are learned, it would say what these
+    /// are.
     async fn find_access(&self, layer: &Arc<Layer>, desc: &LayerDesc) -> Option<Access> {
         let open = || {
             let (file, desc) = (Arc::clone(&layer.file), desc.clone());
@@ -337,6 +423,19 @@ impl Inner {
             }
             Err(_) => return None,
         }
+        if !layer.file.learns()
+            && let Some(access) = self.remote_access(layer, desc).await
+        {
+            return Some(access);
+        }
+        if self.renew_pieces(layer).await {
+            return open().await.ok()?.ok();
+        }
+        None
+    }
+
+    /// Takes the map of the remote content cache.
+    async fn remote_access(&self, layer: &Arc<Layer>, desc: &LayerDesc) -> Option<Access> {
         let cache = &self.remote.as_ref()?.cache;
         let new = disk::Unpublished::create(&layer.file.dir().join(ACCESS)).ok()?;
         let keep = |part: &[u8]| disk::write_to_map(new.file(), part);
@@ -346,7 +445,11 @@ impl Inner {
             return None;
         }
         new.publish().ok()?;
-        match open().await {
+        let (file, of) = (Arc::clone(&layer.file), desc.clone());
+        let opened = self
+            .runtime
+            .spawn_blocking(move || Access::open(&file, &of));
+        match opened.await {
             Ok(Ok(access)) => Some(access),
             Ok(Err(err)) => {
                 let reject = cache.reject_access_map(&desc.diff_id, &desc.blob, err.to_string());

@@ -1,21 +1,33 @@
 //! One layer on the local disk: its index, its data, and which of its chunks are there.
 
+mod extents;
+mod hole;
+mod learned;
+mod staging;
+
 use std::{
     fs::{self, File, OpenOptions},
     io,
     ops::Range,
     os::unix::fs::FileExt,
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{Arc, atomic::AtomicBool},
 };
 
 use rustix::io::ReadWriteFlags;
 use tracing::debug;
 
+pub use self::extents::Kept;
+use self::learned::Learned;
+pub(super) use self::{
+    extents::{Evicted, Present, now_ms},
+    learned::CompletedIndex,
+    staging::Staging,
+};
 use super::{
     lock,
     room::Room,
-    state::{self, Initial, State},
+    state::{self, State},
 };
 use crate::{
     chunk,
@@ -30,6 +42,7 @@ pub(super) const INDEX: &str = "index";
 pub(super) const DATA: &str = "data";
 pub(super) const STATE: &str = "state";
 pub(super) const ACCESS: &str = "access";
+pub(super) const DIGESTS: &str = "digests";
 pub(super) const UPLOAD_PENDING: &str = "upload";
 
 /// Where things are below the cache directory.
@@ -80,6 +93,16 @@ impl CachePaths {
     pub fn profile(&self, image: ManifestDigest) -> PathBuf {
         let name = format!("{}{PROFILE_SUFFIX}", image.hex());
         self.images().join(name)
+    }
+
+    /// Keeps the image index in `file`, which is not published yet, from being removed for as long as the
+    /// file is open.
+    ///
+    /// # Errors
+    /// Those of flock(2).
+    pub fn pin_new_image(file: &File) -> io::Result<()> {
+        // Nobody else knows of it.
+        lock::try_pin(file).map(|_| ())
     }
 
     /// Opens the index of an image and keeps it from being removed for as long as the file is open.
@@ -160,6 +183,11 @@ pub struct LayerFile {
     /// Carries the pin.
     data: File,
     state: Arc<State>,
+    /// The digests of chunks, if the index has none.
+    learned: Option<Learned>,
+    wanted: extents::Wanted,
+    /// Whether this process has evicted extents of it.
+    is_cut: AtomicBool,
     /// The last field, because fields are dropped in order: `data` is closed before it hears.
     _listener: Option<Listener>,
 }
@@ -213,12 +241,21 @@ impl LayerFile {
             data.set_len(index.layer_bytes())?;
         }
         let state = State::open(&dir.join(STATE), index.layer_bytes(), state::boot())?;
+        let learned = match index.chunk_digest(0) {
+            Some(learned::UNKNOWN) => Some(Learned::open(&dir.join(DIGESTS), index.n_chunks())?),
+            Some(_) | None => None,
+        };
+        // What of it was read last is not known where nobody noted it: all of it counts as used now.
+        state.note_first_use(now_ms());
         // Else the directory was replaced before the pin was held, and the files are of two.
         Ok(lock::is_at(&data, &data_path)?.then(|| Self {
             dir: dir.to_owned(),
             index,
             data,
             state: Arc::new(state),
+            learned,
+            wanted: extents::Wanted::default(),
+            is_cut: AtomicBool::new(false),
             _listener: None,
         }))
     }
@@ -237,21 +274,6 @@ impl LayerFile {
         }
     }
 
-    /// Publishes a layer whose index is known and whose data is yet to come.
-    ///
-    /// # Errors
-    /// Those of the file system; what was there is replaced.
-    pub(super) fn create_empty(
-        paths: &CachePaths,
-        layer: DiffId,
-        index: &[u8],
-        layer_bytes: u64,
-    ) -> io::Result<()> {
-        let staging = Staging::new(paths, layer)?;
-        staging.write(INDEX, index)?;
-        staging.publish_empty(paths, layer, layer_bytes)
-    }
-
     /// Names the layer.
     pub fn diff_id(&self) -> DiffId {
         self.index.diff_id()
@@ -265,6 +287,35 @@ impl LayerFile {
     /// What it contains.
     pub fn index(&self) -> &LayerIndex<MappedFile> {
         &self.index
+    }
+
+    /// The digest of a chunk; `None` if the layer has no such chunk, or it is to be learned yet.
+    pub fn chunk_digest(&self, chunk: u32) -> Option<ChunkDigest> {
+        match &self.learned {
+            Some(learned) => learned.get(chunk),
+            None => self.index.chunk_digest(chunk),
+        }
+    }
+
+    /// Whether the digests of its chunks are learned when they come.
+    pub(super) fn learns(&self) -> bool {
+        self.learned.is_some()
+    }
+
+    /// Notes the digest of a chunk whose bytes were verified in another way, if it is to be learned.
+    pub(super) fn learn(&self, chunk: u32, digest: &ChunkDigest) {
+        if let Some(learned) = &self.learned {
+            learned.learn(chunk, digest);
+        }
+    }
+
+    /// The index with the digests that were learned; `None` if it has its own, or one is missing.
+    pub(super) fn completed_index(&self) -> Option<CompletedIndex> {
+        let learned = self.learned.as_ref()?;
+        let digests = (0..self.n_chunks()).map(|it| learned.get(it));
+        let digests: Option<Vec<_>> = digests.collect();
+        let digests = digests?.iter().flat_map(|it| *it.as_bytes()).collect();
+        Some(CompletedIndex::new(&self.index, digests))
     }
 
     /// Size of the decompressed layer.
@@ -298,15 +349,43 @@ impl LayerFile {
             .sum()
     }
 
+    /// Bytes of the chunks that are not.
+    pub fn absent_bytes(&self) -> u64 {
+        self.layer_bytes().saturating_sub(self.present_bytes())
+    }
+
     /// Fills `buf` from `offset`; `Ok(false)` if that would have to wait for the disk and must not.
     ///
     /// Reads what the file has: that the chunks are present is the caller's check, before the read
-    /// and, because a chunk may be dropped meanwhile, after it.
+    /// and, because a chunk may be dropped meanwhile, after it, with [`n_evictions`](Self::n_evictions)
+    /// compared as well.
     ///
     /// # Errors
     /// Those of preadv2(2); `UnexpectedEof` beyond the layer's end.
     pub fn read_at(&self, buf: &mut [u8], offset: u64, wait: DiskWait) -> io::Result<bool> {
-        read_at(&self.data, buf, offset, wait)
+        let read = read_at(&self.data, buf, offset, wait)?;
+        if read {
+            self.note_read(offset, buf.len());
+        }
+        Ok(read)
+    }
+
+    /// As `verify_chunk` does, if the chunk is present, and stays so meanwhile; else `None`.
+    ///
+    /// # Errors
+    /// Those of the file system.
+    ///
+    /// # Blocking
+    /// Waits for the disk.
+    pub fn verify_present(&self, chunk: u32, buf: &mut Vec<u8>) -> io::Result<Option<bool>> {
+        // Who cannot keep it from being evicted takes it for evicted.
+        let Ok(_not_evicted) = lock::write(&self.dir.join(STATE)) else {
+            return Ok(None);
+        };
+        match self.state.has(chunk) {
+            true => self.verify_chunk(chunk, buf).map(Some),
+            false => Ok(None),
+        }
     }
 
     /// Reads a chunk as it is on disk and says whether it matches its digest.
@@ -316,11 +395,11 @@ impl LayerFile {
     ///
     /// # Blocking
     /// Waits for the disk.
-    pub fn verify_chunk(&self, chunk: u32, buf: &mut Vec<u8>) -> io::Result<bool> {
+    pub(super) fn verify_chunk(&self, chunk: u32, buf: &mut Vec<u8>) -> io::Result<bool> {
         let range = chunk::byte_range(chunk, self.layer_bytes());
         buf.resize(usize_of(range.end - range.start), 0);
         self.data.read_exact_at(buf, range.start)?;
-        Ok(Some(ChunkDigest::of(buf)) == self.index.chunk_digest(chunk))
+        Ok(Some(ChunkDigest::of(buf)) == self.chunk_digest(chunk))
     }
 
     /// Verifies `bytes` against the digest of `chunk`, writes them and marks the chunk present.
@@ -331,14 +410,16 @@ impl LayerFile {
     /// # Errors
     /// Those of the file system; then the chunk is not marked.
     pub(super) fn write_chunk(&self, chunk: u32, bytes: &[u8]) -> io::Result<Option<u64>> {
-        if self.index.chunk_digest(chunk) != Some(ChunkDigest::of(bytes)) {
+        if self.chunk_digest(chunk) != Some(ChunkDigest::of(bytes)) {
             return Ok(None);
         }
         if self.state.has(chunk) {
             return Ok(Some(0));
         }
-        self.data
-            .write_all_at(bytes, chunk::byte_range(chunk, self.layer_bytes()).start)?;
+        let _not_evicted = lock::write(&self.dir.join(STATE))?;
+        let start = chunk::byte_range(chunk, self.layer_bytes()).start;
+        hole::write_all_at(&self.data, bytes, start)?;
+        self.state.note_use(&(chunk..chunk + 1), now_ms());
         Ok(Some(if self.state.set(chunk) {
             bytes.len() as u64
         } else {
@@ -352,16 +433,21 @@ impl LayerFile {
     }
 
     /// After an unclean stop: marks `chunk` present if what the disk has matches its digest; says
-    /// whether it did.
+    /// whether it is present.
     ///
     /// # Errors
     /// Those of the file system.
     pub(super) fn adopt_chunk(&self, chunk: u32) -> io::Result<bool> {
         if !self.state.is_suspect() || self.state.has(chunk) {
-            return Ok(false);
+            return Ok(self.state.has(chunk));
         }
+        let _not_evicted = lock::write(&self.dir.join(STATE))?;
         let is_right = self.verify_chunk(chunk, &mut Vec::new())?;
-        Ok(is_right && self.state.set(chunk))
+        if is_right {
+            // Who fetches it may have been quicker.
+            self.state.set(chunk);
+        }
+        Ok(is_right)
     }
 
     /// Forgets a chunk whose bytes on disk are wrong; it will be fetched anew.
@@ -374,6 +460,7 @@ impl LayerFile {
         Flush {
             dir: self.dir.clone(),
             state: Arc::clone(&self.state),
+            learns: self.learns(),
         }
     }
 
@@ -413,6 +500,7 @@ pub(super) fn read_at(
 pub(super) struct Flush {
     dir: PathBuf,
     state: Arc<State>,
+    learns: bool,
 }
 
 impl Flush {
@@ -426,95 +514,25 @@ impl Flush {
     /// Waits for the disk, for long if much was written.
     pub(super) fn run(self) -> io::Result<()> {
         let sync = |name| File::open(self.dir.join(name))?.sync_all();
+        let state_path = self.dir.join(STATE);
+        let n_evictions = self.state.n_evictions(&(0..self.state.n_chunks()));
+        let mark = || {
+            let _not_evicted = lock::write(&state_path)?;
+            self.state.mark_flushed(&state_path, n_evictions)
+        };
         let flushed = sync(DATA)
             .and_then(|()| sync(INDEX))
-            .and_then(|()| self.state.mark_flushed(&self.dir.join(STATE)))
+            .and_then(|()| match self.learns {
+                true => sync(DIGESTS),
+                false => Ok(()),
+            })
+            .and_then(|()| mark())
             .and_then(|()| sync("."))
             .and_then(|()| disk::sync_parent(&self.dir));
         match flushed {
             Err(err) if err.kind() == io::ErrorKind::NotFound => Ok(()),
             flushed => flushed,
         }
-    }
-}
-
-/// A layer directory in the making; removed when dropped unpublished.
-#[derive(Debug)]
-pub(super) struct Staging {
-    dir: PathBuf,
-}
-
-impl Staging {
-    /// Makes a directory with a name of its own.
-    ///
-    /// # Errors
-    /// Those of the file system.
-    pub(super) fn new(paths: &CachePaths, layer: DiffId) -> io::Result<Self> {
-        let dir = disk::temporary_beside(&paths.temporary().join(layer.hex()));
-        fs::create_dir_all(&dir)?;
-        Ok(Self { dir })
-    }
-
-    pub(super) fn dir(&self) -> &Path {
-        &self.dir
-    }
-
-    /// Writes a file of the layer.
-    ///
-    /// Without fsync, which would delay the first reader: a file that a power cut tears fails its
-    /// checksum or its boot's number when it is opened, and [`LayerFile::flush`] follows.
-    ///
-    /// # Errors
-    /// Those of the file system.
-    pub(super) fn write(&self, name: &str, content: &[u8]) -> io::Result<()> {
-        disk::write_to_map(&mut self.create(name)?, content)
-    }
-
-    /// Makes an empty file of the layer, to be written as [`write`](Self::write) does, and read.
-    ///
-    /// # Errors
-    /// Those of the file system.
-    pub(super) fn create(&self, name: &str) -> io::Result<File> {
-        let path = self.dir.join(name);
-        let mut options = OpenOptions::new();
-        options.read(true).write(true).create_new(true).open(path)
-    }
-
-    /// Publishes a layer that has its index, and no data yet.
-    ///
-    /// # Errors
-    /// Those of the file system.
-    pub(super) fn publish_empty(
-        self,
-        paths: &CachePaths,
-        layer: DiffId,
-        layer_bytes: u64,
-    ) -> io::Result<()> {
-        self.create(DATA)?.set_len(layer_bytes)?;
-        let state = State::initial(layer_bytes, Initial::Absent, state::boot());
-        self.write(STATE, &state)?;
-        self.publish(paths, layer)
-    }
-
-    /// Puts the directory into its place. The caller holds the layer's fill lock.
-    ///
-    /// # Errors
-    /// Those of the file system.
-    pub(super) fn publish(self, paths: &CachePaths, layer: DiffId) -> io::Result<()> {
-        let place = paths.layer(layer);
-        fs::create_dir_all(paths.layers())?;
-        if place.try_exists()? {
-            // A damaged layer.
-            fs::remove_dir_all(paths.set_aside(layer)?)?;
-        }
-        fs::rename(&self.dir, &place)
-    }
-}
-
-impl Drop for Staging {
-    fn drop(&mut self) {
-        // After `publish` there is nothing at this name; before it, what fails is removed at start.
-        let _ = fs::remove_dir_all(&self.dir);
     }
 }
 

@@ -1,12 +1,17 @@
 //! Decides what leaves the local disk cache, and when: pure bookkeeping, no file system.
 //!
-//! Two bounds: the cache's own (`cache.max_bytes`, with a high watermark at which eviction begins
-//! and a low one at which it ends), and the disk's (`cache.min_free_bytes`). What was used least
-//! recently goes first. Who is in use is not known here: the caller tries, and says what came of it.
+//! The bounds are the cache's own (`cache.max_bytes`, with a high watermark at which eviction begins
+//! and a low one at which it ends), and the disk's (`cache.min_free_bytes`, `cache.min_free_inodes`). What was used least
+//! recently goes first: first layers as a whole that nobody uses, then extents of those in use. Who is in
+//! use is not known here: the caller tries, and says what came of it.
+//!
+//! Extents that were used lately stay where the watermarks alone would have them go, so that a node
+//! that has room for what it reads does not fetch it again and again. They go, too, where the bound itself
+//! would be broken.
 
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
-use super::CacheConfig;
+use super::{CacheConfig, disk::Present};
 use crate::digest::{DiffId, ManifestDigest};
 
 /// Image indexes that are kept at most.
@@ -18,6 +23,11 @@ pub(super) const MAX_IMAGES: usize = 1000;
 /// The part of `cache.max_bytes` that is left to readers below the high watermark: two percent.
 const SPARE_MARGIN: u64 = 50;
 
+/// How long an extent of a layer in use stays that was used, unless a bound would be broken.
+///
+/// Several times as long as the server takes to tell what was read (`roles::agent_link`).
+pub(super) const RECENT: Duration = Duration::from_secs(30);
+
 /// How much the cache may take.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Bounds {
@@ -26,6 +36,7 @@ pub(super) struct Bounds {
     high_bytes: u64,
     low_bytes: u64,
     min_free_bytes: u64,
+    min_free_inodes: u64,
 }
 
 /// How much it takes, and how much the disk has left.
@@ -35,13 +46,26 @@ pub(super) struct Level {
     pub(super) free_bytes: u64,
 }
 
-/// One of the two bounds.
+impl Level {
+    /// How it is when so many bytes have gone. Some file systems free space some time after a file is
+    /// removed; it is on its way.
+    pub(super) fn without(self, freed_bytes: u64) -> Self {
+        Self {
+            used_bytes: self.used_bytes.saturating_sub(freed_bytes),
+            free_bytes: self.free_bytes.saturating_add(freed_bytes),
+        }
+    }
+}
+
+/// One of the bounds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Bound {
     /// `cache.max_bytes`.
     Capacity,
     /// `cache.min_free_bytes`.
     Disk,
+    /// `cache.min_free_inodes`.
+    Inodes,
 }
 
 impl Bound {
@@ -50,6 +74,7 @@ impl Bound {
         match self {
             Self::Capacity => "capacity",
             Self::Disk => "disk",
+            Self::Inodes => "inodes",
         }
     }
 }
@@ -66,6 +91,22 @@ impl Need {
     pub(super) fn bytes(self) -> u64 {
         self.capacity_bytes.max(self.disk_bytes)
     }
+
+    /// What has to go still when so many bytes have gone.
+    pub(super) fn without(self, freed_bytes: u64) -> Self {
+        Self {
+            capacity_bytes: self.capacity_bytes.saturating_sub(freed_bytes),
+            disk_bytes: self.disk_bytes.saturating_sub(freed_bytes),
+        }
+    }
+
+    /// The bound that demands what goes next.
+    pub(super) fn reason(self) -> Bound {
+        match 0 < self.capacity_bytes {
+            true => Bound::Capacity,
+            false => Bound::Disk,
+        }
+    }
 }
 
 impl Bounds {
@@ -80,6 +121,7 @@ impl Bounds {
             high_bytes: share(config.high_watermark_percent),
             low_bytes: share(config.low_watermark_percent),
             min_free_bytes: config.min_free_bytes,
+            min_free_inodes: config.min_free_inodes,
         }
     }
 
@@ -109,6 +151,38 @@ impl Bounds {
                 enough_free_bytes - free_bytes
             } else {
                 0
+            },
+        }
+    }
+
+    /// Inodes that have to go: as many as leave twice the minimum.
+    pub(super) fn inode_need(&self, free_inodes: Option<u64>) -> u64 {
+        match free_inodes {
+            Some(free) if free < self.min_free_inodes => {
+                self.min_free_inodes.saturating_mul(2) - free
+            }
+            Some(_) | None => 0,
+        }
+    }
+
+    /// What has to go of layers in use, however lately it was used, before `coming_bytes` more may come:
+    /// nothing unless a bound would be broken.
+    ///
+    /// As far as the high watermark, so that what comes next does not break the bound again at once.
+    pub(super) fn deficit(&self, level: Level, coming_bytes: u64) -> Need {
+        let wanted_bytes = level.used_bytes.saturating_add(coming_bytes);
+        let wanted_free_bytes = self.min_free_bytes.saturating_add(coming_bytes);
+        let is_over =
+            self.max_bytes != 0 && coming_bytes <= self.max_bytes && self.max_bytes < wanted_bytes;
+        let attainable_bytes = level.free_bytes.saturating_add(level.used_bytes);
+        Need {
+            capacity_bytes: match is_over {
+                true => wanted_bytes - self.high_bytes,
+                false => 0,
+            },
+            disk_bytes: match wanted_free_bytes <= attainable_bytes {
+                true => wanted_free_bytes.saturating_sub(level.free_bytes),
+                false => 0,
             },
         }
     }
@@ -155,6 +229,8 @@ pub(super) struct Item {
     pub(super) id: ItemId,
     /// What it takes on disk.
     pub(super) bytes: u64,
+    /// How many files and directories it has.
+    pub(super) n_inodes: u64,
     /// When it was opened or closed last.
     pub(super) last_use: SystemTime,
 }
@@ -181,16 +257,62 @@ pub(super) fn reclaim(
         if need.bytes() <= freed_bytes {
             break;
         }
-        let reason = if freed_bytes < need.capacity_bytes {
-            Bound::Capacity
-        } else {
-            Bound::Disk
-        };
-        if remove(item, reason) == Removal::Gone {
+        if remove(item, need.without(freed_bytes).reason()) == Removal::Gone {
             freed_bytes += item.bytes;
         }
     }
     freed_bytes
+}
+
+/// As [`reclaim`], until `n_inodes` are gone; returns how many are. Nothing goes where all would not be
+/// enough.
+pub(super) fn reclaim_inodes(
+    mut items: Vec<Item>,
+    n_inodes: u64,
+    mut remove: impl FnMut(&Item, Bound) -> Removal,
+) -> u64 {
+    let mut n_freed = 0;
+    if items.iter().map(|it| it.n_inodes).sum::<u64>() < n_inodes {
+        return n_freed;
+    }
+    items.sort_unstable_by_key(|it| (it.last_use, it.id));
+    for item in &items {
+        if n_inodes <= n_freed {
+            break;
+        }
+        if remove(item, Bound::Inodes) == Removal::Gone {
+            n_freed += item.n_inodes;
+        }
+    }
+    n_freed
+}
+
+/// Names an extent of a layer in use; `layer` is whatever the caller counts by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Part {
+    pub(super) layer: usize,
+    pub(super) present: Present,
+}
+
+/// Chooses extents of layers in use, least recently used first, until there are `bytes` or no more; none
+/// that was used after `before_ms`. Those of one layer are given together, in no order.
+pub(super) fn victims(mut parts: Vec<Part>, bytes: u64, before_ms: u64) -> Vec<(usize, Vec<u32>)> {
+    // Of those that were used at the same time the first ones go: who reads in order is past them.
+    parts.sort_unstable_by_key(|it| (it.present.last_use_ms, it.layer, it.present.extent));
+    let mut chosen_bytes = 0;
+    let mut chosen: Vec<(usize, u32)> = Vec::new();
+    for Part { layer, present } in parts {
+        if bytes <= chosen_bytes || before_ms < present.last_use_ms {
+            break;
+        }
+        chosen_bytes += present.bytes;
+        chosen.push((layer, present.extent));
+    }
+    chosen.sort_unstable();
+    let of_layers = chosen.chunk_by(|one, next| one.0 == next.0);
+    of_layers
+        .map(|it| (it[0].0, it.iter().map(|it| it.1).collect()))
+        .collect()
 }
 
 /// Splits off the image indexes beyond the newest `max_images`.

@@ -87,7 +87,7 @@ impl Blame<'_> {
     pub(super) fn no_room(&self, bound: Bound) -> PresentError {
         let path = self.paths.root().to_owned();
         match bound {
-            Bound::Disk => PresentError::NoSpace { path },
+            Bound::Disk | Bound::Inodes => PresentError::NoSpace { path },
             Bound::Capacity => PresentError::CacheFull {
                 layer: self.layer,
                 path,
@@ -189,24 +189,37 @@ pub(super) fn first_fill(
     Ok(built.layer_bytes)
 }
 
-/// Checks that what passed was the blob.
+/// Checks that what passed was the blob; what was not hashed was not.
 pub(super) fn check_blob(
     desc: &LayerDesc,
     blob_bytes: u64,
-    blob: BlobDigest,
+    blob: Option<BlobDigest>,
 ) -> Result<(), PresentError> {
-    if (blob_bytes, blob) == (desc.blob_bytes, desc.blob) {
+    check_blob_bytes(desc, blob_bytes)?;
+    if blob == Some(desc.blob) {
         return Ok(());
     }
+    let delivered = blob.map_or_else(|| "no digest".to_owned(), |it| format!("digest {it}"));
+    Err(not_the_blob(desc, &delivered))
+}
+
+/// Checks that as much passed as the blob has: enough where each chunk that came out was checked.
+pub(super) fn check_blob_bytes(desc: &LayerDesc, blob_bytes: u64) -> Result<(), PresentError> {
+    if blob_bytes == desc.blob_bytes {
+        return Ok(());
+    }
+    Err(not_the_blob(desc, &format!("{blob_bytes} bytes")))
+}
+
+fn not_the_blob(desc: &LayerDesc, delivered: &str) -> PresentError {
     let reason = format!(
-        "the registry delivered {blob_bytes} bytes with digest {blob} for blob {} of {} bytes; \
-         push the image again",
+        "the registry delivered {delivered} for blob {} of {} bytes; push the image again",
         desc.blob, desc.blob_bytes
     );
-    Err(PresentError::Refused {
+    PresentError::Refused {
         layer: desc.diff_id,
         reason,
-    })
+    }
 }
 
 /// Hashes, parses and writes a layer that is seen for the first time.

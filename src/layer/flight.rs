@@ -56,6 +56,24 @@ impl<K: Eq + Hash + Clone> Flights<K> {
     }
 }
 
+impl<K: Eq + Hash + Clone> Flights<K> {
+    /// Takes the lock of `key`, unless somebody has it.
+    pub(super) fn try_join(&self, key: K) -> Option<Flight<'_, K>> {
+        let lock = {
+            let mut locks = self.locks.lock().unwrap_or_else(PoisonError::into_inner);
+            Arc::clone(locks.entry(key.clone()).or_default())
+        };
+        // Whoever has it, or had it just now, removes the entry.
+        let guard = lock.try_lock_owned().ok()?;
+        Some(Flight {
+            flights: self,
+            key,
+            guard: Some(guard),
+            followed: false,
+        })
+    }
+}
+
 impl<K: Eq + Hash> Drop for Flight<'_, K> {
     fn drop(&mut self) {
         let mut locks = self

@@ -5,15 +5,34 @@
 //! - The *pin* is on the layer's data file: shared by all who have the layer open, exclusive while
 //!   it is taken away. Whoever wants it exclusively holds the fill lock, so that the holder of the
 //!   fill lock can always pin.
+//! - The *write lock* is on the layer's state file: shared, for as long as it takes, by whoever writes a
+//!   chunk and marks it present, exclusive while extents are evicted. Without it an eviction could punch
+//!   what has just been filled. Threads of one process need it as well, so that each has a descriptor of
+//!   its own.
+//! - Whoever *keeps* the layer whole, because all of it is being read, shares a lock of its index, which
+//!   whoever evicts extents wants exclusively, and waits for nobody.
 
 use std::{
     fs::{self, File, OpenOptions},
     io,
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
+    thread,
+    time::{Duration, Instant},
 };
 
 use rustix::fs::{FlockOperation, flock};
+
+/// How long a chunk waits to be written while extents of its layer are evicted, which takes a moment, or
+/// as long as one fsync of a small file: then the disk counts as one that cannot take it.
+const WRITE_PATIENCE: Duration = Duration::from_secs(5);
+
+/// How long an eviction waits for chunks that are being written, and who keeps a layer for an eviction. A
+/// chunk takes a millisecond, but while there are several readers there is often one.
+const MOMENT: Duration = Duration::from_millis(50);
+
+/// The wait between two looks at a lock.
+const LOOK_AGAIN: Duration = Duration::from_millis(1);
 
 /// Holds the fill lock until it is dropped, or its process dies.
 #[derive(Debug)]
@@ -76,6 +95,75 @@ pub(super) fn try_claim(data: &File) -> io::Result<bool> {
     try_flock(data, FlockOperation::NonBlockingLockExclusive)
 }
 
+/// A lock that is held until this is dropped.
+#[derive(Debug)]
+pub(super) struct Held {
+    /// Closing it releases the lock.
+    _file: File,
+}
+
+/// Allows to write chunks of the layer with this state file, and to mark them present.
+///
+/// # Errors
+/// `TimedOut` if others evict for too long; those of the file system.
+///
+/// # Blocking
+/// While extents of the layer are evicted.
+pub(super) fn write(state: &Path) -> io::Result<Held> {
+    let shared = FlockOperation::NonBlockingLockShared;
+    wait(state, shared, WRITE_PATIENCE)?.ok_or_else(too_long)
+}
+
+fn too_long() -> io::Error {
+    let reason = "extents of the layer are being evicted, and that takes too long";
+    io::Error::new(io::ErrorKind::TimedOut, reason)
+}
+
+/// Keeps all others from writing chunks of the layer with this state file; `None` if they do not cease to.
+///
+/// # Errors
+/// Those of the file system.
+///
+/// # Blocking
+/// For a moment, while chunks are being written.
+pub(super) fn try_write_alone(state: &Path) -> io::Result<Option<Held>> {
+    let exclusive = FlockOperation::NonBlockingLockExclusive;
+    wait(state, exclusive, MOMENT)
+}
+
+/// Keeps extents of the layer with this index file from being evicted.
+///
+/// # Errors
+/// `TimedOut` if one is being evicted, and that takes long; those of the file system.
+///
+/// # Blocking
+/// For a moment, while an extent is evicted.
+pub(super) fn keep(index: &Path) -> io::Result<Held> {
+    let shared = FlockOperation::NonBlockingLockShared;
+    wait(index, shared, MOMENT)?.ok_or_else(too_long)
+}
+
+/// Keeps others from keeping the layer with this index file; `None` if somebody does.
+///
+/// # Errors
+/// Those of the file system.
+pub(super) fn try_let_go(index: &Path) -> io::Result<Option<Held>> {
+    let exclusive = FlockOperation::NonBlockingLockExclusive;
+    wait(index, exclusive, Duration::ZERO)
+}
+
+fn wait(path: &Path, operation: FlockOperation, patience: Duration) -> io::Result<Option<Held>> {
+    let file = File::open(path)?;
+    let since = Instant::now();
+    while !try_flock(&file, operation)? {
+        if patience <= since.elapsed() {
+            return Ok(None);
+        }
+        thread::sleep(LOOK_AGAIN);
+    }
+    Ok(Some(Held { _file: file }))
+}
+
 /// Whether `path` still names the open `file`.
 ///
 /// # Errors
@@ -123,6 +211,30 @@ mod tests {
         assert!(try_flock(&late, FlockOperation::NonBlockingLockExclusive).unwrap());
         assert!(!is_at(&late, &path).unwrap());
         assert!(try_lock(&path).unwrap().is_some());
+    }
+
+    #[test]
+    fn chunks_are_written_by_many_or_evicted_by_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("state");
+        File::create(&path).unwrap();
+        let writers = [write(&path).unwrap(), write(&path).unwrap()];
+        assert!(try_write_alone(&path).unwrap().is_none());
+        drop(writers);
+        let alone = try_write_alone(&path).unwrap();
+        assert!(alone.is_some() && try_write_alone(&path).unwrap().is_none());
+        let waiting = thread::spawn({
+            let path = path.clone();
+            move || write(&path).map(|_| ())
+        });
+        thread::sleep(Duration::from_millis(20));
+        assert!(!waiting.is_finished());
+        drop(alone);
+        waiting.join().unwrap().unwrap();
+        let kept = keep(&path).unwrap();
+        assert!(try_let_go(&path).unwrap().is_none());
+        drop(kept);
+        assert!(try_let_go(&path).unwrap().is_some());
     }
 
     #[test]

@@ -9,15 +9,17 @@ use tracing::{debug, info, warn};
 
 use super::{
     disk::{INDEX, Staging},
-    feed, fill,
+    feed::{self, Hashing},
+    fill,
     lock::FillLock,
     pipeline::Encoding,
     store::{Inner, Layer, Origin, Remote, crashed},
 };
 use crate::{
     chunk, disk,
+    fair::Claimant,
     index::layer_index::LayerIndex,
-    remote::{LeaseGuard, RemoteManifest, Trust, Turn},
+    remote::{LeaseGuard, RemoteManifest, Trust, Turn, WantedChunk},
     sys::{self, MappedFile},
     telemetry::error_chain,
     tier::{LayerDesc, PresentError, SourceError},
@@ -62,7 +64,10 @@ impl Inner {
 
     /// Makes the layer from the remote content cache, or from an index that was pushed beside its
     /// image, or from the remote again once another node has put it there.
-    async fn make_from_elsewhere(&self, origin: &Origin) -> Result<Elsewhere, PresentError> {
+    async fn make_from_elsewhere(
+        self: &Arc<Self>,
+        origin: &Origin,
+    ) -> Result<Elsewhere, PresentError> {
         let desc = &origin.desc;
         let mut found = None;
         if let Some(remote) = &self.remote {
@@ -95,7 +100,7 @@ impl Inner {
 
     /// Makes the layer that `manifest` describes; `false` if the remote has not all of it.
     async fn take_from_remote(
-        &self,
+        self: &Arc<Self>,
         remote: &Remote,
         desc: &LayerDesc,
         manifest: &Arc<RemoteManifest>,
@@ -107,8 +112,8 @@ impl Inner {
     }
 
     /// Takes the index from the remote content cache; chunks follow as they are read.
-    async fn adopt_remote_index(
-        &self,
+    pub(super) async fn adopt_remote_index(
+        self: &Arc<Self>,
         remote: &Remote,
         manifest: &RemoteManifest,
     ) -> Result<bool, PresentError> {
@@ -149,21 +154,28 @@ impl Inner {
     /// Copies the whole layer from a remote content cache that nobody vouches for: the layer's own
     /// digest does, and nothing is served before it matched.
     async fn copy_remote_layer(
-        &self,
+        self: &Arc<Self>,
         remote: &Remote,
         desc: &LayerDesc,
         manifest: &Arc<RemoteManifest>,
     ) -> Result<bool, PresentError> {
         self.make_room(desc.diff_id, manifest.layer_bytes).await?;
-        let chunks = stream::unfold(0, |n: u32| async move {
-            let digest = manifest.chunk_digests.get(n as usize)?;
-            let range = chunk::byte_range(n, manifest.layer_bytes);
-            let len = usize::try_from(range.end - range.start).ok()?;
-            let chunk = remote
-                .cache
-                .chunk(&manifest.diff_id, n, len, digest)
-                .await?;
-            Some((Ok(chunk), n + 1))
+        let wanted = manifest.chunk_digests.iter().zip(0..);
+        let wanted = wanted.filter_map(|(digest, number)| {
+            let range = chunk::byte_range(number, manifest.layer_bytes);
+            Some(WantedChunk {
+                number,
+                // At most the bytes of a chunk.
+                len: usize::try_from(range.end - range.start).ok()?,
+                digest: *digest,
+            })
+        });
+        let run = remote
+            .cache
+            .chunks(Claimant::Publish, &manifest.diff_id, wanted.collect());
+        let chunks = stream::unfold(run, |mut run| async move {
+            let (_, bytes) = run.next().await?;
+            Some((Ok(bytes?), run))
         });
         let copied = self.first_fill(desc, chunks, Encoding::Decompressed).await;
         match copied {
@@ -246,7 +258,7 @@ impl Inner {
         stream: impl Stream<Item = Result<Bytes, SourceError>>,
         encoding: Encoding,
     ) -> Result<u64, PresentError> {
-        let (feed, reader) = feed::feed();
+        let (feed, reader) = feed::feed(Hashing::Yes);
         let (paths, config, desc) = (self.paths.clone(), self.config.clone(), desc.clone());
         let (diff_id, room) = (desc.diff_id, Arc::clone(&self.room));
         let work = self.runtime.spawn_blocking(move || {

@@ -3,11 +3,15 @@
 //! On disk, below the cache directory:
 //!
 //! ```text
-//! layers/<diffid-hex>/index    what the layer contains, its chunk digests (layer_index)
+//! layers/<diffid-hex>/index    what the layer contains, its chunk digests (layer_index); flock: shared
+//!                              by whoever needs all of the layer
 //! layers/<diffid-hex>/data     the decompressed tar, sparse: chunks that are absent are holes;
 //!                              flock: shared by whoever has the layer open; mtime: its last use
-//! layers/<diffid-hex>/state    which chunks are present: a bitmap, mapped by every process
-//! layers/<diffid-hex>/access   where the layer's blob can be entered in its middle (codec::access_map)
+//! layers/<diffid-hex>/state    which chunks are present, and when they were used last, mapped by every
+//!                              process; flock: shared by whoever writes a chunk
+//! layers/<diffid-hex>/access   where the layer's blob can be entered in its middle (codec::access_map,
+//!                              codec::piece_map)
+//! layers/<diffid-hex>/digests  the chunk digests of a layer whose index has none: see `by_toc`
 //! layers/<diffid-hex>/upload   there while the remote content cache lacks the layer
 //! images/<manifest-hex>.clip   an image's index (indexer); mtime: its last use
 //! images/<manifest-hex>.profile  what was read first of the image (index::profile); mtime: its last use
@@ -27,11 +31,15 @@
 //!   flight per layer in a process (`flight`), one lock file between processes (`lock`).
 //! - A broken cache never fails a reader: only the origin's last word does. What the disk cannot take
 //!   or give is verified and lent to readers in memory (`through`), a few chunks at once.
-//! - A layer that any process has open is never removed. Removing takes the fill lock, then the
+//! - Bits are cleared, and the eviction is counted, before bytes are taken away; readers look at both
+//!   again when they have read (`state` has the argument), and nothing else hands out bytes of the data
+//!   file without comparing them with their digest.
+//! - A layer that any process has open is never removed, though extents of it may be evicted
+//!   (`disk::extents`), if this process could have them again (`reach`). Removing takes the fill lock, then the
 //!   data file's lock, then renames the directory away: whoever opens the layer meanwhile gets all
 //!   of it, or finds none and makes it anew.
-//! - The cache stays within its bounds (`evict` decides, `room` acts), except for what is in use:
-//!   then readers go on, and an image that would need more is refused.
+//! - The cache stays within its bounds (`evict` decides, `room` acts), except for what is in use and could
+//!   not be had again: then readers go on, and an image that would need more is refused.
 
 pub mod catalog;
 pub mod disk;
@@ -42,17 +50,23 @@ pub mod store;
 pub mod warm;
 
 mod access;
+mod ahead;
+mod asked;
+mod by_toc;
 mod evict;
+mod extent;
 mod feed;
 mod fill;
 mod flight;
 mod lock;
 mod make;
 mod parallel;
+mod pieces;
 mod pipeline;
 mod present;
 mod pushed;
 mod random;
+mod reach;
 mod recording;
 mod replay;
 mod room;
@@ -102,11 +116,15 @@ pub struct CacheConfig {
     pub low_watermark_percent: u32,
     /// Bytes that a fill leaves free on the disk.
     pub min_free_bytes: u64,
+    /// Inodes that stay free on the disk, as far as evicting unused layers can see to it.
+    pub min_free_inodes: u64,
     /// How many layers are decompressed at once.
     pub max_decompressions: usize,
     /// Whether a layer that was read at random is fetched whole, beside its readers; for images of
     /// which what was recorded is wanted.
     pub complete_layers: bool,
+    /// Whether layers are read by their blobs' tables of contents, where these have any.
+    pub layers_by_toc: bool,
     /// What is fetched ahead of an image for volumes that do not say.
     pub prefetch: Prefetch,
     /// How long a reader waits for a layer that makes no progress, in seconds.
@@ -127,8 +145,11 @@ impl Default for CacheConfig {
             high_watermark_percent: 90,
             low_watermark_percent: 80,
             min_free_bytes: 256 << 20,
+            // A layer takes six, so that this is room for some images; few enough for a small disk.
+            min_free_inodes: 1000,
             max_decompressions: default_decompressions(),
             complete_layers: true,
+            layers_by_toc: true,
             prefetch: Prefetch::default(),
             stall_timeout_seconds: 60,
         }

@@ -12,23 +12,27 @@ use std::{
 };
 
 use super::{
-    access::{Access, Span, strides},
+    access::{Checkpoints, Span, strides},
     disk::usize_of,
     feed::FeedReader,
     span::SpanError,
 };
-use crate::digest::BlobDigest;
 
 /// Threads that decompress: more would hold more of the layer in memory at once.
 const N_THREADS: usize = 2;
 
 /// Takes a span and the bytes that it is decompressed from.
 pub(super) trait SpanSink: Sync {
-    /// Decompresses and writes it; says whether to go on.
+    /// Decompresses and writes it; says whether to go on. `buffer` is for a chunk, the same one each time.
     ///
     /// # Errors
     /// [`SpanError`].
-    fn take(&self, span: &Span, bytes: &[u8]) -> Result<ControlFlow<()>, SpanError>;
+    fn take(
+        &self,
+        span: &Span,
+        bytes: &[u8],
+        buffer: &mut Vec<u8>,
+    ) -> Result<ControlFlow<()>, SpanError>;
 
     /// Whether all of the span is there already.
     fn is_there(&self, span: &Span) -> bool;
@@ -40,8 +44,8 @@ pub(super) trait SpanSink: Sync {
 /// How a run ended that did not fail.
 #[derive(Debug)]
 pub(super) enum Ran {
-    /// All of the blob passed: its size and digest, and whether every span came out.
-    Whole(u64, BlobDigest, bool),
+    /// All of the blob passed: its size, and whether every span came out.
+    Whole(u64, bool),
     /// The sink wanted no more.
     Unwanted,
 }
@@ -55,7 +59,7 @@ pub(super) enum Ran {
 /// For as long as the source delivers.
 pub(super) fn run(
     mut reader: FeedReader,
-    access: &Access,
+    access: &Checkpoints,
     layer_bytes: u64,
     sink: &dyn SpanSink,
 ) -> Result<Ran, SpanError> {
@@ -95,8 +99,8 @@ pub(super) fn run(
             return Ok(Ran::Unwanted);
         }
         cut.map_err(SpanError::Corrupt)?;
-        let (blob_bytes, blob) = reader.finish().map_err(SpanError::Corrupt)?;
-        Ok(Ran::Whole(blob_bytes, blob, is_whole))
+        let (blob_bytes, _) = reader.finish().map_err(SpanError::Corrupt)?;
+        Ok(Ran::Whole(blob_bytes, is_whole))
     })
 }
 
@@ -106,7 +110,7 @@ fn work(
     emptied: &mpsc::Sender<Vec<u8>>,
     sink: &dyn SpanSink,
 ) -> Result<(ControlFlow<()>, bool), SpanError> {
-    let mut is_whole = true;
+    let (mut is_whole, mut buffer) = (true, Vec::new());
     loop {
         let next = to_take
             .lock()
@@ -115,7 +119,7 @@ fn work(
         let Ok((span, bytes)) = next else {
             return Ok((ControlFlow::Continue(()), is_whole));
         };
-        match sink.take(&span, &bytes) {
+        match sink.take(&span, &bytes, &mut buffer) {
             Ok(ControlFlow::Continue(())) => {}
             Ok(ControlFlow::Break(())) => return Ok((ControlFlow::Break(()), is_whole)),
             // A block longer than the guess: a stream fills what is missing.
@@ -130,34 +134,46 @@ fn work(
 /// Cuts the stream into spans and hands them out; ends early if nobody takes them.
 fn cut(
     reader: &mut FeedReader,
-    access: &Access,
+    access: &Checkpoints,
     layer_bytes: u64,
     sink: &dyn SpanSink,
     empty: &mpsc::Receiver<Vec<u8>>,
     filled: mpsc::SyncSender<(Span, Vec<u8>)>,
 ) -> io::Result<()> {
-    // The bytes of the blob that are held, and the offset of the first one.
-    let (mut held, mut held_at) = (Vec::new(), 0);
-    for span in strides(layer_bytes).map_while(|it| access.span(it)) {
+    let mut spans = strides(layer_bytes)
+        .map_while(|it| access.span(it))
+        .peekable();
+    // How far the stream was read, and the last bytes of that, which belong to the next span as well.
+    let (mut at, mut shared) = (0, Vec::new());
+    while let Some(span) = spans.next() {
         sink.comes_to(&span);
         if sink.is_there(&span) {
             continue;
         }
-        // What lies before the span is in nobody's way: it was an earlier one's.
-        let passed = usize_of(span.blob.start.saturating_sub(held_at)).min(held.len());
-        held.drain(..passed);
-        held_at += passed as u64;
-        held_at += skip(reader, span.blob.start.saturating_sub(held_at))?;
-        let wanted = usize_of(span.blob.end.saturating_sub(held_at));
-        read_up_to(reader, &mut held, wanted)?;
         let mut bytes = empty.try_recv().unwrap_or_default();
         bytes.clear();
-        bytes.extend_from_slice(&held[..wanted.min(held.len())]);
+        bytes.extend_from_slice(last(&shared, at, span.blob.start));
+        at += skip(reader, span.blob.start.saturating_sub(at))?;
+        at += read_up_to(
+            reader,
+            &mut bytes,
+            usize_of(span.blob.end - span.blob.start),
+        )?;
+        shared.clear();
+        if let Some(next) = spans.peek() {
+            shared.extend_from_slice(last(&bytes, at, next.blob.start));
+        }
         if filled.send((span, bytes)).is_err() {
             break;
         }
     }
     Ok(())
+}
+
+/// The end of `bytes` from offset `from` on, if they end at offset `at`.
+fn last(bytes: &[u8], at: u64, from: u64) -> &[u8] {
+    let len = usize_of(at.saturating_sub(from)).min(bytes.len());
+    &bytes[bytes.len() - len..]
 }
 
 /// Throws `len` bytes away; returns how many there were.
@@ -175,16 +191,17 @@ fn skip(reader: &mut FeedReader, len: u64) -> io::Result<u64> {
     Ok(skipped)
 }
 
-/// Reads until `held` has `wanted` bytes, or the stream ends.
-fn read_up_to(reader: &mut FeedReader, held: &mut Vec<u8>, wanted: usize) -> io::Result<()> {
-    while held.len() < wanted {
+/// Reads until `bytes` has `wanted` bytes, or the stream ends; returns how many came.
+fn read_up_to(reader: &mut FeedReader, bytes: &mut Vec<u8>, wanted: usize) -> io::Result<u64> {
+    let had = bytes.len();
+    while bytes.len() < wanted {
         let available = reader.fill_buf()?;
         if available.is_empty() {
             break;
         }
-        let now = available.len().min(wanted - held.len());
-        held.extend_from_slice(&available[..now]);
+        let now = available.len().min(wanted - bytes.len());
+        bytes.extend_from_slice(&available[..now]);
         reader.consume(now);
     }
-    Ok(())
+    Ok((bytes.len() - had) as u64)
 }

@@ -54,8 +54,8 @@ pub(super) trait Sink: Send {
 pub(super) struct Passed {
     /// Size of what came in.
     pub(super) blob_bytes: u64,
-    /// Digest of what came in.
-    pub(super) blob: BlobDigest,
+    /// Digest of what came in, if it was hashed.
+    pub(super) blob: Option<BlobDigest>,
     /// Where the blob can be entered, if that was to be noted and could be.
     pub(super) map: Option<(MapMaker, Compression)>,
 }

@@ -12,14 +12,16 @@ use tokio::sync::watch;
 use tracing::{debug, info, warn};
 
 use super::{
-    access::{Access, Span},
-    feed, fill,
+    access::{Access, Checkpoints, Span},
+    feed::{self, Hashing},
+    fill,
     parallel::{self, Ran, SpanSink},
     random::Window,
     span::{self, SpanError},
     store::{Inner, Layer, OTHER_PROCESS_POLL, RefillState, crashed},
 };
 use crate::{
+    fair::Claimant,
     metrics::{Outcome, Tier},
     remote::Repair,
     telemetry::error_chain,
@@ -36,20 +38,22 @@ const REFILL_HOLDS: usize = 2;
 const REFILLS_PER_READER: u32 = 2;
 
 impl Inner {
-    /// Makes `chunks` of `layer` present, each from the first tier that has it.
+    /// Makes `chunks` of `layer` present for `who`, each from the first tier that has it.
     pub(super) async fn present(
         self: &Arc<Self>,
         layer: &Arc<Layer>,
         chunks: Range<u32>,
+        who: Claimant,
     ) -> Result<(), PresentError> {
         let started = Instant::now();
         layer.note_wanted(chunks.clone());
+        let _not_evicted = layer.file.wait_for(&chunks);
         let mut deepest = Tier::Disk;
         for chunk in chunks {
             if !layer.file.has(chunk..chunk + 1) {
                 self.through.admit(Instant::now())?;
             }
-            let tier = match self.present_chunk(layer, chunk).await {
+            let tier = match self.present_chunk(layer, chunk, who).await {
                 Ok(tier) => tier,
                 Err(err) => {
                     if err.is_of_disk() {
@@ -90,6 +94,7 @@ impl Inner {
         self: &Arc<Self>,
         layer: &Arc<Layer>,
         chunk: u32,
+        who: Claimant,
     ) -> Result<Tier, PresentError> {
         let file = &layer.file;
         if file.n_chunks() <= chunk {
@@ -114,13 +119,13 @@ impl Inner {
                     return Ok(Tier::Disk);
                 }
                 let waiting = self.warming.readers.enter();
-                if self.fetch_chunk(layer, chunk).await? {
+                if self.fetch_for_reader(layer, chunk, who).await? {
                     return Ok(Tier::ContentCache);
                 }
                 drop(waiting);
                 if let Some(access) = self.access(layer).await
                     && self
-                        .read_random(layer, &access, chunk, Window::Likely)
+                        .read_random(layer, &access, chunk, Window::Likely(who))
                         .await?
                 {
                     if file.is_complete() {
@@ -170,12 +175,13 @@ impl Inner {
 
     /// Has the rest of a layer streamed that was read at random.
     ///
-    /// Where the remote content cache has the layer, a single chunk that it lost is no reason.
+    /// Where the remote content cache has the layer, a single chunk that it lost is no reason. A layer that
+    /// had to lose extents, or would have others lose theirs, is left as it is: what nobody wants yet
+    /// must not take the room of what was wanted.
     fn complete_beside(self: &Arc<Self>, layer: &Arc<Layer>) {
-        let from = if self.remote.is_some() {
-            LOST_CHUNKS
-        } else {
-            1
+        let from = match self.remote.is_some() && !layer.file.learns() {
+            true => LOST_CHUNKS,
+            false => 1,
         };
         let n_spans = layer
             .random
@@ -187,7 +193,12 @@ impl Inner {
             Prefetch::Recorded => self.config.complete_layers,
             Prefetch::All => true,
         };
-        if completes && from <= n_spans && !layer.is_refilling() {
+        if completes
+            && from <= n_spans
+            && !layer.is_refilling()
+            && !layer.file.was_cut()
+            && self.room.has_spare(layer.file.absent_bytes())
+        {
             self.start_refill(layer);
         }
     }
@@ -216,18 +227,25 @@ impl Inner {
         self: &Arc<Self>,
         layer: &Arc<Layer>,
         chunk: u32,
+        who: Claimant,
     ) -> Result<bool, PresentError> {
         if self.remote.is_none() {
             return Ok(false);
         }
-        let Some(bytes) = self.remote_chunk(layer, chunk).await else {
-            let mut missed = layer.missed.lock().unwrap_or_else(PoisonError::into_inner);
-            // A chunk that the disk cannot take is missed again and again.
-            if !missed.contains(&chunk) {
-                missed.push(chunk);
-            }
+        let Some(bytes) = self.remote_chunk(layer, chunk, who).await else {
+            layer.note_missed(chunk);
             return Ok(false);
         };
+        self.keep_fetched(layer, chunk, bytes).await
+    }
+
+    /// Writes a chunk that the remote content cache had; `false` if it is not the right one after all.
+    pub(super) async fn keep_fetched(
+        self: &Arc<Self>,
+        layer: &Arc<Layer>,
+        chunk: u32,
+        bytes: Bytes,
+    ) -> Result<bool, PresentError> {
         let file = Arc::clone(&layer.file);
         let diff_id = file.diff_id();
         let delivered = bytes.len() as u64;
@@ -255,12 +273,18 @@ impl Inner {
     }
 
     /// Asks the remote content cache for the chunk's bytes.
-    pub(super) async fn remote_chunk(&self, layer: &Layer, chunk: u32) -> Option<Bytes> {
+    pub(super) async fn remote_chunk(
+        &self,
+        layer: &Layer,
+        chunk: u32,
+        who: Claimant,
+    ) -> Option<Bytes> {
         let cache = &self.remote.as_ref()?.cache;
         let file = &layer.file;
-        let digest = file.index().chunk_digest(chunk)?;
+        let digest = file.chunk_digest(chunk)?;
         let len = usize::try_from(file.chunk_bytes(chunk)).ok()?;
-        cache.chunk(&file.diff_id(), chunk, len, &digest).await
+        let diff_id = file.diff_id();
+        cache.chunk(who, &diff_id, chunk, len, &digest).await
     }
 
     /// Waits until the refill of `layer` has passed `chunk`, or has ended; starts it if need be.
@@ -363,6 +387,9 @@ impl Inner {
             self.flush_later(layer);
             return Ok(());
         }
+        if self.fill_by_pieces(layer, progress).await? {
+            return Ok(());
+        }
         let permit = self.decompressions.acquire().await;
         let started = Instant::now();
         info!(layer.diff_id = %diff_id, layer.blob = %desc.blob, bytes = desc.blob_bytes,
@@ -395,7 +422,8 @@ impl Inner {
         self.flush_later(layer);
         let missed = &mut *layer.missed.lock().unwrap_or_else(PoisonError::into_inner);
         let chunks = std::mem::take(missed);
-        if !chunks.is_empty() {
+        // What was laid out by a table is nowhere before one node has all of it.
+        if (!chunks.is_empty() || file.learns()) && self.is_shared(file) {
             let repair = Repair {
                 chunks,
                 index: false,
@@ -436,7 +464,7 @@ impl Inner {
         }
         let origin = layer.origin();
         let stream = origin.open_all().await?;
-        let (feed, reader) = feed::feed();
+        let (feed, reader) = feed::feed(Hashing::Yes);
         let (inner, layer, progress) = (Arc::clone(self), Arc::clone(layer), progress.clone());
         let (desc, diff_id) = (origin.desc.clone(), origin.desc.diff_id);
         layer.refill_at.store(0, Ordering::Relaxed);
@@ -468,22 +496,25 @@ impl Inner {
     ) -> Result<bool, PresentError> {
         let origin = layer.origin();
         let stream = origin.open_all().await?;
-        let (feed, reader) = feed::feed();
+        let (feed, reader) = feed::feed(Hashing::No);
         let (inner, layer, progress) = (Arc::clone(self), Arc::clone(layer), progress.clone());
         let desc = origin.desc.clone();
         let work = self.runtime.spawn_blocking(move || {
+            let Access::Checkpoints(access) = &*access else {
+                return Ok(false);
+            };
             let sink = Passing {
                 inner: &inner,
                 layer: &layer,
-                access: &access,
+                access,
                 progress: &progress,
             };
-            match parallel::run(reader, &access, layer.file.layer_bytes(), &sink) {
+            match parallel::run(reader, access, layer.file.layer_bytes(), &sink) {
                 Ok(Ran::Unwanted) => Err(PresentError::Unknown {
                     layer: desc.diff_id,
                 }),
-                Ok(Ran::Whole(blob_bytes, blob, is_whole)) => {
-                    fill::check_blob(&desc, blob_bytes, blob).map(|()| is_whole)
+                Ok(Ran::Whole(blob_bytes, is_whole)) => {
+                    fill::check_blob_bytes(&desc, blob_bytes).map(|()| is_whole)
                 }
                 Err(err) => Err(inner.span_failed(&layer, err)),
             }
@@ -514,18 +545,23 @@ impl Inner {
 struct Passing<'a> {
     inner: &'a Arc<Inner>,
     layer: &'a Arc<Layer>,
-    access: &'a Access,
+    access: &'a Checkpoints,
     progress: &'a watch::Sender<RefillState>,
 }
 
 impl SpanSink for Passing<'_> {
-    fn take(&self, span: &Span, mut bytes: &[u8]) -> Result<ControlFlow<()>, SpanError> {
+    fn take(
+        &self,
+        span: &Span,
+        mut bytes: &[u8],
+        buffer: &mut Vec<u8>,
+    ) -> Result<ControlFlow<()>, SpanError> {
         let file = &self.layer.file;
         let mut take = |chunk, bytes: &[u8]| {
             let new_bytes = span::write(file, &self.inner.room, chunk, bytes)?;
             Ok(self.inner.passed(self.layer, self.progress, new_bytes))
         };
-        span::decompress(file, self.access, span, &mut bytes, &mut take)
+        span::decompress(file, self.access, span, &mut bytes, buffer, &mut take)
     }
 
     fn is_there(&self, span: &Span) -> bool {

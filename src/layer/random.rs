@@ -16,11 +16,14 @@ use tracing::{debug, warn};
 use super::{
     access::{Access, STRIDE_CHUNKS, Span},
     disk::LayerFile,
-    feed::{self, FeedReader},
+    feed::{self, FeedReader, Hashing},
+    pieces,
+    scratch::ScratchFile,
     span::{self, SpanError, TakeChunk},
     store::{Inner, Layer, RefillState, crashed},
 };
 use crate::{
+    fair::Claimant,
     metrics::{Outcome, Tier},
     telemetry::error_chain,
     tier::{PresentError, SourceError},
@@ -72,7 +75,7 @@ impl Demand {
 #[derive(Debug, Clone)]
 pub(super) enum Window {
     /// What its reader is likely to want next.
-    Likely,
+    Likely(Claimant),
     /// These chunks, which are for nobody yet.
     Exactly(Range<u32>),
 }
@@ -111,13 +114,23 @@ impl RandomReads {
     fn window(&mut self, chunk: u32, n_chunks: u32) -> Range<u32> {
         let start = chunk - chunk % STRIDE_CHUNKS;
         let n_strides = match self.last {
-            Some((end, n_strides)) if end == start => (2 * n_strides).min(MAX_STRIDES),
+            // Groups of pieces end anywhere.
+            Some((end, n_strides)) if end == start || end == chunk => {
+                (2 * n_strides).min(MAX_STRIDES)
+            }
             _ => 1,
         };
         let end = (start + n_strides * STRIDE_CHUNKS).min(n_chunks);
         self.last = Some((end, n_strides));
         self.n_spans += 1;
         start..end
+    }
+
+    /// Hears that more was fetched than this window.
+    fn reached(&mut self, end: u32) {
+        if let Some(last) = &mut self.last {
+            last.0 = last.0.max(end);
+        }
     }
 }
 
@@ -126,7 +139,8 @@ impl Inner {
     /// to be waited for.
     ///
     /// # Errors
-    /// That the disk cannot take it, where no stream would help.
+    /// That the disk cannot take it, where no stream would help; and all that goes wrong where there is
+    /// none.
     pub(super) async fn read_random(
         self: &Arc<Self>,
         layer: &Arc<Layer>,
@@ -135,22 +149,33 @@ impl Inner {
         window: Window,
     ) -> Result<bool, PresentError> {
         let _demanded = match window {
-            Window::Likely => Some(self.demand.enter()),
+            Window::Likely(_) => Some(self.demand.enter()),
             Window::Exactly(_) => None,
         };
         let is_present = || layer.file.has(chunk..chunk + 1);
         loop {
             let Some((mut progress, is_own)) = self.start_span(layer, access, chunk, &window)
             else {
-                return Ok(false);
+                return match access.is_only_way() {
+                    true => Err(no_way(layer, chunk)),
+                    false => Ok(false),
+                };
             };
             let ended = self.ride_span(&mut progress, is_present).await;
             // Who joined a fetch that had already passed the chunk, which was dropped since, has one of
             // its own.
             match ended {
                 _ if is_present() => return Ok(true),
-                Some(RefillState::Failed(err)) if err.is_of_disk() => return Err(err),
+                Some(RefillState::Failed(err)) if err.is_of_disk() || access.is_only_way() => {
+                    return Err(err);
+                }
                 Some(RefillState::Done) if !is_own => {}
+                _ if access.is_only_way() => {
+                    return Err(PresentError::Timeout {
+                        layer: layer.file.diff_id(),
+                        waited: Duration::from_secs(self.config.stall_timeout_seconds),
+                    });
+                }
                 _ => return Ok(false),
             }
         }
@@ -190,8 +215,12 @@ impl Inner {
             return Some((progress, false));
         }
         let mut chunks = match window {
-            Window::Likely => random.window(chunk, file.n_chunks()),
+            Window::Likely(_) => random.window(chunk, file.n_chunks()),
             Window::Exactly(chunks) => chunks.clone(),
+        };
+        let who = match window {
+            Window::Likely(who) => *who,
+            Window::Exactly(_) => Claimant::Background,
         };
         // What is there at either end is not decompressed again.
         while chunks.start < chunk && file.has(chunks.start..chunks.start + 1) {
@@ -200,7 +229,13 @@ impl Inner {
         while chunk + 1 < chunks.end && file.has(chunks.end - 1..chunks.end) {
             chunks.end -= 1;
         }
-        let span = access.span(chunks.clone())?;
+        let span = access
+            .span(access.whole(chunks))
+            .or_else(|| access.span(access.whole(chunk..chunk + 1)))?;
+        let chunks = span.chunks.clone();
+        if let Window::Likely(_) = window {
+            random.reached(chunks.end);
+        }
         let (sender, receiver) = watch::channel(RefillState::Running);
         random.active.push((chunks, receiver.clone()));
         drop(random);
@@ -216,7 +251,7 @@ impl Inner {
                     Ok(())
                 })
             };
-            let outcome = inner.fetch_span(&layer, &access, span, take).await;
+            let outcome = inner.fetch_span(&layer, &access, span, take, who).await;
             let mut random = layer.random.lock().unwrap_or_else(PoisonError::into_inner);
             random.active.retain(|it| it.0 != chunks);
             drop(random);
@@ -227,7 +262,7 @@ impl Inner {
                 Err(err) => {
                     inner.metrics.tier_read(Tier::Registry, Outcome::Error);
                     warn!(layer.diff_id = %layer.file.diff_id(), ?chunks, error = %error_chain(&err),
-                        "random access failed, waiting for the stream");
+                        "random access failed");
                     RefillState::Failed(err)
                 }
             });
@@ -235,15 +270,16 @@ impl Inner {
         Some((receiver, true))
     }
 
-    /// Fetches `span`, and gives its chunks to `take`.
+    /// Fetches `span` when it is the turn of `who`, and gives its chunks to `take`.
     pub(super) async fn fetch_span(
         self: &Arc<Self>,
         layer: &Arc<Layer>,
         access: &Arc<Access>,
         mut span: Span,
         take: Arc<TakeChunk>,
+        who: Claimant,
     ) -> Result<(), PresentError> {
-        let _permit = self.random_reads.acquire().await;
+        let _turn = self.random_reads.take(who).await;
         loop {
             debug!(layer.diff_id = %layer.file.diff_id(), chunks = ?span.chunks, blob = ?span.blob,
                 "reading a part of the layer");
@@ -259,7 +295,7 @@ impl Inner {
                     let err = self.span_failed(layer, err);
                     // If a mirror is at fault, its registry is asked.
                     if !layer.origin().distrusts(&err) {
-                        if parts_are_not_to_be_had(&err) {
+                        if parts_are_not_to_be_had(&err) && !access.is_only_way() {
                             layer.forget_access();
                         }
                         return Err(err);
@@ -279,7 +315,7 @@ impl Inner {
         let origin = layer.origin();
         let stream = origin.open(span.blob.clone()).await;
         let stream = stream.map_err(SpanError::Failed)?;
-        let (feed, reader) = feed::feed();
+        let (feed, reader) = feed::feed(Hashing::No);
         let (inner, file, access) = (
             Arc::clone(self),
             Arc::clone(&layer.file),
@@ -306,7 +342,15 @@ impl Inner {
         take: &TakeChunk,
     ) -> Result<(), SpanError> {
         let mut take = |chunk, bytes: &[u8]| take(chunk, bytes).map(|()| ControlFlow::Continue(()));
-        let outcome = span::decompress(file, access, span, &mut reader, &mut take);
+        let outcome = match access {
+            Access::Checkpoints(access) => {
+                span::decompress(file, access, span, &mut reader, &mut Vec::new(), &mut take)
+            }
+            Access::Pieces(map) => {
+                let spool = ScratchFile::new(&self.paths.scratch(), Arc::clone(&self.room));
+                pieces::decompress(file, map, span, &mut reader, spool, &mut take)
+            }
+        };
         let inflated = access.inflated_bytes(span);
         self.metrics.layer_decompressed_bytes.inc_by(inflated);
         if let Some(source) = reader.failure() {
@@ -340,10 +384,16 @@ impl Inner {
             SpanError::Disk(err) => self.blame(diff_id).disk(err),
             SpanError::Corrupt(err) => refused(err.to_string()),
             SpanError::Short => refused("its access map names too few bytes".to_owned()),
-            SpanError::Wrong(chunk) => refused(format!(
-                "chunk {chunk} does not match its digest in the index"
-            )),
+            SpanError::Wrong(chunk) => refused(format!("chunk {chunk} does not match its digest")),
         }
+    }
+}
+
+/// Why a chunk cannot be had of which no part of the blob is known.
+fn no_way(layer: &Layer, chunk: u32) -> PresentError {
+    PresentError::Refused {
+        layer: layer.file.diff_id(),
+        reason: format!("its blob's table of contents names no bytes for chunk {chunk}"),
     }
 }
 

@@ -22,7 +22,7 @@ use super::{
     random::{MAX_PAUSE, Window},
     store::{Inner, Layer},
 };
-use crate::{index::profile::Touch, telemetry::error_chain, tier::PresentError};
+use crate::{fair::Claimant, index::profile::Touch, telemetry::error_chain, tier::PresentError};
 
 /// How much is fetched at once.
 const RUNS_AT_ONCE: usize = 2;
@@ -72,8 +72,26 @@ impl Stop {
 #[derive(Debug)]
 struct ByParts<'a> {
     run: Range<u32>,
+    /// Those of it that the remote content cache lacks, as far as it was asked.
+    lacking: Vec<u32>,
     /// Had from when it is first needed until the run has come.
     turn: Option<SemaphorePermit<'a>>,
+}
+
+impl Brought {
+    /// What became of a chunk that was there before, or was not, if this is what was found in the end.
+    fn unless(self, was_there: bool) -> Self {
+        match self {
+            Self::Present if !was_there => Self::Fetched,
+            brought => brought,
+        }
+    }
+}
+
+/// Which of `chunks` are present.
+fn present_of(layer: &Weak<Layer>, chunks: Range<u32>) -> Result<Vec<bool>, Stop> {
+    let layer = layer.upgrade().ok_or(Stop::Unused)?;
+    Ok(chunks.map(|it| layer.file.has(it..it + 1)).collect())
 }
 
 /// Counts what came.
@@ -173,23 +191,40 @@ impl Inner {
         tally: &Tally,
     ) -> Result<(), Stop> {
         // One request may bring all of them.
-        let was_there: Vec<bool> = {
-            let layer = layer.upgrade().ok_or(Stop::Unused)?;
-            let chunks = run.clone();
-            chunks.map(|it| layer.file.has(it..it + 1)).collect()
-        };
+        let was_there = present_of(layer, run.clone())?;
         let mut by_parts = ByParts {
             run: run.clone(),
+            lacking: self.bring_run(layer, run.clone()).await?,
             turn: None,
         };
         for (chunk, was_there) in run.zip(was_there) {
-            let brought = match self.bring(layer, chunk, Some(&mut by_parts)).await? {
-                Brought::Present if !was_there => Brought::Fetched,
-                brought => brought,
-            };
-            self.count_brought(tally, brought);
+            let brought = self.bring(layer, chunk, Some(&mut by_parts)).await?;
+            self.count_brought(tally, brought.unless(was_there));
         }
         Ok(())
+    }
+
+    /// Brings what the remote content cache has of `chunks`, if they are some; returns what it lacks.
+    async fn bring_run(
+        self: &Arc<Self>,
+        layer: &Weak<Layer>,
+        chunks: Range<u32>,
+    ) -> Result<Vec<u32>, Stop> {
+        let layer = layer.upgrade().ok_or(Stop::Unused)?;
+        let file = &layer.file;
+        let missing = chunks.clone().filter(|it| !file.has(*it..*it + 1));
+        let missing_bytes: Vec<_> = missing.map(|it| file.chunk_bytes(it)).collect();
+        if self.remote.is_none() || missing_bytes.len() < 2 {
+            return Ok(Vec::new());
+        }
+        self.demand.let_pass(MAX_PAUSE).await;
+        let _coming = self
+            .announce(missing_bytes.iter().sum())
+            .ok_or(Stop::NoRoom)?;
+        let run = self
+            .fetch_together(&layer, chunks, Claimant::Background)
+            .await;
+        run.map_err(Stop::Failed)
     }
 
     /// From the remote content cache where that has the layer, or else by a stream.
@@ -199,20 +234,21 @@ impl Inner {
         tally: &Tally,
     ) -> Result<(), Stop> {
         let file = Arc::clone(&weak.upgrade().ok_or(Stop::Unused)?.file);
-        let missing_bytes = file.layer_bytes().saturating_sub(file.present_bytes());
+        let missing_bytes = file.absent_bytes();
         if missing_bytes == 0 {
             return Ok(());
         }
-        if !self.room.has_spare(missing_bytes) {
+        // What had to go once for want of room does not come back for nobody.
+        if file.was_cut() || !self.room.has_spare(missing_bytes) {
             return Err(Stop::NoRoom);
         }
         if self.remote.is_some() {
-            // One by one: readers have the rest of what the remote gives at once.
+            // Run by run: readers have the rest of what the remote gives at once.
             let mut n_lost = 0;
-            for chunk in 0..file.n_chunks() {
-                let brought = self.bring(weak, chunk, None).await?;
-                self.count_brought(tally, brought);
-                n_lost += u32::from(brought == Brought::Skipped);
+            let starts = (0..file.n_chunks()).step_by(MAX_RUN_CHUNKS as usize);
+            for start in starts {
+                let run = start..file.n_chunks().min(start + MAX_RUN_CHUNKS);
+                n_lost += self.complete_run(weak, run, tally).await?;
                 if LOST_CHUNKS <= n_lost {
                     break;
                 }
@@ -227,6 +263,27 @@ impl Inner {
         // Who waits here does not have it open: the stream is for others.
         drop(layer);
         Self::streamed(progress).await.map_err(Stop::Failed)
+    }
+
+    /// From the remote content cache; returns how many chunks it lacks.
+    async fn complete_run(
+        self: &Arc<Self>,
+        layer: &Weak<Layer>,
+        run: Range<u32>,
+        tally: &Tally,
+    ) -> Result<u32, Stop> {
+        let was_there = present_of(layer, run.clone())?;
+        let lacking = self.bring_run(layer, run.clone()).await?;
+        let mut n_lost = 0;
+        for (chunk, was_there) in run.zip(was_there) {
+            let brought = match lacking.contains(&chunk) {
+                true => Brought::Skipped,
+                false => self.bring(layer, chunk, None).await?.unless(was_there),
+            };
+            self.count_brought(tally, brought);
+            n_lost += u32::from(brought == Brought::Skipped);
+        }
+        Ok(n_lost)
     }
 
     /// Brings a chunk without a stream: from the remote content cache, or else, with the rest of the
@@ -257,7 +314,14 @@ impl Inner {
         if is_present() || self.adopt(layer, chunk).await.map_err(Stop::Failed)? {
             return Ok(Brought::Present);
         }
-        if self.fetch_chunk(layer, chunk).await.map_err(Stop::Failed)? {
+        let is_lacking = by_parts
+            .as_ref()
+            .is_some_and(|it| it.lacking.contains(&chunk));
+        let fetched = match is_lacking {
+            true => Ok(false),
+            false => self.fetch_chunk(layer, chunk, Claimant::Background).await,
+        };
+        if fetched.map_err(Stop::Failed)? {
             return Ok(Brought::Fetched);
         }
         let (Some(by_parts), Some(access)) = (by_parts, self.access(layer).await) else {

@@ -5,11 +5,16 @@
 //! each layer that was made, when a bound seems broken, and when a layer is closed while one is.
 //! Other processes may use and evict from the same directory: each removal is decided by locks
 //! (`catalog::remove`), and what another one has removed counts as gone.
+//!
+//! Where layers that nobody uses are not enough, extents of layers in use go (`trim`): of those that this
+//! process has open and could have again (`reach`).
+
+mod trim;
 
 use std::{
     io,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak,
         atomic::{AtomicU64, Ordering},
     },
     time::{Duration, Instant, SystemTime},
@@ -23,12 +28,14 @@ use super::{
     catalog::{self, Removed},
     disk::CachePaths,
     evict::{self, Bound, Bounds, Item, ItemId, Level, MAX_IMAGES, Need, Removal},
+    store::Inner,
 };
 use crate::{disk, metrics::Metrics};
 
 /// How long nothing is evicted for readers after an eviction that could not free enough.
 ///
-/// All is in use then, and a reader's next chunk is no reason to look through the cache again.
+/// All is in use then, or was lately, and a reader's next chunk is no reason to look through the cache
+/// again, unless it breaks a bound that held.
 const IN_VAIN_PAUSE: Duration = Duration::from_secs(1);
 
 /// The room that the cache has.
@@ -43,8 +50,13 @@ pub(super) struct Room {
     ///
     /// std Mutex: held for a whole eviction, on blocking threads only: one at a time.
     warned: Mutex<Option<Bound>>,
+    /// When an eviction could not free enough, and whether a bound was broken even so.
+    ///
     /// std Mutex: held to copy it.
-    in_vain: Mutex<Option<Instant>>,
+    in_vain: Mutex<Option<(Instant, bool)>>,
+    /// Whose layers are in use.
+    store: OnceLock<Weak<Inner>>,
+    trimming: trim::Trimming,
     /// std Mutex: held to look and to start.
     sweeper: Mutex<Sweeper>,
 }
@@ -99,10 +111,18 @@ impl Room {
             used_bytes: AtomicU64::new(0),
             warned: Mutex::default(),
             in_vain: Mutex::default(),
+            store: OnceLock::new(),
+            trimming: trim::Trimming::default(),
             sweeper: Mutex::default(),
         };
         room.look()?;
         Ok(room)
+    }
+
+    /// Has extents of the layers that `store` has open evicted as well, where need be.
+    pub(super) fn serve(&self, store: Weak<Inner>) {
+        // There is one store for a room.
+        let _ = self.store.set(store);
     }
 
     /// Bytes that the cache takes.
@@ -135,7 +155,7 @@ impl Room {
         self.make(Claim::Publish { coming_bytes: 0 })
     }
 
-    /// Makes room by evicting what is not in use, if there is need.
+    /// Makes room by evicting what is not in use, or extents of what is, if there is need.
     ///
     /// # Errors
     /// The bound that `claim` would break even so.
@@ -149,7 +169,7 @@ impl Room {
             (Some(bound), _) => Err(bound),
         };
         let level = self.level();
-        let has_need = 0 < self.bounds.need(level, coming_bytes).bytes();
+        let has_need = 0 < self.bounds.need(level, coming_bytes).bytes() || 0 < self.inode_need();
         if verdict(level).is_ok() && (!has_need || self.was_in_vain()) {
             return Ok(());
         }
@@ -241,7 +261,7 @@ impl Room {
         }
         sweeper.is_running = true;
         let room = Arc::clone(self);
-        sweeper.task = Some(self.runtime.spawn_blocking(move || room.sweep()));
+        sweeper.task = Some(self.runtime.spawn(room.sweep()));
     }
 
     /// Waits for a sweep under way.
@@ -253,15 +273,34 @@ impl Room {
         }
     }
 
-    fn sweep(&self) {
+    async fn sweep(self: Arc<Self>) {
         loop {
-            self.evict(0);
+            self.evict_beside().await;
+            if self.is_short()
+                && let Some(store) = self.store()
+                && store.find_out().await
+            {
+                self.evict_beside().await;
+            }
             let mut sweeper = lock(&self.sweeper);
             if !std::mem::take(&mut sweeper.is_wanted) {
                 sweeper.is_running = false;
                 return;
             }
         }
+    }
+
+    async fn evict_beside(self: &Arc<Self>) {
+        let room = Arc::clone(self);
+        let evicting = self.runtime.spawn_blocking(move || {
+            room.evict(0);
+        });
+        // One that crashed has ended as well.
+        let _ = evicting.await;
+    }
+
+    fn store(&self) -> Option<Arc<Inner>> {
+        self.store.get().and_then(Weak::upgrade)
     }
 
     /// Looks at the cache and evicts until `coming_bytes` more fit; returns how it is then.
@@ -279,6 +318,11 @@ impl Room {
                 self.used_bytes.fetch_sub(image.bytes, Ordering::Relaxed);
             }
         }
+        let inode_need = self.inode_need();
+        let all = match inode_need {
+            0 => Vec::new(),
+            _ => items.clone(),
+        };
         let before = self.level();
         let need = self.bounds.need(before, coming_bytes);
         let freed_bytes = evict::reclaim(items, need, |item, reason| self.remove(item, reason));
@@ -289,13 +333,15 @@ impl Room {
                 debug!(error = %err, "image indexes without layers stay");
             }
         }
-        // Some file systems free space some time after a file is removed; it is on its way.
-        let after = Level {
-            used_bytes: before.used_bytes.saturating_sub(freed_bytes),
-            free_bytes: before.free_bytes.saturating_add(freed_bytes),
-        };
-        *lock(&self.in_vain) = (freed_bytes < need.bytes()).then(Instant::now);
+        let inode_need = self.reclaim_inodes(all, inode_need);
+        let (after, need) = self.trim(
+            before.without(freed_bytes),
+            need.without(freed_bytes),
+            coming_bytes,
+        );
         let broken = self.bounds.broken_by(after, 0);
+        let was_in_vain = 0 < need.bytes() || 0 < inode_need;
+        *lock(&self.in_vain) = was_in_vain.then(|| (Instant::now(), broken.is_some()));
         if broken != *warned {
             self.warn(broken, after);
             *warned = broken;
@@ -312,11 +358,13 @@ impl Room {
         match broken {
             Some(Bound::Capacity) => {
                 let max_bytes = self.bounds.max_bytes;
-                warn!(%path, used_bytes, max_bytes, "cache exceeds cache.max_bytes: what is left in it is in use");
+                warn!(%path, used_bytes, max_bytes, "cache exceeds cache.max_bytes: what is left in it is in use, and cannot be had again by parts");
             }
             Some(Bound::Disk) => {
-                warn!(%path, used_bytes, free_bytes, "cache disk has less than cache.min_free_bytes left: what is left in the cache is in use, or too little");
+                warn!(%path, used_bytes, free_bytes, "cache disk has less than cache.min_free_bytes left: what is left in the cache is in use and cannot be had again by parts, or too little");
             }
+            // Nothing is refused for want of inodes: the disk says when there are none.
+            Some(Bound::Inodes) => {}
             None => info!(%path, used_bytes, free_bytes, "cache is within its bounds again"),
         }
     }
@@ -378,11 +426,36 @@ impl Room {
     }
 
     fn is_short(&self) -> bool {
-        0 < self.bounds.need(self.level(), 0).bytes()
+        0 < self.bounds.need(self.level(), 0).bytes() || 0 < self.inode_need()
+    }
+
+    /// Inodes that have to go. What cannot be asked is no reason to evict.
+    fn inode_need(&self) -> u64 {
+        let space = disk::space(self.paths.root());
+        space.map_or(0, |it| self.bounds.inode_need(it.free_inodes))
+    }
+
+    /// Removes so many inodes' worth of `items`, those included that are gone already; returns how many are
+    /// to go still.
+    fn reclaim_inodes(&self, items: Vec<Item>, n_inodes: u64) -> u64 {
+        if n_inodes == 0 {
+            return 0;
+        }
+        let n_freed = evict::reclaim_inodes(items, n_inodes, |it, reason| self.remove(it, reason));
+        if 0 < n_freed
+            && let Err(err) = self.look()
+        {
+            debug!(error = %err, "cache cannot be measured");
+        }
+        n_inodes.saturating_sub(n_freed)
     }
 
     fn was_in_vain(&self) -> bool {
-        lock(&self.in_vain).is_some_and(|it| it.elapsed() < IN_VAIN_PAUSE)
+        let last = *lock(&self.in_vain);
+        last.is_some_and(|(at, was_broken)| {
+            let is_as_before = was_broken || self.bounds.broken_by(self.level(), 0).is_none();
+            is_as_before && at.elapsed() < IN_VAIN_PAUSE
+        })
     }
 }
 

@@ -6,7 +6,7 @@ use std::{
 };
 
 use super::{
-    access::{Access, Span},
+    access::{Checkpoints, Span},
     disk::{LayerFile, usize_of},
     room::Room,
 };
@@ -35,7 +35,7 @@ pub(super) enum SpanError {
 
 impl SpanError {
     /// What an error of a decoder means, whose input is in memory.
-    fn of_decoder(err: io::Error) -> Self {
+    pub(super) fn of_decoder(err: io::Error) -> Self {
         match CodecError::of(&err) {
             Some(CodecError::Truncated { .. }) => Self::Short,
             _ if err.kind() == io::ErrorKind::UnexpectedEof => Self::Short,
@@ -48,18 +48,22 @@ impl SpanError {
 pub(super) type TakeChunk = dyn Fn(u32, &[u8]) -> Result<(), SpanError> + Send + Sync;
 
 /// The same, and says whether to go on.
-type TakeOrEnd<'a> = dyn FnMut(u32, &[u8]) -> Result<ControlFlow<()>, SpanError> + 'a;
+pub(super) type TakeOrEnd<'a> = dyn FnMut(u32, &[u8]) -> Result<ControlFlow<()>, SpanError> + 'a;
 
 /// Decompresses `span` of `file` out of `input`, which starts where the span's part of the blob does,
 /// and gives its chunks to `take`, which verifies them and says whether to go on.
+///
+/// `buffer` is for a chunk. Who has many spans brings the same one: to get one from the kernel costs a tenth
+/// of decompressing into it.
 ///
 /// # Errors
 /// [`SpanError`]; an error of `input` itself comes as one of the decoder. What came before stays.
 pub(super) fn decompress(
     file: &LayerFile,
-    access: &Access,
+    access: &Checkpoints,
     span: &Span,
     input: &mut dyn BufRead,
+    buffer: &mut Vec<u8>,
     take: &mut TakeOrEnd<'_>,
 ) -> Result<ControlFlow<()>, SpanError> {
     let checkpoint = access.checkpoint(span).map_err(SpanError::Corrupt)?;
@@ -71,13 +75,10 @@ pub(super) fn decompress(
     if copied.map_err(SpanError::of_decoder)? < skipped {
         return Err(SpanError::Short);
     }
-    let mut buffer = Vec::new();
     for chunk in span.chunks.clone() {
         buffer.resize(usize_of(file.chunk_bytes(chunk)), 0);
-        decoder
-            .read_exact(&mut buffer)
-            .map_err(SpanError::of_decoder)?;
-        if take(chunk, &buffer)?.is_break() {
+        decoder.read_exact(buffer).map_err(SpanError::of_decoder)?;
+        if take(chunk, buffer)?.is_break() {
             return Ok(ControlFlow::Break(()));
         }
     }

@@ -11,7 +11,7 @@ use std::{
         Arc, Mutex, PoisonError, Weak,
         atomic::{AtomicU32, Ordering},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use tokio::{
@@ -24,6 +24,7 @@ use tracing::{info, warn};
 use super::{
     CacheConfig,
     access::AccessState,
+    ahead::{RUNS, Sequences},
     catalog,
     disk::{CachePaths, LayerFile},
     fill::Blame,
@@ -31,6 +32,7 @@ use super::{
     images::{Images, Users},
     lock::{self, FillLock},
     random::{Demand, RandomReads},
+    reach::{Answered, Reach},
     room::{Claim, Room},
     scratch::{NewFile, ScratchFile},
     through::Through,
@@ -39,12 +41,10 @@ use super::{
 };
 use crate::{
     digest::DiffId,
+    fair::Turns,
     metrics::{Metrics, Tier},
     remote::{ContentCache, Uploader},
-    tier::{
-        BlobSource, BlobStream, Chunk, LayerDesc, LendCallback, MakePresent, PresentCallback,
-        PresentError,
-    },
+    tier::{BlobSource, BlobStream, LayerDesc, PresentError},
 };
 
 /// How often a process looks whether another one has come further with a layer.
@@ -59,6 +59,9 @@ const RIDE_CHUNKS: u32 = 8;
 
 /// How many parts of layers are fetched at once: each holds a chunk and a window in memory.
 const RANDOM_READS: usize = 2;
+
+/// How many tables of contents are read at once: each takes a connection, and some hundred KiB.
+const TABLES: usize = 2;
 
 /// Gives layers and fills them. Clones share one store.
 #[derive(Debug, Clone)]
@@ -79,7 +82,11 @@ pub(super) struct Inner {
     pub(super) chunk_flights: Flights<(DiffId, u32)>,
     pub(super) access_flights: Flights<DiffId>,
     pub(super) decompressions: Semaphore,
-    pub(super) random_reads: Semaphore,
+    /// Tables of contents that are read.
+    pub(super) tables: Semaphore,
+    pub(super) random_reads: Turns,
+    /// Chunks that are fetched together from the remote content cache.
+    pub(super) runs: Turns,
     pub(super) demand: Demand,
     pub(super) warming: Warming,
     pub(super) through: Through,
@@ -102,13 +109,17 @@ pub struct Remote {
 pub struct Layer {
     pub(super) file: Arc<LayerFile>,
     /// std Mutex: held to copy it, never across an await.
-    origin: Mutex<Origin>,
+    pub(super) origin: Mutex<Origin>,
     /// std Mutex: held to look and to start, never across an await.
     pub(super) refill: Mutex<Option<watch::Receiver<RefillState>>>,
     /// Chunks that the remote content cache was asked for and did not have, to be put there again.
     ///
     /// std Mutex: held to push or take, never across an await.
     pub(super) missed: Mutex<Vec<u32>>,
+    /// Where its readers go, as far as the remote content cache is asked.
+    ///
+    /// std Mutex: held to decide, never across an await.
+    pub(super) ahead: Mutex<Sequences>,
     /// The chunk that the refill comes to next.
     pub(super) refill_at: AtomicU32,
     /// std Mutex: held to look and to start, never across an await.
@@ -124,17 +135,33 @@ pub struct Layer {
 pub(super) struct Origin {
     pub(super) desc: LayerDesc,
     pub(super) source: Arc<dyn BlobSource>,
+    /// Whether it answers.
+    pub(super) reach: Arc<Reach>,
 }
 
 impl Origin {
+    pub(super) fn new(desc: &LayerDesc, source: Arc<dyn BlobSource>) -> Self {
+        Self {
+            desc: desc.clone(),
+            source,
+            reach: Arc::default(),
+        }
+    }
+
     /// Opens a part of the blob.
     pub(super) async fn open(&self, range: Range<u64>) -> Result<BlobStream, PresentError> {
         let LayerDesc {
             diff_id,
             blob,
             blob_bytes,
+            ..
         } = &self.desc;
         let opened = self.source.open(blob, *blob_bytes, range).await;
+        let answer = match &opened {
+            Ok(_) => Answered::Yes,
+            Err(_) => Answered::No,
+        };
+        self.reach.note(answer, Instant::now());
         opened.map_err(|source| PresentError::Origin {
             layer: *diff_id,
             source,
@@ -199,6 +226,15 @@ impl Layer {
             .for_each(|it| self.users.touched(it));
     }
 
+    /// Notes that the remote content cache lacks a chunk.
+    pub(super) fn note_missed(&self, chunk: u32) {
+        let mut missed = self.missed.lock().unwrap_or_else(PoisonError::into_inner);
+        // A chunk that the disk cannot take is missed again and again.
+        if !missed.contains(&chunk) {
+            missed.push(chunk);
+        }
+    }
+
     pub(super) fn origin(&self) -> Origin {
         self.origin
             .lock()
@@ -250,7 +286,9 @@ impl LayerStore {
             paths,
             room,
             decompressions: Semaphore::new(config.max_decompressions.max(1)),
-            random_reads: Semaphore::new(RANDOM_READS),
+            tables: Semaphore::new(TABLES),
+            random_reads: Turns::new(RANDOM_READS),
+            runs: Turns::new(RUNS),
             demand: Demand::default(),
             warming: Warming::default(),
             through: Through::default(),
@@ -265,6 +303,7 @@ impl LayerStore {
             access_flights: Flights::default(),
             tasks: Mutex::default(),
         }));
+        store.0.room.serve(Arc::downgrade(&store.0));
         // What is to be uploaded is in use before anything is evicted.
         upload::resume(&store.0);
         store.sweep_soon();
@@ -276,7 +315,8 @@ impl LayerStore {
         &self.0.paths
     }
 
-    /// Gives the layer `desc`, its index known.
+    /// Gives the layer `desc`, its index known; or, if its blob has a table of contents, the one that this
+    /// describes, which has another name.
     ///
     /// A layer that the disk does not have is looked for in the remote content cache, then built
     /// from the registry, which leaves it on disk. Whoever asks for the same layer meanwhile, in
@@ -292,10 +332,10 @@ impl LayerStore {
         desc: &LayerDesc,
         source: Arc<dyn BlobSource>,
     ) -> Result<Arc<Layer>, PresentError> {
-        let origin = Origin {
-            desc: desc.clone(),
-            source,
-        };
+        if let Some(layer) = self.0.layer_by_toc(desc, &source).await? {
+            return Ok(layer);
+        }
+        let origin = Origin::new(&desc.without_toc(), source);
         if let Some(layer) = self.0.open_layer(&origin)? {
             return Ok(layer);
         }
@@ -310,6 +350,13 @@ impl LayerStore {
         };
         drop(flight);
         Ok(layer)
+    }
+
+    /// Notes that these extents of an open layer were read lately, by another process.
+    pub fn note_extents(&self, layer: DiffId, extents: &[Range<u32>]) {
+        if let Some(layer) = self.0.opened(layer) {
+            extents.iter().for_each(|it| layer.file.note_extents(it));
+        }
     }
 
     /// Where is kept what is too large for memory while an index is made.
@@ -350,60 +397,6 @@ impl LayerStore {
     }
 }
 
-impl MakePresent for LayerStore {
-    fn make_present(&self, layer: DiffId, chunks: Range<u32>, done: PresentCallback) {
-        let mut answer = Answer {
-            done: Some(done),
-            layer,
-        };
-        let Some(layer) = self.0.opened(layer) else {
-            return answer.give(Err(PresentError::Unknown { layer }));
-        };
-        let inner = Arc::clone(&self.0);
-        self.0.spawn(async move {
-            answer.give(inner.present(&layer, chunks).await);
-        });
-    }
-
-    fn lend(&self, wanted: Chunk, done: LendCallback) {
-        let mut answer = Answer {
-            done: Some(done),
-            layer: wanted.layer,
-        };
-        let Some(layer) = self.0.opened(wanted.layer) else {
-            return answer.give(Err(PresentError::Unknown {
-                layer: wanted.layer,
-            }));
-        };
-        let inner = Arc::clone(&self.0);
-        self.0.spawn(async move {
-            answer.give(inner.lend(&layer, wanted).await);
-        });
-    }
-}
-
-/// Calls back in any case, also when the task that holds it is aborted.
-struct Answer<T> {
-    done: Option<Callback<T>>,
-    layer: DiffId,
-}
-
-type Callback<T> = Box<dyn FnOnce(Result<T, PresentError>) + Send>;
-
-impl<T> Answer<T> {
-    fn give(&mut self, outcome: Result<T, PresentError>) {
-        if let Some(done) = self.done.take() {
-            done(outcome);
-        }
-    }
-}
-
-impl<T> Drop for Answer<T> {
-    fn drop(&mut self) {
-        self.give(Err(PresentError::Unknown { layer: self.layer }));
-    }
-}
-
 impl Inner {
     /// Starts a task that ends with the store.
     pub(super) fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
@@ -420,9 +413,15 @@ impl Inner {
         }
     }
 
-    fn opened(&self, layer: DiffId) -> Option<Arc<Layer>> {
+    pub(super) fn opened(&self, layer: DiffId) -> Option<Arc<Layer>> {
         let layers = self.layers.lock().unwrap_or_else(PoisonError::into_inner);
         layers.get(&layer).and_then(Weak::upgrade)
+    }
+
+    /// The layers that somebody has open.
+    pub(super) fn in_use(&self) -> Vec<Arc<Layer>> {
+        let layers = self.layers.lock().unwrap_or_else(PoisonError::into_inner);
+        layers.values().filter_map(Weak::upgrade).collect()
     }
 
     /// Gives the layer if it is open, or if the disk has it.
@@ -430,7 +429,7 @@ impl Inner {
         let diff_id = origin.desc.diff_id;
         if let Some(layer) = self.opened(diff_id) {
             if !origin.source.gives_way() {
-                *layer.origin.lock().unwrap_or_else(PoisonError::into_inner) = origin.clone();
+                layer.renew_origin(origin);
             }
             return Ok(Some(layer));
         }
@@ -462,6 +461,7 @@ impl Inner {
             origin: Mutex::new(origin.clone()),
             refill: Mutex::default(),
             missed: Mutex::default(),
+            ahead: Mutex::default(),
             refill_at: AtomicU32::new(0),
             random: Mutex::default(),
             access: Mutex::default(),
@@ -474,10 +474,13 @@ impl Inner {
 
     /// Makes room for a layer that is to be made, or refuses it.
     pub(super) async fn make_room(
-        &self,
+        self: &Arc<Self>,
         layer: DiffId,
         coming_bytes: u64,
     ) -> Result<(), PresentError> {
+        if !self.room.has_spare(coming_bytes) {
+            self.find_out().await;
+        }
         let room = Arc::clone(&self.room);
         let claim = Claim::Publish { coming_bytes };
         let made = self.runtime.spawn_blocking(move || room.make(claim)).await;
@@ -491,7 +494,7 @@ impl Inner {
     }
 
     /// Waits until no other process fills the layer.
-    async fn lock(&self, layer: DiffId) -> Result<FillLock, PresentError> {
+    pub(super) async fn lock(&self, layer: DiffId) -> Result<FillLock, PresentError> {
         loop {
             match self.try_lock(layer)? {
                 Some(lock) => return Ok(lock),

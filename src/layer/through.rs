@@ -11,18 +11,19 @@ use std::{
     time::{Duration, Instant},
 };
 
-use tokio::sync::Semaphore;
 use tracing::{debug, info, warn};
 
 use super::{
     disk::LayerFile,
-    feed, seek,
+    feed::{self, Hashing},
+    seek,
     span::{SpanError, TakeChunk},
     store::{Inner, Layer, crashed},
 };
 use crate::{
     chunk::CHUNK_BYTES,
     digest::{ChunkDigest, DiffId},
+    fair::{Claimant, Turns},
     metrics::{Outcome, Tier},
     telemetry::error_chain,
     tier::{
@@ -49,7 +50,7 @@ const IO_ERROR: &str = "io_error";
 #[derive(Debug)]
 pub(super) struct Through {
     /// The right to fetch a chunk into memory.
-    turns: Semaphore,
+    turns: Turns,
     /// std Mutex: held to look or to change a field, never across an await.
     state: Mutex<State>,
 }
@@ -72,7 +73,7 @@ struct Pause {
 impl Default for Through {
     fn default() -> Self {
         Self {
-            turns: Semaphore::new(MAX_LENT),
+            turns: Turns::new(MAX_LENT),
             state: Mutex::default(),
         }
     }
@@ -92,6 +93,11 @@ impl Through {
                 Ok(())
             }
         }
+    }
+
+    /// Whether the disk is let alone.
+    pub(super) fn is_paused(&self) -> bool {
+        self.state().pause.is_some()
     }
 
     /// Hears that the disk could not take a chunk.
@@ -164,11 +170,12 @@ impl Through {
 }
 
 impl Inner {
-    /// Fetches a chunk of `layer` into memory, from the first tier that has it.
+    /// Fetches a chunk of `layer` into memory for `who`, from the first tier that has it.
     pub(super) async fn lend(
         self: &Arc<Self>,
         layer: &Arc<Layer>,
         wanted: Chunk,
+        who: Claimant,
     ) -> Result<LentChunk, PresentError> {
         let (file, number) = (&layer.file, wanted.number);
         let diff_id = file.diff_id();
@@ -193,7 +200,7 @@ impl Inner {
                 // Else one has fetched it for all who waited.
                 match kept() {
                     Some(lent) => lent,
-                    None => self.fetch_lent(layer, number).await?,
+                    None => self.fetch_lent(layer, number, who).await?,
                 }
             }
         };
@@ -206,10 +213,11 @@ impl Inner {
         self: &Arc<Self>,
         layer: &Arc<Layer>,
         chunk: u32,
+        who: Claimant,
     ) -> Result<LentChunk, PresentError> {
-        let _turn = self.through.turns.acquire().await;
+        let _turn = self.through.turns.take(who).await;
         let started = Instant::now();
-        let found = self.find_lent(layer, chunk).await;
+        let found = self.find_lent(layer, chunk, who).await;
         let (lent, tier) = found.inspect_err(|err| {
             debug!(layer.diff_id = %layer.file.diff_id(), chunk, error = error_chain(err),
                 "a chunk cannot be served through");
@@ -243,15 +251,16 @@ impl Inner {
         self: &Arc<Self>,
         layer: &Arc<Layer>,
         chunk: u32,
+        who: Claimant,
     ) -> Result<(LentChunk, Tier), PresentError> {
         if let Some(lent) = self.lend_from_disk(layer, chunk).await? {
             return Ok((lent, Tier::Disk));
         }
-        if let Some(bytes) = self.remote_chunk(layer, chunk).await {
+        if let Some(bytes) = self.remote_chunk(layer, chunk, who).await {
             let lent = self.seal_later(layer, chunk, bytes).await?;
             return Ok((lent, Tier::ContentCache));
         }
-        let lent = match self.lend_random(layer, chunk).await? {
+        let lent = match self.lend_random(layer, chunk, who).await? {
             Some(lent) => lent,
             None => self.lend_from_stream(layer, chunk).await?,
         };
@@ -274,13 +283,15 @@ impl Inner {
         let diff_id = file.diff_id();
         let read = self.runtime.spawn_blocking(move || {
             let mut bytes = Vec::new();
-            let is_right = file.verify_chunk(chunk, &mut bytes);
+            let is_right = file.verify_present(chunk, &mut bytes);
             (is_right, bytes)
         });
         let (is_right, bytes) = read.await.map_err(|err| crashed(diff_id, &err))?;
         let reason = match is_right {
-            Ok(true) => return self.seal_later(layer, chunk, bytes.into()).await.map(Some),
-            Ok(false) => {
+            Ok(Some(true)) => return self.seal_later(layer, chunk, bytes.into()).await.map(Some),
+            // It was evicted meanwhile.
+            Ok(None) => return Ok(None),
+            Ok(Some(false)) => {
                 let failures = &self.metrics.verify_failures;
                 failures.with_label_values(&[Tier::Disk.label()]).inc();
                 "it does not match its digest".to_owned()
@@ -300,6 +311,7 @@ impl Inner {
         self: &Arc<Self>,
         layer: &Arc<Layer>,
         chunk: u32,
+        who: Claimant,
     ) -> Result<Option<LentChunk>, PresentError> {
         let Some(access) = self.access(layer).await else {
             return Ok(None);
@@ -317,9 +329,9 @@ impl Inner {
                 Ok(())
             })
         };
-        match self.fetch_span(layer, &access, span, take).await {
+        match self.fetch_span(layer, &access, span, take, who).await {
             Ok(()) => {}
-            Err(err) if err.is_of_disk() => return Err(err),
+            Err(err) if err.is_of_disk() || access.is_only_way() => return Err(err),
             // The stream has the last word.
             Err(err) => {
                 debug!(layer.diff_id = %layer.file.diff_id(), chunk, error = error_chain(&err),
@@ -351,7 +363,7 @@ impl Inner {
         chunk: u32,
     ) -> Result<LentChunk, PresentError> {
         let stream = layer.origin().open_all().await?;
-        let (feed, reader) = feed::feed();
+        let (feed, reader) = feed::feed(Hashing::No);
         let (file, diff_id) = (Arc::clone(&layer.file), layer.file.diff_id());
         let work = self
             .runtime
@@ -385,7 +397,7 @@ impl Inner {
 /// # Errors
 /// [`SpanError::Wrong`] if they are not, [`SpanError::Failed`] if there is no memory.
 fn seal(file: &LayerFile, chunk: u32, bytes: &[u8]) -> Result<LentChunk, SpanError> {
-    if file.index().chunk_digest(chunk) != Some(ChunkDigest::of(bytes)) {
+    if file.chunk_digest(chunk) != Some(ChunkDigest::of(bytes)) {
         return Err(SpanError::Wrong(chunk));
     }
     let layer = file.diff_id();

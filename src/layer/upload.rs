@@ -6,7 +6,7 @@ use std::{
     io,
     os::unix::fs::FileExt,
     path::Path,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, OnceLock, PoisonError},
     time::Duration,
 };
 
@@ -14,11 +14,11 @@ use tokio::sync::oneshot;
 use tracing::{debug, warn};
 
 use super::{
-    disk::{ACCESS, INDEX, LayerFile, UPLOAD_PENDING},
+    disk::{ACCESS, CompletedIndex, INDEX, Kept, LayerFile, UPLOAD_PENDING},
     store::{Inner, Layer},
 };
 use crate::{
-    codec::access_map::AccessMap,
+    codec::{access_map::AccessMap, piece_map::PieceMap},
     digest::{self, BlobDigest, ChunkDigest, DiffId},
     disk,
     remote::{Enqueued, LeaseGuard, Repair, UploadOutcome, UploadSource},
@@ -57,8 +57,12 @@ pub enum UploadEnd {
 struct LayerUpload {
     // First, so that the layer is let go of before anybody is told.
     file: Arc<LayerFile>,
+    /// All of it is read; without this, what is evicted meanwhile is found wrong, and the upload fails.
+    _kept: Option<Kept>,
     blob: BlobDigest,
     blob_bytes: u64,
+    /// The index with the digests that were learned, if they were.
+    completed: OnceLock<Option<CompletedIndex>>,
     told: Told,
 }
 
@@ -86,6 +90,14 @@ impl Drop for Told {
     }
 }
 
+impl LayerUpload {
+    fn completed(&self) -> Option<&CompletedIndex> {
+        self.completed
+            .get_or_init(|| self.file.completed_index())
+            .as_ref()
+    }
+}
+
 impl UploadSource for LayerUpload {
     fn diff_id(&self) -> DiffId {
         self.file.diff_id()
@@ -105,17 +117,25 @@ impl UploadSource for LayerUpload {
 
     fn chunk_digests(&self) -> Vec<ChunkDigest> {
         (0..self.file.n_chunks())
-            .filter_map(|it| self.file.index().chunk_digest(it))
+            .filter_map(|it| self.file.chunk_digest(it))
             .collect()
     }
 
     fn index(&self) -> io::Result<(u64, ChunkDigest)> {
         let index = self.file.index();
-        Ok((index.as_bytes().len() as u64, index.digest()))
+        let digest = match self.completed() {
+            Some(completed) => completed.digest(),
+            None => index.digest(),
+        };
+        Ok((index.as_bytes().len() as u64, digest))
     }
 
     fn read_index(&self, into: &mut [u8], offset: u64) -> io::Result<()> {
-        File::open(self.file.dir().join(INDEX))?.read_exact_at(into, offset)
+        let file = File::open(self.file.dir().join(INDEX))?;
+        match self.completed() {
+            Some(completed) => completed.read_at(&file, into, offset),
+            None => file.read_exact_at(into, offset),
+        }
     }
 
     fn access_map(&self) -> io::Result<Option<(BlobDigest, u64)>> {
@@ -125,9 +145,14 @@ impl UploadSource for LayerUpload {
             Err(err) => return Err(err),
         };
         // An empty file cannot be mapped.
-        let map = AccessMap::decode(MappedFile::new(&file)?)
-            .map_err(|err| io::Error::new(io::ErrorKind::InvalidData, err))?;
-        Ok(Some((map.blob(), map.source().len() as u64)))
+        let map = MappedFile::new(&file)?;
+        let map_bytes = map.len() as u64;
+        let blob = match PieceMap::<MappedFile>::is_one(&map) {
+            true => PieceMap::decode(map).map(|it| it.subject().blob),
+            false => AccessMap::decode(map).map(|it| it.blob()),
+        };
+        let blob = blob.map_err(|err| io::Error::new(io::ErrorKind::InvalidData, err))?;
+        Ok(Some((blob, map_bytes)))
     }
 
     fn read_access_map(&self, into: &mut [u8], offset: u64) -> io::Result<()> {
@@ -195,9 +220,11 @@ pub(super) fn resume(inner: &Arc<Inner>) {
         match LayerFile::open(&dir.path(), DiffId::from_bytes(layer)) {
             Ok(Some(file)) if file.is_complete() => {
                 let upload = LayerUpload {
+                    _kept: kept(&file),
                     file: Arc::new(file.in_room(&inner.room)),
                     blob,
                     blob_bytes,
+                    completed: OnceLock::new(),
                     told: Told::default(),
                 };
                 remote.uploader.enqueue(Arc::new(upload));
@@ -205,6 +232,13 @@ pub(super) fn resume(inner: &Arc<Inner>) {
             Ok(_) | Err(_) => {}
         }
     }
+}
+
+fn kept(file: &LayerFile) -> Option<Kept> {
+    let kept = file.keep_whole().inspect_err(|err| {
+        debug!(layer.diff_id = %file.diff_id(), error = %err, "a layer on its way to the remote may be evicted");
+    });
+    kept.ok()
 }
 
 /// Marks the layer as one to be uploaded, and describes its upload.
@@ -218,8 +252,10 @@ fn marked(
     }
     Arc::new(LayerUpload {
         file: Arc::clone(file),
+        _kept: kept(file),
         blob: desc.blob,
         blob_bytes: desc.blob_bytes,
+        completed: OnceLock::new(),
         told: Told {
             end: Mutex::default(),
             to,

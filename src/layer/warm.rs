@@ -23,6 +23,7 @@ use super::{
 };
 use crate::{
     digest::{DiffId, ManifestDigest},
+    fair::Claimant,
     index::profile::Touch,
     remote::{ContentCache, Repair},
     tier::{BlobSource, LayerDesc, PresentError},
@@ -106,10 +107,7 @@ impl LayerStore {
         desc: &LayerDesc,
         source: Arc<dyn BlobSource>,
     ) -> Result<Option<Arc<Layer>>, PresentError> {
-        let origin = Origin {
-            desc: desc.clone(),
-            source,
-        };
+        let origin = Origin::new(desc, source);
         self.inner().open_layer(&origin)
     }
 
@@ -179,18 +177,23 @@ impl LayerStore {
         if is_present() || inner.adopt(layer, chunk).await? {
             return Ok(Warmed::Present);
         }
-        match inner.fetch_chunk(layer, chunk).await? {
+        match inner
+            .fetch_chunk(layer, chunk, Claimant::Background)
+            .await?
+        {
             true => Ok(Warmed::Fetched),
             false => Ok(Warmed::Lacking),
         }
     }
 
-    /// Makes chunks of an open layer present, from wherever they are to be had, as for a reader.
+    /// Makes chunks of an open layer present, from wherever they are to be had, as for a reader, but after
+    /// those that readers want.
     ///
     /// # Errors
     /// [`PresentError`].
     pub async fn bring(&self, layer: &Arc<Layer>, chunks: Range<u32>) -> Result<(), PresentError> {
-        self.inner().present(layer, chunks).await
+        let inner = self.inner();
+        inner.present(layer, chunks, Claimant::Background).await
     }
 
     /// Has an open layer streamed from its registry until all of it is there.

@@ -27,7 +27,7 @@ use super::{
 };
 use crate::{
     digest::{BlobDigest, DiffId},
-    tier::{BlobSource, BlobStream, BoxFuture, PushedIndex, SourceError},
+    tier::{BlobSource, BlobStream, BoxFuture, KeepPushed, SourceError},
 };
 
 /// Bytes that count as progress against the stall timeout.
@@ -82,8 +82,13 @@ impl BlobSource for RepositoryBlobs {
     ) -> BoxFuture<'a, Result<BlobStream, SourceError>> {
         Box::pin(async move {
             let session = Arc::clone(&self.session);
-            let mut reader = BlobReader::new(session, blob, blob_bytes, range)?;
-            reader.nth = self.first_endpoint(blob);
+            let object = Object {
+                op: Op::Blob,
+                path: format!("blobs/{blob}"),
+                what: format!("layer blob {blob}"),
+            };
+            let nth = self.first_endpoint(blob);
+            let mut reader = BlobReader::new(session, object, blob_bytes, range, nth)?;
             reader.connect().await?;
             let stream = stream::try_unfold(reader, |mut reader| async move {
                 let next = reader.next().await?;
@@ -101,21 +106,26 @@ impl BlobSource for RepositoryBlobs {
                 .insert(*blob)
     }
 
+    fn pins_index(&self) -> bool {
+        self.indexes.as_ref().is_some_and(ImageIndexes::is_pinned)
+    }
+
     fn layer_index<'a>(
         &'a self,
         layer: &'a DiffId,
-    ) -> BoxFuture<'a, Result<Option<PushedIndex>, SourceError>> {
+        keep: &'a mut dyn KeepPushed,
+    ) -> BoxFuture<'a, Result<bool, SourceError>> {
         Box::pin(async move {
             match &self.indexes {
-                Some(indexes) => indexes.layer_index(&self.session, layer).await,
-                None => Ok(None),
+                Some(indexes) => indexes.layer_index(&self.session, layer, keep).await,
+                None => Ok(false),
             }
         })
     }
 }
 
 /// A blob being read.
-struct BlobReader {
+pub(super) struct BlobReader {
     session: Arc<Session>,
     object: Object,
     blob_bytes: u64,
@@ -159,28 +169,27 @@ impl Stall {
 }
 
 impl BlobReader {
-    fn new(
+    /// Reads a range of the blob `object`, which has `blob_bytes`, from the `nth` host on.
+    pub(super) fn new(
         session: Arc<Session>,
-        blob: &BlobDigest,
+        object: Object,
         blob_bytes: u64,
         range: Range<u64>,
+        nth: usize,
     ) -> Result<Self, SourceError> {
         if blob_bytes < range.end || range.end < range.start {
-            let reason = format!("{blob} has {blob_bytes} bytes, not those at {range:?}");
+            let what = &object.what;
+            let reason = format!("{what} has {blob_bytes} bytes, not those at {range:?}");
             return Err(protocol(&session.registry, reason));
         }
         Ok(Self {
-            object: Object {
-                op: Op::Blob,
-                path: format!("blobs/{blob}"),
-                what: format!("layer blob {blob}"),
-            },
+            object,
             retry: Retry::new(&session.transport.config),
             session,
             blob_bytes,
             position: range.start,
             end: range.end,
-            nth: 0,
+            nth,
             body: None,
         })
     }
@@ -225,7 +234,7 @@ impl BlobReader {
     }
 
     /// Returns the next bytes, `None` after the last.
-    async fn next(&mut self) -> Result<Option<Bytes>, SourceError> {
+    pub(super) async fn next(&mut self) -> Result<Option<Bytes>, SourceError> {
         loop {
             self.connect().await?;
             let Some(body) = &mut self.body else {

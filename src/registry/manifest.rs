@@ -14,7 +14,10 @@ use oci_client::manifest::{
 };
 use serde::{Deserialize, de::IgnoredAny};
 
-use super::platform::{Fit, Platform};
+use super::{
+    platform::{Fit, Platform},
+    toc,
+};
 use crate::{
     digest::{BlobDigest, DiffId, ManifestDigest},
     tier::LayerDesc,
@@ -258,6 +261,7 @@ pub(crate) fn layers(
                     .map_err(|error| Fault::Wrong(format!("diff_ids: {error}")))?,
                 blob: blob_digest(layer)?,
                 blob_bytes: size_of(layer)?,
+                toc: toc::of(layer),
             })
         })
         .collect()

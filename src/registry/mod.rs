@@ -49,7 +49,9 @@ mod requester;
 mod retry;
 mod session;
 mod tls;
+mod toc;
 mod transport;
+mod unpack;
 
 pub use client::{RegistryClient, ResolvedImage};
 pub use config::{HostConfig, RegistryConfig, RegistryConfigError};

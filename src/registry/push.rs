@@ -9,6 +9,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use oci_client::manifest::{OCI_IMAGE_INDEX_MEDIA_TYPE, OCI_IMAGE_MEDIA_TYPE};
 use reqwest::{StatusCode, Url, header::LOCATION};
+use zstd::zstd_safe::CParameter;
 
 use super::{
     artifact::{self, EMPTY_CONFIG, Part, PartKind, Subject, fallback_tag},
@@ -26,6 +27,9 @@ use crate::{
 
 /// How hard an index is compressed: it is pushed once and read by every node.
 const COMPRESSION_LEVEL: i32 = 12;
+
+/// log2 of the window: what each node holds while it reads an index, 1 MiB.
+pub(super) const PUSHED_WINDOW_LOG: u32 = 20;
 
 /// How often the tag is written again because somebody else wrote it at the same time.
 const TAG_ATTEMPTS: u32 = 5;
@@ -135,8 +139,12 @@ pub(crate) async fn push_index(
 /// Compresses an index on a thread of its own: a large one takes seconds.
 async fn compress(layer: &LayerPush) -> Result<Bytes, PushError> {
     let index = layer.index.clone();
-    let packed =
-        tokio::task::spawn_blocking(move || zstd::bulk::compress(&index, COMPRESSION_LEVEL)).await;
+    let pack = move || {
+        let mut compressor = zstd::bulk::Compressor::new(COMPRESSION_LEVEL)?;
+        compressor.set_parameter(CParameter::WindowLog(PUSHED_WINDOW_LOG))?;
+        compressor.compress(&index)
+    };
+    let packed = tokio::task::spawn_blocking(pack).await;
     let failed = |reason: String| PushError::Compress {
         layer: layer.diff_id,
         reason,

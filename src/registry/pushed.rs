@@ -7,22 +7,24 @@
 //! What is found is kept for as long as the image's blobs are: its layers share one look. Without a pin
 //! nothing that goes wrong here is an error, since the layers can be read without.
 
-use std::{io::Read as _, sync::Arc, time::Duration};
+use std::{sync::Arc, time::Duration};
 
-use bytes::Bytes;
 use oci_client::manifest::OCI_IMAGE_MEDIA_TYPE;
+use sha2::{Digest as _, Sha256};
 use tokio::{sync::OnceCell, time::timeout};
 
 use super::{
     artifact::{Artifact, Part, PartKind},
+    blob::BlobReader,
     manifest::{self, Fault, Manifest},
     session::{Document, Form, Object, Route, Session},
     transport::{Op, protocol, unavailable},
+    unpack::Unpack,
 };
 use crate::{
     digest::{BlobDigest, DiffId, ManifestDigest},
     integrity::IntegrityKey,
-    tier::{PushedIndex, SourceError},
+    tier::{KeepPushed, PushedPart, SourceError},
 };
 
 /// How long looking for an index may take, of which nobody said that there is one.
@@ -35,9 +37,6 @@ const READ_DEADLINE: Duration = Duration::from_secs(30);
 
 /// Largest access map that is taken.
 const MAX_ACCESS_MAP_BYTES: u64 = 64 << 20;
-
-/// log2 of the largest zstd window that is taken: 8 MiB, as for layers.
-const MAX_WINDOW_LOG: u32 = 23;
 
 /// What is believed of pushed indexes.
 #[derive(Debug, Clone)]
@@ -109,16 +108,22 @@ impl ImageIndexes {
         }
     }
 
-    /// Returns the index of a layer; see [`BlobSource::layer_index`](crate::tier::BlobSource::layer_index).
+    /// Whether a certain one is demanded.
+    pub(crate) fn is_pinned(&self) -> bool {
+        self.pinned.is_some()
+    }
+
+    /// Has the index of a layer kept; see [`BlobSource::layer_index`](crate::tier::BlobSource::layer_index).
     pub(crate) async fn layer_index(
         &self,
-        session: &Session,
+        session: &Arc<Session>,
         layer: &DiffId,
-    ) -> Result<Option<PushedIndex>, SourceError> {
-        let read = self.read(session, layer).await;
+        keep: &mut dyn KeepPushed,
+    ) -> Result<bool, SourceError> {
+        let read = self.read(session, layer, keep).await;
         let outcome = match &read {
-            Ok(Some(_)) => Outcome::Hit,
-            Ok(None) => Outcome::Miss,
+            Ok(true) => Outcome::Hit,
+            Ok(false) => Outcome::Miss,
             Err(Unusable::Untrusted(_)) => Outcome::Untrusted,
             Err(Unusable::Source(_)) => Outcome::Error,
         };
@@ -135,25 +140,26 @@ impl ImageIndexes {
             Err(Unusable::Source(error) | Unusable::Untrusted(error)) => {
                 tracing::debug!(layer.diff_id = %layer, image.manifest = %self.image, %error,
                     "index in the registry is not used");
-                Ok(None)
+                Ok(false)
             }
         }
     }
 
     async fn read(
         &self,
-        session: &Session,
+        session: &Arc<Session>,
         layer: &DiffId,
-    ) -> Result<Option<PushedIndex>, Unusable> {
+        keep: &mut dyn KeepPushed,
+    ) -> Result<bool, Unusable> {
         let found = self
             .found
             .get_or_init(|| self.find(session))
             .await
             .clone()?;
         let Some(artifact) = found else {
-            return Ok(None);
+            return Ok(false);
         };
-        let read = self.read_layer(session, &artifact, layer);
+        let read = self.read_layer(session, &artifact, layer, keep);
         if self.pinned.is_some() {
             return Ok(read.await?);
         }
@@ -261,31 +267,22 @@ impl ImageIndexes {
             || (self.pinned.is_some() && session.transport.config.trust_pinned_indexes)
     }
 
-    /// Reads what the artifact has about a layer.
+    /// Reads what the artifact has about a layer; `false` if that is nothing.
     async fn read_layer(
         &self,
-        session: &Session,
+        session: &Arc<Session>,
         artifact: &Artifact,
         layer: &DiffId,
-    ) -> Result<Option<PushedIndex>, SourceError> {
-        let Some(part) = artifact.part(PartKind::LayerIndex, layer) else {
-            return Ok(None);
+        keep: &mut dyn KeepPushed,
+    ) -> Result<bool, SourceError> {
+        let Some(index) = artifact.part(PartKind::LayerIndex, layer) else {
+            return Ok(false);
         };
-        let max_index_bytes = self.options.max_index_bytes;
-        // zstd makes nothing larger than it was, but for some bytes of framing.
-        let compressed = blob(session, part, max_index_bytes).await?;
-        let what = format!("the index of layer {layer}");
-        let unpacked =
-            tokio::task::spawn_blocking(move || decompress(&compressed, max_index_bytes))
-                .await
-                .map_err(|error| unavailable(&session.registry, format!("{what}: {error}")))?;
-        let index =
-            unpacked.map_err(|reason| protocol(&session.registry, format!("{what} {reason}")))?;
-        let access_map = match artifact.part(PartKind::AccessMap, layer) {
-            Some(part) => Some(blob(session, part, MAX_ACCESS_MAP_BYTES).await?),
-            None => None,
-        };
-        Ok(Some(PushedIndex { index, access_map }))
+        read_part(session, index, self.options.max_index_bytes, keep).await?;
+        if let Some(map) = artifact.part(PartKind::AccessMap, layer) {
+            read_part(session, map, MAX_ACCESS_MAP_BYTES, keep).await?;
+        }
+        Ok(true)
     }
 }
 
@@ -294,68 +291,93 @@ fn late(session: &Session, waited: Duration) -> Unusable {
     unavailable(&session.registry, reason).into()
 }
 
-/// Gets a blob of the artifact, checked against its digest.
-async fn blob(session: &Session, part: &Part, max_bytes: u64) -> Result<Bytes, SourceError> {
+/// Why a part of an artifact is not kept.
+enum Failed {
+    /// It is not what the artifact names; why not.
+    Wrong(String),
+    Source(SourceError),
+}
+
+impl From<SourceError> for Failed {
+    fn from(error: SourceError) -> Self {
+        Self::Source(error)
+    }
+}
+
+/// Has a part of the artifact kept, of at most `max_bytes`; a mirror that has something else is passed over.
+async fn read_part(
+    session: &Arc<Session>,
+    part: &Part,
+    max_bytes: u64,
+    keep: &mut dyn KeepPushed,
+) -> Result<(), SourceError> {
     let object = Object {
         op: Op::Index,
         path: format!("blobs/{}", part.digest),
         what: format!("blob {} of the index of layer {}", part.digest, part.layer),
     };
+    // zstd makes nothing larger than it was, but for some bytes of framing.
     if max_bytes < part.size_bytes {
         return Err(SourceError::Unsupported {
             what: object.what,
             reason: format!("it has {} bytes, {max_bytes} are allowed", part.size_bytes),
         });
     }
-    let form = Form {
-        accept: None,
-        max_len: usize::try_from(part.size_bytes).unwrap_or(usize::MAX),
-    };
-    let check = |document: Document| {
-        let digest = BlobDigest::of(&document.bytes);
-        if digest != part.digest {
-            let reason = format!("{} has digest {digest}", object.what);
-            return Err(protocol(&document.host, reason));
-        }
-        Ok(document.bytes)
-    };
-    let route = Route::MirrorsFirst;
-    session.document(&object, form, route, check).await
-}
-
-/// Decompresses an index of at most `max_bytes`; says what is wrong with it.
-fn decompress(compressed: &[u8], max_bytes: u64) -> Result<Bytes, String> {
-    let broken = |error: std::io::Error| format!("cannot be decompressed: {error}");
-    let mut decoder = zstd::stream::read::Decoder::new(compressed).map_err(broken)?;
-    decoder.window_log_max(MAX_WINDOW_LOG).map_err(broken)?;
-    let mut index = Vec::new();
-    let mut bounded = decoder.take(max_bytes.saturating_add(1));
-    bounded.read_to_end(&mut index).map_err(broken)?;
-    if u64::try_from(index.len()).is_ok_and(|it| max_bytes < it) {
-        return Err(format!(
-            "is longer than cache.max_layer_index_bytes = {max_bytes}"
-        ));
+    // Beyond all mirrors is the registry.
+    let mut hosts = vec![usize::MAX];
+    if session.has_mirrors() {
+        hosts.push(session.next_endpoint(0));
     }
-    Ok(index.into())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_bomb_is_refused_and_what_is_broken_told() {
-        let plain = vec![7; 1 << 20];
-        let packed = zstd::bulk::compress(&plain, 3).unwrap();
-        assert_eq!(decompress(&packed, 1 << 20).unwrap(), plain);
-        let error = decompress(&packed, (1 << 20) - 1).unwrap_err();
-        assert_eq!(
-            error,
-            "is longer than cache.max_layer_index_bytes = 1048575"
-        );
-        for broken in [&packed[..packed.len() - 1], &b"no zstd"[..], &packed[1..]] {
-            let error = decompress(broken, 1 << 20).unwrap_err();
-            assert!(error.starts_with("cannot be decompressed"), "{error}");
+    loop {
+        let nth = hosts.pop().unwrap_or(usize::MAX);
+        match read_from(session, nth, &object, part, max_bytes, keep).await {
+            Ok(()) => return Ok(()),
+            Err(Failed::Source(error)) => return Err(error),
+            Err(Failed::Wrong(reason)) if hosts.is_empty() => {
+                let reason = format!("{} {reason}", object.what);
+                return Err(protocol(&session.registry, reason));
+            }
+            Err(Failed::Wrong(_)) => {}
         }
     }
+}
+
+/// Reads a part from the `nth` host on.
+async fn read_from(
+    session: &Arc<Session>,
+    nth: usize,
+    object: &Object,
+    part: &Part,
+    max_bytes: u64,
+    keep: &mut dyn KeepPushed,
+) -> Result<(), Failed> {
+    let kept = |done: std::io::Result<()>| {
+        done.map_err(|error| unavailable(&session.registry, format!("keeping an index: {error}")))
+    };
+    let (kind, mut unpack) = match part.kind {
+        PartKind::LayerIndex => (PushedPart::Index, Some(Unpack::new(max_bytes))),
+        PartKind::AccessMap => (PushedPart::AccessMap, None),
+    };
+    kept(keep.begin(kind))?;
+    let whole = 0..part.size_bytes;
+    let session = Arc::clone(session);
+    let mut reader = BlobReader::new(session, object.clone(), part.size_bytes, whole, nth)?;
+    let mut hasher = Sha256::new();
+    while let Some(bytes) = reader.next().await? {
+        hasher.update(&bytes);
+        match &mut unpack {
+            None => kept(keep.take(&bytes))?,
+            Some(unpack) => {
+                let mut left = &bytes[..];
+                while let Some(unpacked) = unpack.next(&mut left).map_err(Failed::Wrong)? {
+                    kept(keep.take(unpacked))?;
+                }
+            }
+        }
+    }
+    let digest = BlobDigest::from_bytes(hasher.finalize().into());
+    if digest != part.digest {
+        return Err(Failed::Wrong(format!("has digest {digest}")));
+    }
+    unpack.map_or(Ok(()), Unpack::finish).map_err(Failed::Wrong)
 }

@@ -92,6 +92,11 @@ impl Breaker {
         }
     }
 
+    /// Whether the remote is asked without a doubt.
+    pub(super) fn is_up(&self) -> bool {
+        self.state == State::Up
+    }
+
     /// Decides about one request. Whoever gets [`Admission::Probe`] must report how it ended.
     pub(super) fn admit(&mut self, now: Duration) -> Admission {
         match self.state {

@@ -16,6 +16,7 @@ use tracing::{debug, info, warn};
 use crate::{
     clock::Clock,
     digest::{BlobDigest, ChunkDigest, DiffId, ManifestDigest},
+    fair::Claimant,
     integrity::IntegrityKey,
     metrics::{Metrics, Tier},
     tier::{CacheKey, LayerCache, Put},
@@ -29,6 +30,9 @@ use super::{
 
 /// Layers whose wrong manifest was logged, at most, before they are logged anew.
 const REMEMBERED_WARNINGS: usize = 1024;
+
+/// Whoever asks for anything but chunks makes an image or a layer ready.
+const PUBLISH: Claimant = Claimant::Publish;
 
 /// What a [`ContentCache`] can be told.
 #[derive(Debug, Clone)]
@@ -127,7 +131,7 @@ impl ContentCache {
             let key = CacheKey::Index(diff_id, n);
             let decode = move |value| format::decode_part(value, len, "index");
             // No writer stores more than the raw part and its codec.
-            match self.0.gate.get(key, len + 1, decode).await {
+            match self.0.gate.get(PUBLISH, key, len + 1, decode).await {
                 Ok(Some(part)) => {
                     hasher.update(&part);
                     keep(&part)?;
@@ -155,7 +159,7 @@ impl ContentCache {
         Ok(true)
     }
 
-    /// Fetches chunk `n`, which must have `expected_len` bytes and the digest `expect`.
+    /// Fetches chunk `n` for `who`, which must have `expected_len` bytes and the digest `expect`.
     ///
     /// A chunk that is anything else is deleted from the store.
     ///
@@ -163,6 +167,7 @@ impl ContentCache {
     /// Safe.
     pub async fn chunk(
         &self,
+        who: Claimant,
         diff_id: &DiffId,
         n: u32,
         expected_len: usize,
@@ -173,7 +178,7 @@ impl ContentCache {
         let decode = move |value| format::decode_chunk(value, expected_len, &expect);
         // No writer stores more than the raw chunk and its codec.
         let max_bytes = expected_len.saturating_add(1);
-        match self.0.gate.get(key, max_bytes, decode).await {
+        match self.0.gate.get(who, key, max_bytes, decode).await {
             Ok(Some(content)) => {
                 debug!(layer.diff_id = %diff_id, chunk = n, bytes = expected_len, "remote cache hit");
                 Some(content)
@@ -208,7 +213,7 @@ impl ContentCache {
         let start = self
             .0
             .gate
-            .get(key(0), format::MAX_ACCESS_MAP_START_BYTES, decode);
+            .get(PUBLISH, key(0), format::MAX_ACCESS_MAP_START_BYTES, decode);
         let (map_bytes, start) = match start.await {
             Ok(Some(found)) => found,
             Ok(None) => return Ok(false),
@@ -221,7 +226,7 @@ impl ContentCache {
         drop(start);
         for (n, len) in format::parts(map_bytes).skip(1) {
             let decode = move |value| format::decode_raw_part(value, len, "access map");
-            let refusal = match self.0.gate.get(key(n), len, decode).await {
+            let refusal = match self.0.gate.get(PUBLISH, key(n), len, decode).await {
                 Ok(Some(part)) => {
                     keep(&part)?;
                     continue;
@@ -256,7 +261,7 @@ impl ContentCache {
         let this = Arc::clone(&self.0);
         let decode = move |value| format::decode_profile(value, this.options.key.as_ref());
         let max_bytes = max_bytes.saturating_add(format::PROFILE_TAG_BYTES);
-        match self.0.gate.get(key, max_bytes, decode).await {
+        match self.0.gate.get(PUBLISH, key, max_bytes, decode).await {
             Ok(found) => found,
             Err(refusal) => {
                 self.missed(key, refusal);
@@ -301,8 +306,17 @@ impl ContentCache {
             RemoteManifest::decode(&value, &layer, key, max)
         };
         let key = CacheKey::Manifest(layer);
-        let found = self.0.gate.get(key, MAX_MANIFEST_BYTES, decode).await?;
+        let found = self
+            .0
+            .gate
+            .get(PUBLISH, key, MAX_MANIFEST_BYTES, decode)
+            .await?;
         Ok(found.flatten())
+    }
+
+    /// Whether there is a key, by which what others have put is believed.
+    pub fn authenticates(&self) -> bool {
+        self.key().is_some()
     }
 
     pub(super) fn gate(&self) -> &Gate {

@@ -16,6 +16,7 @@ use super::{
 };
 use crate::{
     digest::{BlobDigest, DiffId, ManifestDigest},
+    fair::Claimant,
     tier::{CacheKey, Put},
 };
 
@@ -113,7 +114,11 @@ impl ContentCache {
             true => Ok(value),
             false => Err(FormatError::Digest { what: "document" }),
         };
-        match self.gate().get(key, max_bytes, verify).await {
+        match self
+            .gate()
+            .get(Claimant::Publish, key, max_bytes, verify)
+            .await
+        {
             Ok(Some(document)) => {
                 debug!(%key, bytes = document.len(), "remote cache hit");
                 Answer::Has(document)

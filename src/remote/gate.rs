@@ -4,8 +4,14 @@
 //! *reach*, whether the remote answers at all, and *write*, whether it takes values (a full or
 //! read-only store still serves its readers).
 //!
-//! A request costs: the wait for one of [`PAYLOADS_IN_FLIGHT`] permits, then at most the engine's
-//! timeout. Who waited for a permit while the remote went down is turned away without a timeout.
+//! A request costs: the wait for one of [`PAYLOADS_IN_FLIGHT`] turns, which go round among mounts, then at
+//! most the engine's timeout. Who waited for a turn while the remote went down is turned away without a
+//! timeout.
+
+mod again;
+mod run;
+
+pub(super) use run::Run;
 
 use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
@@ -13,11 +19,11 @@ use std::{
 };
 
 use bytes::Bytes;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tracing::{debug, info, warn};
 
 use crate::{
     clock::Clock,
+    fair::{Claimant, Turn, Turns},
     metrics::{Metrics, Outcome},
     tier::{CacheKey, LayerCache, LeaseHolder, Put, TierError},
 };
@@ -25,12 +31,13 @@ use crate::{
 use super::{
     breaker::{Admission, BackOff, Breaker, Change},
     format::FormatError,
+    hedge::Hedging,
 };
 
 /// Requests that may hold a value in memory at the same time.
 ///
-/// redis-rs copies whole replies, so that a request for a chunk holds some 3 MiB; one that is put is held once. Measured with
-/// 1 MiB values: 8.5 MiB resident with one in flight, 14.7 MiB with four, at the same throughput.
+/// Each is held once, and once more while it is decompressed; in a cluster three times, because redis-rs copies whole replies.
+/// Measured with redis-rs and 1 MiB values: 8.5 MiB resident with one in flight, 14.7 MiB with four, at the same throughput.
 const PAYLOADS_IN_FLIGHT: usize = 2;
 
 /// How long nothing is written to a store that said it is full.
@@ -94,8 +101,16 @@ pub(super) struct Gate {
     clock: Arc<dyn Clock>,
     /// std Mutex: held for a decision, never across an await.
     health: Mutex<Health>,
-    payloads: Arc<Semaphore>,
+    payloads: Turns,
+    /// The right to ask again for a value that does not come: one at a time, because that may be one value
+    /// more in memory.
+    again: Turns,
+    /// std Mutex: held for a decision, never across an await.
+    hedging: Mutex<Hedging>,
 }
+
+/// What comes of a request for a value.
+type Got = Result<Option<Bytes>, TierError>;
 
 /// One admitted request; reports to the breakers how it ended, also when it is cancelled.
 struct Ticket<'a> {
@@ -124,7 +139,9 @@ impl Gate {
                 write: Breaker::new(back_off),
                 down_since: Duration::ZERO,
             }),
-            payloads: Arc::new(Semaphore::new(PAYLOADS_IN_FLIGHT)),
+            payloads: Turns::new(PAYLOADS_IN_FLIGHT),
+            again: Turns::new(1),
+            hedging: Mutex::new(Hedging::new()),
         }
     }
 
@@ -135,18 +152,39 @@ impl Gate {
     /// Fetches a value and returns what `verify` makes of it, on the blocking pool.
     pub(super) async fn get<T: Send + 'static>(
         &self,
+        who: Claimant,
         key: CacheKey,
         max_bytes: usize,
         verify: impl FnOnce(Bytes) -> Result<T, FormatError> + Send + 'static,
     ) -> Result<Option<T>, Refusal> {
-        let permit = self.permit().await;
+        let turn = self.payloads.take(who).await;
         let ticket = self.admit(Op::Get)?;
         let started = ticket.started;
-        let got = self.backend.get(key, max_bytes).await;
+        let asked = self.backend.get(key, max_bytes);
+        let got = match self.hedges(who, &ticket) {
+            None => asked.await,
+            Some(wait) => {
+                let got = self.hedged(asked, wait, who, key, max_bytes).await.0;
+                self.note(started, &got);
+                got
+            }
+        };
+        self.received(ticket, started, got, turn, verify).await
+    }
+
+    /// Takes what came of a request for a value.
+    async fn received<T: Send + 'static>(
+        &self,
+        ticket: Ticket<'_>,
+        started: Duration,
+        got: Got,
+        turn: Turn,
+        verify: impl FnOnce(Bytes) -> Result<T, FormatError> + Send + 'static,
+    ) -> Result<Option<T>, Refusal> {
         ticket.report(got.as_ref().err());
         let result = match got {
             Ok(None) => Ok(None),
-            Ok(Some(value)) => verified(value, permit, verify).await.map(Some),
+            Ok(Some(value)) => verified(value, turn, verify).await.map(Some),
             Err(error @ TierError::Corrupt { .. }) => Err(Refusal::Wrong(error.to_string())),
             Err(error) => Err(Refusal::Failed(error)),
         };
@@ -182,7 +220,8 @@ impl Gate {
     }
 
     pub(super) async fn put(&self, key: CacheKey, value: Bytes, put: Put) -> Result<(), Refusal> {
-        let _permit = self.permit().await;
+        // Whoever puts something has it already: nobody waits for it here.
+        let _turn = self.payloads.take(Claimant::Background).await;
         let ticket = self.admit(Op::Put)?;
         let started = ticket.started;
         let done = self.backend.put(key, value, put).await;
@@ -237,13 +276,6 @@ impl Gate {
         };
         self.count(op, started, outcome);
         done.map_err(Refusal::Failed)
-    }
-
-    async fn permit(&self) -> OwnedSemaphorePermit {
-        Arc::clone(&self.payloads)
-            .acquire_owned()
-            .await
-            .expect("the semaphore is never closed")
     }
 
     fn count(&self, op: Op, started: Duration, outcome: Outcome) {
@@ -358,12 +390,12 @@ impl Drop for Ticket<'_> {
 /// Runs `verify` on the blocking pool: to decompress and hash a chunk takes about 1 ms.
 async fn verified<T: Send + 'static>(
     value: Bytes,
-    permit: OwnedSemaphorePermit,
+    turn: Turn,
     verify: impl FnOnce(Bytes) -> Result<T, FormatError> + Send + 'static,
 ) -> Result<T, Refusal> {
     let work = tokio::task::spawn_blocking(move || {
         let result = verify(value);
-        drop(permit);
+        drop(turn);
         result
     });
     match work.await {

@@ -9,6 +9,7 @@
 //! - [`Uploader`] puts layers there in the background, a chunk at a time.
 //! - `gate` stands between both and the engine: it counts, bounds memory, and skips a remote that
 //!   is down (`breaker` decides).
+//!   What a reader waits for unusually long is asked for again (`hedge`).
 //! - [`DirCache`], [`RedisCache`] and [`S3Cache`] are the engines. They know keys and bytes, not layers.
 //!
 //! # Invariants
@@ -16,7 +17,8 @@
 //!   authenticated, or that the caller checks against the layer's `DiffId` (see [`Trust`]).
 //! - A reader is never failed by the remote: every fault is a miss, counted and logged.
 //! - The manifest is written last, so that its presence means that the layer was complete.
-//! - At most two values of a chunk's size are in memory for all readers and the uploader together.
+//! - At most two values of a chunk's size are in memory for all readers and the uploader together, and one
+//!   more while a read that stalls is asked for again.
 //!
 //! # Deliberately absent
 //! Eviction: the engine does it (Redis by `maxmemory-policy volatile-lfu` and the chunks' time to
@@ -26,18 +28,21 @@
 //! Keys and values are specified in `docs/REMOTE_FORMAT.md`.
 
 mod breaker;
+mod chunks;
 mod config;
 mod content;
 mod dir;
 mod documents;
 mod format;
 mod gate;
+mod hedge;
 mod lease;
 mod redis;
 mod s3;
 mod upload;
 
 pub use breaker::BackOff;
+pub use chunks::{ChunkRun, WantedChunk};
 pub use config::{RemoteConfig, RemoteConfigError, RemoteKind, open};
 pub use content::{ContentCache, ContentOptions};
 pub use dir::DirCache;

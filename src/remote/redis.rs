@@ -1,8 +1,8 @@
 //! Keeps values in Redis or Valkey, one server or a cluster: one multiplexed connection to each, made when first needed.
 //!
 //! Chunks expire; manifests and indices do not, so that `maxmemory-policy volatile-lfu` evicts
-//! chunks only. Values are put on a connection of their own (`values`), except in a cluster, where redis-rs alone knows whom
-//! to send them to. Commands used: `GETRANGE`, `STRLEN`, `EXISTS`, `SET`, `DEL`, for leases `EVAL` with
+//! chunks only. Values go over connections of their own (`lines`), except in a cluster, where redis-rs alone knows whom
+//! to ask. Commands used: `GETRANGE`, `STRLEN`, `EXISTS`, `SET`, `DEL`, for leases `EVAL` with
 //! `GET`, `SET`, `PTTL` and `DEL`, and what opens a connection (`HELLO`, `AUTH`, `SELECT`).
 //!
 //! # Cancellation
@@ -10,6 +10,7 @@
 //! has its reply thrown away there. After a timeout the connection is replaced, so that a server
 //! that hangs does not pile up requests.
 
+mod lines;
 mod servers;
 mod values;
 
@@ -18,18 +19,20 @@ use std::{
     time::Duration,
 };
 
-use ::redis::{Client, Cmd, ErrorKind, FromRedisValue, RedisError};
+use ::redis::{Cmd, ErrorKind, FromRedisValue, RedisError};
 use bytes::Bytes;
+use futures_util::{Stream, stream};
 use tokio::time::{Instant, timeout};
 
 use crate::{
     secret::Secret,
-    tier::{BoxFuture, CacheKey, LayerCache, LeaseHolder, Put, TierError},
+    tier::{self, BoxFuture, BoxStream, CacheKey, LayerCache, LeaseHolder, Put, TierError},
 };
 
 use super::{config::RemoteConfigError, gate::time_for};
+use lines::{Lines, Way};
 use servers::{Handle, Servers};
-use values::{Line, Refused};
+use values::Refused;
 
 /// A value that may be longer than this is measured before it is fetched: to give it the time that
 /// it needs, and no more time than that to one that is short.
@@ -72,8 +75,10 @@ pub struct RedisCache {
     /// tokio Mutex, held across the await: of many that need a connection, one makes it.
     /// Taken before `slot`.
     connecting: tokio::sync::Mutex<()>,
+    /// For values; a cluster has none, because redis-rs alone knows whom to ask.
+    lines: Option<Lines>,
     /// tokio Mutex, held across the await: of values, one at a time is put.
-    line: tokio::sync::Mutex<Option<Line>>,
+    putting: tokio::sync::Mutex<()>,
 }
 
 #[derive(Default)]
@@ -114,12 +119,18 @@ impl RedisCache {
         password: Option<&Secret<String>>,
         options: RedisOptions,
     ) -> Result<Self, RemoteConfigError> {
+        let servers = Servers::parse(url, password)?;
+        let lines = match &servers {
+            Servers::One(client) => Some(Lines::new(client.clone(), options)),
+            Servers::Cluster { .. } => None,
+        };
         Ok(Self {
-            servers: Servers::parse(url, password)?,
+            servers,
             options,
+            lines,
             slot: Mutex::default(),
             connecting: tokio::sync::Mutex::new(()),
-            line: tokio::sync::Mutex::new(None),
+            putting: tokio::sync::Mutex::new(()),
         })
     }
 
@@ -229,10 +240,7 @@ impl RedisCache {
     /// Converts an error that the server itself answered with.
     fn answered(&self, key: CacheKey, error: &RedisError) -> TierError {
         match error.code() {
-            Some("WRONGTYPE") => TierError::Corrupt {
-                key,
-                reason: "not a string".to_owned(),
-            },
+            Some("WRONGTYPE") => not_a_string(key),
             Some("OOM") => self.full(&error.to_string()),
             _ => TierError::Io {
                 reason: format!("{} answered: {error}", self.address()),
@@ -240,69 +248,58 @@ impl RedisCache {
         }
     }
 
-    /// Puts a value. A connection that turns out to be broken is replaced once, as in
-    /// [`request`](Self::request).
+    /// Puts a value, one at a time: in a cluster it is held three times meanwhile.
     async fn put_value(
         &self,
         key: CacheKey,
         words: &[&[u8]],
         bytes: usize,
     ) -> Result<(), TierError> {
-        let client = match &self.servers {
-            Servers::One(client) => client,
-            Servers::Cluster { .. } => {
-                let mut command = Cmd::with_capacity(words.len(), bytes);
-                for word in words {
-                    command.arg(*word);
-                }
-                // One at a time, as below: a value is held three times meanwhile.
-                let _line = self.line.lock().await;
-                return self.request(key, &command, bytes).await;
+        let _putting = self.putting.lock().await;
+        let Some(lines) = &self.lines else {
+            let mut command = Cmd::with_capacity(words.len(), bytes);
+            for word in words {
+                command.arg(*word);
             }
+            return self.request(key, &command, bytes).await;
         };
-        let after = time_for(self.options.request_timeout, bytes);
-        let mut slot = self.line.lock().await;
-        loop {
-            // Whatever ends this early leaves no line in the middle of a command.
-            let (mut line, fresh) = match slot.take() {
-                Some(line) => (line, false),
-                None => (self.new_line(client).await?, true),
-            };
-            match timeout(after, line.call(words)).await {
-                Ok(Ok(answer)) => {
-                    *slot = Some(line);
-                    return answer.map_err(|refused| self.refused(&refused));
-                }
-                Ok(Err(error)) if fresh => {
-                    let reason = format!("{}: {error}", self.address());
-                    return Err(TierError::Unavailable { reason });
-                }
-                Ok(Err(_)) => {}
-                Err(_) => return Err(TierError::Timeout { after }),
-            }
+        let answer = lines.put(words, bytes).await?;
+        answer.map_err(|refused| self.refused(key, &refused))
+    }
+
+    /// Fetches the first `max_bytes` of a value; nothing if there is none.
+    async fn start_of(
+        &self,
+        key: CacheKey,
+        max_bytes: usize,
+        way: Way,
+    ) -> Result<Vec<u8>, TierError> {
+        let name = key.to_string();
+        let Some(lines) = &self.lines else {
+            // The end is inclusive. No longer value ever crosses the network, whatever the server holds.
+            let last = max_bytes.saturating_sub(1);
+            let mut command = ::redis::cmd("GETRANGE");
+            command.arg(&name).arg(0).arg(last);
+            return self.request(key, &command, max_bytes).await;
+        };
+        let got = lines.values(vec![name], max_bytes, way).next().await;
+        let got = got.ok_or_else(|| self.unasked())??;
+        got.map_err(|refused| self.refused(key, &refused))
+    }
+
+    /// One name has one value.
+    fn unasked(&self) -> TierError {
+        TierError::Io {
+            reason: format!("{}: nothing was asked for", self.address()),
         }
     }
 
-    async fn new_line(&self, client: &Client) -> Result<Line, TierError> {
-        let after = self.options.connect_timeout;
-        let unavailable = |what: String| TierError::Unavailable {
-            reason: format!("{}: {what}", self.address()),
-        };
-        match timeout(after, Line::connect(client.get_connection_info())).await {
-            Ok(Ok(Ok(line))) => Ok(line),
-            Ok(Ok(Err(Refused(reason)))) => Err(unavailable(format!(
-                "{reason} (check the user and the password file)"
-            ))),
-            Ok(Err(error)) => Err(unavailable(error.to_string())),
-            Err(_) => Err(TierError::Timeout { after }),
-        }
-    }
-
-    /// Converts what the server answers to a value that it does not take.
-    fn refused(&self, Refused(reason): &Refused) -> TierError {
-        match reason.starts_with("OOM ") {
-            true => self.full(reason),
-            false => TierError::Io {
+    /// Converts what the server answers when it refuses, as [`answered`](Self::answered) does.
+    fn refused(&self, key: CacheKey, Refused(reason): &Refused) -> TierError {
+        match reason.split(' ').next() {
+            Some("WRONGTYPE") => not_a_string(key),
+            Some("OOM") => self.full(reason),
+            _ => TierError::Io {
                 reason: format!("{} answered: {reason}", self.address()),
             },
         }
@@ -317,7 +314,39 @@ impl RedisCache {
         }
     }
 
-    async fn get_value(&self, key: CacheKey, max_bytes: usize) -> Result<Option<Bytes>, TierError> {
+    /// Gives the values of `keys`, which are asked for on one connection before their turn.
+    fn pipelined<'a>(
+        &'a self,
+        lines: &'a Lines,
+        keys: Vec<CacheKey>,
+        max_bytes: usize,
+    ) -> impl Stream<Item = Result<Option<Bytes>, TierError>> + 'a {
+        let names = keys.iter().map(ToString::to_string).collect();
+        // As for one value.
+        let values = lines.values(names, max_bytes + 1, Way::Any);
+        stream::unfold(
+            (values, keys.into_iter()),
+            move |(mut values, mut keys)| async move {
+                let (key, got) = (keys.next()?, values.next().await?);
+                let value = match got.map(|it| it.map_err(|refused| self.refused(key, &refused))) {
+                    Ok(Ok(value)) if (1..=max_bytes).contains(&value.len()) => {
+                        Ok(Some(value.into()))
+                    }
+                    // What is not there, and what is empty or too long, is looked at more closely.
+                    Ok(Ok(_)) => self.get_value(key, max_bytes, Way::Any).await,
+                    Ok(Err(error)) | Err(error) => Err(error),
+                };
+                Some((value, (values, keys)))
+            },
+        )
+    }
+
+    async fn get_value(
+        &self,
+        key: CacheKey,
+        max_bytes: usize,
+        way: Way,
+    ) -> Result<Option<Bytes>, TierError> {
         let name = key.to_string();
         let too_long = || TierError::Corrupt {
             key,
@@ -333,11 +362,8 @@ impl RedisCache {
                     return Err(too_long());
                 }
             }
-            // One byte more than expected, to see whether there is one: the end is inclusive. No
-            // longer value ever crosses the network, whatever the server holds.
-            let mut command = ::redis::cmd("GETRANGE");
-            command.arg(&name).arg(0).arg(expected);
-            let value: Vec<u8> = self.request(key, &command, expected).await?;
+            // One byte more than expected, to see whether there is one.
+            let value = self.start_of(key, expected.saturating_add(1), way).await?;
             match value.len() {
                 // Redis does not tell an absent value from an empty one, but an empty one is a wrong
                 // one, which must be deleted before it can be put again.
@@ -367,7 +393,30 @@ impl LayerCache for RedisCache {
         key: CacheKey,
         max_bytes: usize,
     ) -> BoxFuture<'_, Result<Option<Bytes>, TierError>> {
-        Box::pin(self.get_value(key, max_bytes))
+        Box::pin(self.get_value(key, max_bytes, Way::Any))
+    }
+
+    fn get_each(
+        &self,
+        keys: Vec<CacheKey>,
+        max_bytes: usize,
+    ) -> BoxStream<'_, Result<Option<Bytes>, TierError>> {
+        match &self.lines {
+            Some(lines) if max_bytes <= MEASURED_BYTES => {
+                Box::pin(self.pipelined(lines, keys, max_bytes))
+            }
+            Some(_) | None => tier::one_by_one(self, keys, max_bytes),
+        }
+    }
+
+    fn get_again(
+        &self,
+        key: CacheKey,
+        max_bytes: usize,
+    ) -> Option<BoxFuture<'_, Result<Option<Bytes>, TierError>>> {
+        // To a server of a cluster, redis-rs has one connection.
+        self.lines.as_ref()?;
+        Some(Box::pin(self.get_value(key, max_bytes, Way::New)))
     }
 
     fn put(&self, key: CacheKey, value: Bytes, put: Put) -> BoxFuture<'_, Result<(), TierError>> {
@@ -425,6 +474,13 @@ impl LayerCache for RedisCache {
             let _: u64 = self.request(key, &command, 0).await?;
             Ok(())
         })
+    }
+}
+
+fn not_a_string(key: CacheKey) -> TierError {
+    TierError::Corrupt {
+        key,
+        reason: "not a string".to_owned(),
     }
 }
 

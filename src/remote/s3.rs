@@ -17,22 +17,28 @@
 mod http;
 mod lease;
 
-use std::{fmt, path::PathBuf, time::Duration};
+use std::{
+    fmt,
+    path::PathBuf,
+    pin::Pin,
+    task::{Context, Poll, ready},
+    time::Duration,
+};
 
 use bytes::Bytes;
-use futures_util::StreamExt;
+use futures_util::{Stream, StreamExt, stream};
 use object_store::{
-    BackoffConfig, Error, GetOptions, ObjectStore as _, ObjectStoreExt as _, PutMode, PutResult,
-    RetryConfig, UpdateVersion,
+    BackoffConfig, Error, GetOptions, GetResult, ObjectStore as _, ObjectStoreExt as _, PutMode,
+    PutResult, RetryConfig, UpdateVersion,
     aws::{AmazonS3, AmazonS3Builder, AmazonS3ConfigKey},
     path::Path,
 };
 use serde::Deserialize;
-use tokio::{sync::OnceCell, time::timeout};
+use tokio::{sync::OnceCell, task::JoinHandle, time::timeout};
 
 use crate::{
     secret::Secret,
-    tier::{BoxFuture, CacheKey, LayerCache, LeaseHolder, Put, TierError},
+    tier::{BoxFuture, BoxStream, CacheKey, GETS_AHEAD, LayerCache, LeaseHolder, Put, TierError},
     tls::{self, SystemAuthorities},
 };
 
@@ -223,13 +229,39 @@ impl S3Cache {
         key: CacheKey,
         max_bytes: usize,
     ) -> Result<Option<(Bytes, UpdateVersion)>, TierError> {
-        let path = self.path(key);
+        let found = self.open(key, max_bytes).await;
+        self.read(key, max_bytes, found).await
+    }
+
+    /// Sends the request for a value, and waits until its answer begins. Needs nobody who waits: it may be
+    /// a task of its own.
+    fn open(
+        &self,
+        key: CacheKey,
+        max_bytes: usize,
+    ) -> impl Future<Output = Result<object_store::Result<GetResult>, TierError>> + Send + 'static
+    {
+        let (store, path) = (self.store.clone(), self.path(key));
         let options = GetOptions {
             // Who wants no byte asks whether there is a value.
             head: max_bytes == 0,
             ..GetOptions::default()
         };
-        let found = match self.timed(0, self.store.get_opts(&path, options)).await? {
+        let after = time_for(self.options.request_timeout, 0);
+        async move {
+            let found = timeout(after, store.get_opts(&path, options)).await;
+            found.map_err(|_| TierError::Timeout { after })
+        }
+    }
+
+    /// Reads the value of an answer that has begun.
+    async fn read(
+        &self,
+        key: CacheKey,
+        max_bytes: usize,
+        found: Result<object_store::Result<GetResult>, TierError>,
+    ) -> Result<Option<(Bytes, UpdateVersion)>, TierError> {
+        let found = match found? {
             Ok(found) => found,
             Err(Error::NotFound { .. }) => return Ok(None),
             Err(error) => return Err(self.tier_error(&error)),
@@ -262,6 +294,26 @@ impl S3Cache {
         };
         self.timed(len, read).await??;
         Ok(Some((value.into(), version)))
+    }
+
+    /// Gives the values of `keys`, whose requests are sent before their turn; their bodies are read in
+    /// their turn, and wait in the kernel's buffers until then.
+    fn opened_ahead(
+        &self,
+        keys: Vec<CacheKey>,
+        max_bytes: usize,
+    ) -> impl Stream<Item = Result<Option<Bytes>, TierError>> + Send + '_ {
+        let opened = stream::iter(keys).map(move |key| {
+            // A task, because nobody looks at it while the ones before are read, and its time is bounded.
+            let opening = Opening(tokio::spawn(self.open(key, max_bytes)));
+            async move { (key, opening.await) }
+        });
+        opened
+            .buffered(GETS_AHEAD)
+            .then(move |(key, found)| async move {
+                let value = self.read(key, max_bytes, found).await?;
+                Ok(value.map(|(value, _)| value))
+            })
     }
 
     async fn put_value(&self, key: CacheKey, value: Bytes, put: Put) -> Result<(), TierError> {
@@ -341,6 +393,27 @@ fn is_clear(endpoint: Option<&str>, allow_http: bool) -> Result<bool, RemoteConf
     }
 }
 
+/// A request that was sent, and is given up with whoever wants its answer.
+struct Opening(JoinHandle<Result<object_store::Result<GetResult>, TierError>>);
+
+impl Drop for Opening {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+impl Future for Opening {
+    type Output = Result<object_store::Result<GetResult>, TierError>;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let ended = ready!(Pin::new(&mut self.0).poll(cx));
+        Poll::Ready(ended.unwrap_or_else(|error| {
+            let reason = format!("a request was cut off: {error}");
+            Err(TierError::Io { reason })
+        }))
+    }
+}
+
 impl LayerCache for S3Cache {
     fn engine(&self) -> &'static str {
         "s3"
@@ -352,6 +425,22 @@ impl LayerCache for S3Cache {
         max_bytes: usize,
     ) -> BoxFuture<'_, Result<Option<Bytes>, TierError>> {
         Box::pin(async move { Ok(self.fetch(key, max_bytes).await?.map(|(value, _)| value)) })
+    }
+
+    fn get_each(
+        &self,
+        keys: Vec<CacheKey>,
+        max_bytes: usize,
+    ) -> BoxStream<'_, Result<Option<Bytes>, TierError>> {
+        Box::pin(self.opened_ahead(keys, max_bytes))
+    }
+
+    fn get_again(
+        &self,
+        key: CacheKey,
+        max_bytes: usize,
+    ) -> Option<BoxFuture<'_, Result<Option<Bytes>, TierError>>> {
+        Some(self.get(key, max_bytes))
     }
 
     fn put(&self, key: CacheKey, value: Bytes, put: Put) -> BoxFuture<'_, Result<(), TierError>> {

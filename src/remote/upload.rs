@@ -129,7 +129,7 @@ pub enum Enqueued {
 pub struct UploadOptions {
     /// Layers that may wait.
     pub queue_layers: usize,
-    /// Attempts in a row without progress after which a layer is given up.
+    /// Attempts in a row without progress after which a layer is given up. That the remote is skipped is none.
     pub attempts: u32,
 }
 
@@ -138,11 +138,15 @@ impl Default for UploadOptions {
         Self {
             // A waiting layer is some hundred bytes; the largest images have 127 layers.
             queue_layers: 256,
-            // With the breaker's waits of 1, 2, 4 … 60 s this bridges an outage of about 5 min.
+            // With the breaker's waits between them, of a minute at most, this bridges some minutes: a server that
+            // another one replaces.
             attempts: 10,
         }
     }
 }
+
+/// How long a layer waits for a remote that is skipped: others may find it down again and again.
+const LONGEST_OUTAGE: Duration = Duration::from_secs(600);
 
 /// Uploads layers in the background, until it is drained or dropped.
 #[derive(Debug)]
@@ -287,15 +291,26 @@ async fn upload(cache: &ContentCache, job: &Job, options: UploadOptions) -> Uplo
             }
             Err(stop) => stop,
         };
-        let (wait, error) = match stop {
-            Stop::Later { wait, error } => (wait, error),
+        if sent_before < pass.sent_bytes() {
+            attempts.progressed();
+        }
+        let (wait, error, may_go_on) = match stop {
+            Stop::Later { wait, error } => (wait, error, attempts.failed()),
+            Stop::Skipped { wait } => {
+                let may_go_on = attempts.skipped(cache.clock().now());
+                (
+                    wait,
+                    "remote cache is skipped after failures".to_owned(),
+                    may_go_on,
+                )
+            }
             Stop::Never { error } => {
                 warn!(layer.diff_id = %layer, error, "layer is not uploaded to remote cache");
                 job.source().failed(&error);
                 return UploadOutcome::Failed;
             }
         };
-        if !attempts.again(pass.sent_bytes() > sent_before) {
+        if !may_go_on {
             warn!(
                 layer.diff_id = %layer,
                 attempts = attempts.total,
@@ -316,6 +331,8 @@ struct Attempts {
     allowed: u32,
     in_vain: u32,
     total: u32,
+    /// Since when the remote is skipped.
+    skipped_since: Option<Duration>,
 }
 
 impl Attempts {
@@ -327,17 +344,27 @@ impl Attempts {
             allowed,
             in_vain: 0,
             total: 0,
+            skipped_since: None,
         }
     }
 
+    /// Hears that something was put.
+    fn progressed(&mut self) {
+        self.in_vain = 0;
+        self.skipped_since = None;
+    }
+
     /// Counts an attempt that failed, and says whether there may be another.
-    fn again(&mut self, progressed: bool) -> bool {
+    fn failed(&mut self) -> bool {
         self.total = self.total.saturating_add(1);
-        self.in_vain = match progressed {
-            true => 0,
-            false => self.in_vain.saturating_add(1),
-        };
+        self.in_vain = self.in_vain.saturating_add(1);
         self.in_vain < self.allowed && self.total < self.allowed.saturating_mul(Self::TOTAL_FACTOR)
+    }
+
+    /// Hears that the remote is skipped, and says whether that may be waited for.
+    fn skipped(&mut self, now: Duration) -> bool {
+        let since = *self.skipped_since.get_or_insert(now);
+        now.saturating_sub(since) < LONGEST_OUTAGE
     }
 }
 
@@ -348,14 +375,36 @@ mod tests {
     #[test]
     fn attempts_are_bounded_with_and_without_progress() {
         let mut attempts = Attempts::new(3);
-        let seen: Vec<_> = (0..3).map(|_| attempts.again(false)).collect();
+        let seen: Vec<_> = (0..3).map(|_| attempts.failed()).collect();
         assert_eq!(seen, [true, true, false]);
         let mut attempts = Attempts::new(3);
-        let seen: Vec<_> = [false, false, true, false, false, false]
-            .map(|it| attempts.again(it))
-            .into();
-        assert_eq!(seen, [true, true, true, true, true, false]);
+        let seen = [false, false, true, false, false].map(|progressed| {
+            if progressed {
+                attempts.progressed();
+            }
+            attempts.failed()
+        });
+        assert_eq!(seen, [true, true, true, true, false]);
         let mut attempts = Attempts::new(3);
-        assert_eq!((0..1000).take_while(|_| attempts.again(true)).count(), 29);
+        let always = std::iter::repeat_with(|| {
+            attempts.progressed();
+            attempts.failed()
+        });
+        assert_eq!(always.take_while(|it| *it).take(1000).count(), 29);
+    }
+
+    #[test]
+    fn a_remote_that_is_skipped_is_waited_for_and_that_is_bounded_too() {
+        let at = Duration::from_secs;
+        let mut attempts = Attempts::new(2);
+        assert!(attempts.failed());
+        for seconds in 0..600 {
+            assert!(attempts.skipped(at(1000 + seconds)), "{seconds}");
+        }
+        assert!(!attempts.skipped(at(1600)));
+        attempts.progressed();
+        assert!(attempts.skipped(at(1600)));
+        assert!(attempts.failed());
+        assert!(!attempts.failed());
     }
 }

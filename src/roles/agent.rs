@@ -6,6 +6,7 @@
 use std::{
     collections::HashMap,
     fmt,
+    fs::File,
     os::fd::AsFd,
     sync::{
         Arc, Mutex, PoisonError, Weak,
@@ -22,6 +23,7 @@ use tracing::{debug, info, warn};
 use super::protocol::{AgentReply, AgentRequest, MountKey, ReadyImage};
 use crate::{
     digest::ManifestDigest,
+    fair::Claimant,
     ipc::{Channel, Listener},
     layer::{
         images::ImageUse,
@@ -29,7 +31,7 @@ use crate::{
     },
     mount::{ImageRequest, PrepareError, Progress},
     telemetry::error_chain,
-    tier::{BoxFuture, MakePresent as _, PresentError, lent::LentChunk},
+    tier::{BoxFuture, PresentError, lent::LentChunk},
 };
 
 /// How often who waits for an image hears how far it is.
@@ -41,12 +43,14 @@ const STACK_BYTES: usize = 256 << 10;
 /// How long to wait when no connection can be accepted: usually all file descriptors are in use.
 const ACCEPT_BACKOFF: Duration = Duration::from_millis(100);
 
-/// What keeps an image's layers in the cache, and its fetching ahead going: dropped, they may be
+/// What keeps an image's layers and index in the cache, and its fetching ahead going: dropped, they may be
 /// evicted, and it ends.
 #[derive(Debug, Default)]
 pub struct Held {
     /// The layers.
     pub layers: Vec<Arc<Layer>>,
+    /// The file of its index.
+    pub index: Option<File>,
     /// Says that the image is in use.
     pub image: Option<ImageUse>,
 }
@@ -235,6 +239,7 @@ impl Agent {
                 ticket,
                 layer,
                 chunks,
+                mount,
             } => {
                 let (channel, connections) = (Arc::clone(channel), Arc::clone(&self.connections));
                 let done = move |outcome: Result<(), PresentError>| {
@@ -244,9 +249,16 @@ impl Agent {
                     // If the server is gone, its successor asks again.
                     let _ = channel.send(&AgentReply::Present { ticket, outcome }, None);
                 };
-                self.store.make_present(layer, chunks, Box::new(done));
+                let done = Box::new(done);
+                self.store
+                    .make_present_for(claimant(mount), layer, chunks, done);
             }
-            AgentRequest::Lend { ticket, wanted } => {
+            AgentRequest::Read { layer, extents } => self.store.note_extents(layer, &extents),
+            AgentRequest::Lend {
+                ticket,
+                wanted,
+                mount,
+            } => {
                 let (channel, connections) = (Arc::clone(channel), Arc::clone(&self.connections));
                 let done = move |outcome: Result<LentChunk, PresentError>| {
                     if connections.is_stopping.load(Ordering::SeqCst) {
@@ -260,10 +272,16 @@ impl Agent {
                     // As above.
                     let _ = channel.send(&AgentReply::Lent { ticket, outcome }, fd);
                 };
-                self.store.lend(wanted, Box::new(done));
+                self.store.lend_to(claimant(mount), wanted, Box::new(done));
             }
         }
     }
+}
+
+/// Whose turn it takes; mounts of a server that does not tell them apart share one.
+fn claimant(mount: Option<MountKey>) -> Claimant {
+    let (major, minor) = mount.unwrap_or_default();
+    Claimant::Mount(u64::from(major) << 32 | u64::from(minor))
 }
 
 /// std Mutex: held for a map operation, never across an await.

@@ -11,7 +11,7 @@ use std::{
     os::fd::OwnedFd,
     path::PathBuf,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc, Mutex, MutexGuard, PoisonError, Weak,
         mpsc::{self, RecvTimeoutError},
     },
     thread,
@@ -24,6 +24,7 @@ use super::protocol::{AgentReply, AgentRequest, MountKey};
 use crate::{
     digest::{DiffId, ManifestDigest},
     ipc::Channel,
+    layer::reader::LayerReader,
     mount::ImageRequest,
     tier::{Chunk, LendCallback, MakePresent, PresentCallback, PresentError, lent::LentChunk},
 };
@@ -38,6 +39,14 @@ const RECONNECT: Duration = Duration::from_millis(20);
 /// How long a layer that the agent does not know yet is not asked for again.
 const UNKNOWN_RETRY: Duration = Duration::from_millis(100);
 
+/// How often the agent is told what was read from the disk: what was not for longest is evicted first.
+///
+/// Often enough for an order, and one small message for each layer that is read.
+const READS: Duration = Duration::from_secs(5);
+
+/// Ranges of extents in one such message, at most: it must not become too long for the socket.
+const MAX_RANGES: usize = 1000;
+
 /// Stack of the two threads.
 const STACK_BYTES: usize = 128 << 10;
 
@@ -46,6 +55,10 @@ const STACK_BYTES: usize = 128 << 10;
 pub(super) struct AgentLink {
     state: Mutex<State>,
     outbox: Mutex<mpsc::Sender<Outgoing>>,
+    /// The layers that are being served.
+    ///
+    /// std Mutex: held to look or to add.
+    layers: Mutex<Vec<Weak<LayerReader>>>,
 }
 
 #[derive(Debug, Default)]
@@ -60,7 +73,15 @@ struct State {
 #[derive(Debug)]
 struct Pending {
     since: Instant,
+    mount: MountKey,
     wanted: Wanted,
+}
+
+/// The agent, as the readers of one mount see it.
+#[derive(Debug)]
+struct OfMount {
+    link: Arc<AgentLink>,
+    mount: MountKey,
 }
 
 /// What is asked of the agent, and who is told.
@@ -84,16 +105,19 @@ impl Wanted {
         }
     }
 
-    fn request(&self, ticket: u64) -> AgentRequest {
+    fn request(&self, ticket: u64, mount: MountKey) -> AgentRequest {
+        let mount = Some(mount);
         match self {
             Self::Present { layer, chunks, .. } => AgentRequest::Present {
                 ticket,
                 layer: *layer,
                 chunks: chunks.clone(),
+                mount,
             },
             Self::Lent { chunk, .. } => AgentRequest::Lend {
                 ticket,
                 wanted: *chunk,
+                mount,
             },
         }
     }
@@ -109,7 +133,7 @@ impl Wanted {
 
 impl std::fmt::Debug for Wanted {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        self.request(0).fmt(f)
+        self.request(0, (0, 0)).fmt(f)
     }
 }
 
@@ -149,6 +173,7 @@ impl AgentLink {
         let link = Arc::new(Self {
             state: Mutex::default(),
             outbox: Mutex::new(outbox),
+            layers: Mutex::default(),
         });
         let named = |name: &str| {
             thread::Builder::new()
@@ -162,10 +187,48 @@ impl AgentLink {
         Ok(link)
     }
 
+    /// Gives the agent to the readers of one mount, whose turns are their own there.
+    pub(super) fn of_mount(self: &Arc<Self>, mount: MountKey) -> Arc<dyn MakePresent> {
+        let link = Arc::clone(self);
+        Arc::new(OfMount { link, mount })
+    }
+
     /// Has the agent be ready for the mount's layers, now and after each of its restarts.
     pub(super) fn adopt(&self, device: MountKey, manifest: ManifestDigest, request: ImageRequest) {
         self.state().mounts.insert(device, (manifest, request));
         self.tell(Outgoing::Adopt(device));
+    }
+
+    /// Has the agent told what is read of the layer from now on, for as long as it is open.
+    pub(super) fn watch(&self, layer: &Arc<LayerReader>) {
+        let layers = self.layers.lock();
+        let mut layers = layers.unwrap_or_else(PoisonError::into_inner);
+        layers.retain(|it| 0 < it.strong_count());
+        layers.push(Arc::downgrade(layer));
+    }
+
+    /// Tells the agent what was read since it was told last.
+    fn tell_reads(&self) {
+        let Some(channel) = self.state().channel.clone() else {
+            return;
+        };
+        let layers = self.layers.lock();
+        let layers: Vec<_> = {
+            let layers = layers.unwrap_or_else(PoisonError::into_inner);
+            layers.iter().filter_map(Weak::upgrade).collect()
+        };
+        for layer in layers {
+            for extents in layer.take_read().chunks(MAX_RANGES) {
+                let request = AgentRequest::Read {
+                    layer: layer.diff_id(),
+                    extents: extents.to_vec(),
+                };
+                if channel.send(&request, None).is_err() {
+                    // It is gone, or hangs, and so is what it should have known.
+                    return channel.close();
+                }
+            }
+        }
     }
 
     /// Tells the agent that the mount is gone.
@@ -245,6 +308,7 @@ impl AgentLink {
     fn send_for_ever(&self, outgoing: mpsc::Receiver<Outgoing>) {
         const TICK: Duration = Duration::from_secs(1);
         let mut later: Vec<(u64, Instant)> = Vec::new();
+        let mut reads_told = Instant::now();
         loop {
             let wait = if later.is_empty() {
                 TICK
@@ -267,6 +331,10 @@ impl AgentLink {
                 is_early
             });
             self.give_up(now);
+            if READS <= now.duration_since(reads_told) {
+                reads_told = now;
+                self.tell_reads();
+            }
         }
     }
 
@@ -291,7 +359,7 @@ impl AgentLink {
                 Outgoing::Release(device) => Some(AgentRequest::Release { device: *device }),
                 Outgoing::Present(ticket) | Outgoing::PresentLater(ticket, _) => {
                     let pending = state.pending.get(ticket);
-                    pending.map(|it| it.wanted.request(*ticket))
+                    pending.map(|it| it.wanted.request(*ticket, it.mount))
                 }
             };
             (channel, request)
@@ -318,7 +386,7 @@ impl AgentLink {
             .filter_map(|it| state.pending.remove(it))
             .collect();
         drop(state);
-        for Pending { since, wanted } in late {
+        for Pending { since, wanted, .. } in late {
             let err = PresentError::Timeout {
                 layer: wanted.layer(),
                 waited: now.duration_since(since),
@@ -327,12 +395,17 @@ impl AgentLink {
         }
     }
 
-    fn ask(&self, wanted: Wanted) {
+    fn ask(&self, mount: MountKey, wanted: Wanted) {
         let mut state = self.state();
         state.last_ticket += 1;
         let ticket = state.last_ticket;
         let since = Instant::now();
-        state.pending.insert(ticket, Pending { since, wanted });
+        let pending = Pending {
+            since,
+            mount,
+            wanted,
+        };
+        state.pending.insert(ticket, pending);
         drop(state);
         self.tell(Outgoing::Present(ticket));
     }
@@ -349,20 +422,22 @@ impl AgentLink {
     }
 }
 
-impl MakePresent for AgentLink {
+impl MakePresent for OfMount {
     fn make_present(&self, layer: DiffId, chunks: Range<u32>, done: PresentCallback) {
-        self.ask(Wanted::Present {
+        let wanted = Wanted::Present {
             layer,
             chunks,
             done,
-        });
+        };
+        self.link.ask(self.mount, wanted);
     }
 
     fn lend(&self, wanted: Chunk, done: LendCallback) {
-        self.ask(Wanted::Lent {
+        let wanted = Wanted::Lent {
             chunk: wanted,
             done,
-        });
+        };
+        self.link.ask(self.mount, wanted);
     }
 }
 
@@ -400,7 +475,7 @@ mod tests {
         let (sender, outcome) = mpsc::channel();
         let done = Box::new(move |it: Result<(), PresentError>| sender.send(it.is_ok()).unwrap());
         // Nobody listens yet.
-        link.make_present(layer, 2..4, done);
+        link.of_mount((0, 7)).make_present(layer, 2..4, done);
         let unknown = |ticket| AgentReply::Present {
             ticket,
             outcome: Err(PresentError::Unknown { layer }),
@@ -415,10 +490,16 @@ mod tests {
                 matches!(&adopted, AgentRequest::Adopt { device: (0, 7), manifest: it, .. } if *it == manifest),
                 "{adopted:?}"
             );
-            let AgentRequest::Present { ticket, chunks, .. } = received(&agent) else {
+            let AgentRequest::Present {
+                ticket,
+                chunks,
+                mount,
+                ..
+            } = received(&agent)
+            else {
                 panic!("chunks are asked for");
             };
-            assert_eq!(chunks, 2..4);
+            assert_eq!((chunks, mount), (2..4, Some((0, 7))));
             if !is_last {
                 continue;
             }
@@ -473,11 +554,17 @@ mod tests {
             (None, Err(full), "cache disk /c is full"),
         ] {
             let (sender, lent) = mpsc::channel();
-            link.lend(chunk, Box::new(move |it| sender.send(it).unwrap()));
-            let AgentRequest::Lend { ticket, wanted } = received(&agent) else {
+            let of_mount = link.of_mount((0, 8));
+            of_mount.lend(chunk, Box::new(move |it| sender.send(it).unwrap()));
+            let AgentRequest::Lend {
+                ticket,
+                wanted,
+                mount,
+            } = received(&agent)
+            else {
                 panic!("a chunk is asked for");
             };
-            assert_eq!(wanted, chunk);
+            assert_eq!((wanted, mount), (chunk, Some((0, 8))));
             let fd: Option<OwnedFd> = fd;
             let reply = AgentReply::Lent { ticket, outcome };
             agent.send(&reply, fd.as_ref().map(AsFd::as_fd)).unwrap();

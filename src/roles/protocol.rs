@@ -3,7 +3,7 @@
 //! | who asks | whom | what |
 //! |---|---|---|
 //! | node | agent | [`AgentRequest::Prepare`] |
-//! | server | agent | [`AgentRequest::Adopt`], [`AgentRequest::Release`], [`AgentRequest::Present`], [`AgentRequest::Lend`] |
+//! | server | agent | [`AgentRequest::Adopt`], [`AgentRequest::Release`], [`AgentRequest::Present`], [`AgentRequest::Lend`], [`AgentRequest::Read`] |
 //! | node | server | [`ServeRequest::Serve`], [`ServeRequest::Renew`], [`ServeRequest::List`] |
 //! | server | its predecessor | [`ServeRequest::HandOver`], [`ServeRequest::Quit`] |
 //! | agent | both others | `Status` |
@@ -73,6 +73,16 @@ pub enum AgentRequest {
         layer: DiffId,
         /// Its chunks.
         chunks: Range<u32>,
+        /// Whose readers want them. A server of an earlier release does not say.
+        #[serde(default)]
+        mount: Option<MountKey>,
+    },
+    /// These extents of a layer were read from the disk lately. Not answered.
+    Read {
+        /// The layer.
+        layer: DiffId,
+        /// Its extents.
+        extents: Vec<Range<u32>>,
     },
     /// Give the bytes of a chunk past the disk. Answered by [`AgentReply::Lent`].
     Lend {
@@ -80,6 +90,9 @@ pub enum AgentRequest {
         ticket: u64,
         /// The chunk.
         wanted: Chunk,
+        /// As for chunks that are to be present.
+        #[serde(default)]
+        mount: Option<MountKey>,
     },
 }
 

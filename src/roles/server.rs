@@ -41,7 +41,6 @@ use crate::{
     metrics::Metrics,
     mount::ImageRequest,
     sys::MappedFile,
-    tier::MakePresent,
 };
 
 /// Exit code of a server whose mounts a successor serves.
@@ -304,10 +303,9 @@ impl Server {
             // The reaper lives as long as the process.
             let _ = ended.send(device);
         });
-        let provider: Arc<dyn MakePresent> = Arc::clone(&self.agent) as _;
         let started = session::serve(
             Arc::new(fs),
-            provider,
+            self.agent.of_mount(device),
             Arc::clone(&self.pool),
             copy,
             mount.offer,
@@ -364,7 +362,9 @@ impl Server {
                     }
                 }
             };
-            layers.push(Arc::new(reader));
+            let reader = Arc::new(reader);
+            self.agent.watch(&reader);
+            layers.push(reader);
         }
         let fs = ClipFs::new(index, layers, self.metrics.clone()).map_err(io::Error::other)?;
         Ok((fs, pin))

@@ -7,7 +7,7 @@ use futures_util::StreamExt as _;
 use crate::{
     digest::{BlobDigest, DiffId},
     mount::Progress,
-    tier::{BlobSource, BlobStream, BoxFuture, PushedIndex, SourceError},
+    tier::{BlobSource, BlobStream, BoxFuture, KeepPushed, SourceError},
 };
 
 /// A source whose bytes are added to a [`Progress`] as they come.
@@ -40,11 +40,16 @@ impl BlobSource for Counted {
         self.source.distrust(blob)
     }
 
+    fn pins_index(&self) -> bool {
+        self.source.pins_index()
+    }
+
     fn layer_index<'a>(
         &'a self,
         layer: &'a DiffId,
-    ) -> BoxFuture<'a, Result<Option<PushedIndex>, SourceError>> {
-        self.source.layer_index(layer)
+        keep: &'a mut dyn KeepPushed,
+    ) -> BoxFuture<'a, Result<bool, SourceError>> {
+        self.source.layer_index(layer, keep)
     }
 }
 

@@ -22,13 +22,14 @@ use crate::{
     cli::ImageArgs,
     config::Config,
     disk,
+    fair::Claimant,
     index::image::{FileType, ImageIndex, Ino, Node},
     indexer::rebuild,
     layer::store::Layer,
     metrics::Metrics,
     registry::LayerPush,
     sys::MappedFile,
-    tier::{LayerDesc, MakePresent as _},
+    tier::LayerDesc,
 };
 
 /// Builds an image's index and prints what it found.
@@ -40,7 +41,8 @@ pub(super) async fn build(
     // What is built here is built from the layers.
     config.registry.use_pushed_indexes = false;
     let wanted = Wanted::from_args(&args, &mut config)?;
-    let engine = Engine::start(&config, Metrics::new())?;
+    let mut engine = Engine::start(&config, Metrics::new())?;
+    engine.indexer.use_no_toc();
     let (resolved, opened) = engine.open(&wanted).await?;
     if let Some(path) = output {
         disk::publish(&path, opened.index.source())
@@ -68,7 +70,8 @@ pub(super) async fn build(
 pub(super) async fn push(args: ImageArgs, mut config: Config) -> anyhow::Result<ExitCode> {
     config.registry.use_pushed_indexes = false;
     let wanted = Wanted::from_args(&args, &mut config)?;
-    let engine = Engine::start(&config, Metrics::new())?;
+    let mut engine = Engine::start(&config, Metrics::new())?;
+    engine.indexer.use_no_toc();
     push_with(&engine, &wanted, &config).await?;
     engine
         .stop(Duration::from_secs(config.node.drain_seconds))
@@ -127,13 +130,17 @@ async fn layer_push(
     desc: &LayerDesc,
 ) -> anyhow::Result<LayerPush> {
     let (diff_id, n_chunks) = (desc.diff_id, layer.file().n_chunks());
+    let kept = layer.file().keep_whole();
+    let _kept = kept.with_context(|| format!("keeping layer {diff_id} in the cache"))?;
     if 0 < n_chunks {
         let (sender, outcome) = oneshot::channel();
         let done = Box::new(move |outcome| {
             // The receiver is in this function.
             let _ = sender.send(outcome);
         });
-        engine.store.make_present(diff_id, 0..n_chunks, done);
+        engine
+            .store
+            .make_present_for(Claimant::Publish, diff_id, 0..n_chunks, done);
         outcome.await.context("the layer store has stopped")??;
     }
     let file = Arc::clone(layer.file());

@@ -1,6 +1,14 @@
 //! Mounts images in this process: registry, cache, index and FUSE behind one seam.
 
-use std::{any::Any, io, path::Path, sync::Arc};
+use std::{
+    any::Any,
+    io,
+    path::Path,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+};
 
 use super::{
     engine::Engine,
@@ -15,13 +23,13 @@ use crate::{
         session::{self, FuseMount, MountOptions},
     },
     indexer::OpenImage,
-    layer::{images::ImageUse, store::LayerStore},
+    layer::images::ImageUse,
     mount::{
         ImageMounter, ImageRequest, PrepareError, PreparedImage, Progress, SOURCE_NAME,
         SourceMount, Survivor,
     },
     sys::MappedFile,
-    tier::{BoxFuture, MakePresent},
+    tier::BoxFuture,
 };
 
 /// Opens images with an [`Engine`] and serves them from this process.
@@ -30,6 +38,7 @@ pub(super) struct InProcess {
     opener: Opener,
     pool: Arc<ReadPool>,
     fuse: FuseConfig,
+    n_served: AtomicU64,
 }
 
 impl InProcess {
@@ -43,6 +52,7 @@ impl InProcess {
             opener: Opener::new(engine),
             pool,
             fuse,
+            n_served: AtomicU64::new(0),
         })
     }
 
@@ -68,8 +78,8 @@ impl InProcess {
             n_threads: self.fuse.threads_per_mount,
             read_ahead_kib: self.fuse.read_ahead_kib,
         };
-        let store: LayerStore = self.engine().store.clone();
-        let provider: Arc<dyn MakePresent> = Arc::new(store);
+        let number = self.n_served.fetch_add(1, Ordering::Relaxed);
+        let provider = self.engine().store.of_mount(number);
         session::mount(
             Arc::clone(image),
             provider,

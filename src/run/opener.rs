@@ -10,7 +10,6 @@ use crate::{
     digest::ManifestDigest,
     index::image::ImageIndex,
     indexer::{IndexerError, OpenImage},
-    layer::store::Layer,
     mount::{ImageRequest, PrepareError, Progress, PullCredentials, PullPolicy, Usage},
     registry::{
         Credentials, DockerConfig, ImageRef, Platform, RegistryClient, Requester,
@@ -74,7 +73,9 @@ impl Opener {
         sys::drop_code();
         let paths = self.engine.store.paths();
         let missing = resolved.layers.iter();
-        let missing = missing.filter(|it| !paths.layer(it.diff_id).exists());
+        let is_here = |it: &LayerDesc| paths.layer(it.diff_id).exists();
+        let missing =
+            missing.filter(|it| !is_here(it) && !it.by_toc().is_some_and(|it| is_here(&it)));
         let missing: Vec<_> = missing.map(|it| it.blob_bytes).collect();
         progress.set_total(missing.iter().sum());
         progress.set_phase(format!(
@@ -167,25 +168,23 @@ impl Opener {
                 diff_id: layer.diff_id,
                 blob: layer.blob,
                 blob_bytes: layer.blob_bytes,
+                toc: None,
             };
             layers.push(self.engine.store.layer(&desc, Arc::clone(&source)).await?);
         }
-        Ok(OpenImage { index, layers })
+        Ok(OpenImage { index, layers, pin })
     }
 
-    /// Keeps the layers of an image, and has fetched ahead what the request wants of it.
-    fn hold(
-        &self,
-        manifest: ManifestDigest,
-        request: &ImageRequest,
-        layers: Vec<Arc<Layer>>,
-    ) -> Held {
+    /// Keeps the layers and the index of an image, and has fetched ahead what the request wants of it.
+    fn hold(&self, manifest: ManifestDigest, request: &ImageRequest, opened: OpenImage) -> Held {
+        let OpenImage { layers, pin, .. } = opened;
         let image = self
             .engine
             .store
             .use_image(manifest, &layers, request.prefetch);
         Held {
             layers,
+            index: Some(pin),
             image: Some(image),
         }
     }
@@ -268,7 +267,7 @@ impl Images for Opener {
             let (manifest, opened) = self.open(request, progress).await?;
             let usage = usage_of(&opened);
             let ready = ReadyImage { manifest, usage };
-            Ok((ready, self.hold(manifest, request, opened.layers)))
+            Ok((ready, self.hold(manifest, request, opened)))
         })
     }
 
@@ -279,7 +278,7 @@ impl Images for Opener {
     ) -> BoxFuture<'a, Result<Held, PrepareError>> {
         Box::pin(async move {
             let opened = self.open_known(manifest, request).await?;
-            Ok(self.hold(manifest, request, opened.layers))
+            Ok(self.hold(manifest, request, opened))
         })
     }
 }

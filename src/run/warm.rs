@@ -48,7 +48,10 @@ pub(super) async fn run(args: WarmArgs, mut config: Config) -> anyhow::Result<Ex
     *lease_wait = LEASE_WAIT_SECONDS.max(*lease_wait);
     // What is pushed is made of the layers.
     config.registry.use_pushed_indexes &= !args.push_index;
-    let engine = Engine::start(&config, Metrics::new())?;
+    let mut engine = Engine::start(&config, Metrics::new())?;
+    if args.push_index {
+        engine.indexer.use_no_toc();
+    }
     let progress = Arc::new(WarmProgress::default());
     let warming = async {
         match args.local {

@@ -6,9 +6,11 @@ use std::{
         Arc,
         atomic::{AtomicU64, Ordering},
     },
+    time::{Duration, Instant},
 };
 
 use futures_util::{StreamExt as _, TryStreamExt as _, stream};
+use tokio::time::sleep;
 use tracing::{info, warn};
 
 use super::{Pace, Phase, WarmError, WarmProgress, WarmWhat, Warmer, source::Measured};
@@ -36,6 +38,13 @@ const ATTEMPTS: u32 = 2;
 
 /// Chunks of a layer that are missing, from which on it is streamed as a whole.
 const STREAM_FROM: usize = 8;
+
+/// How long the remote may be away until who waits for an upload to it is told: a server that starts anew is
+/// back by then. The upload itself is tried for longer, in the background.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// How often somebody who waits for an upload looks whether the remote answers.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
 
 /// What becomes of a layer on the local disk once the remote has it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -131,6 +140,8 @@ impl Warmer<'_> {
         } = request;
         let resolved = self.registry.resolve_documents(image, platform, requester);
         let (mut resolved, documents) = resolved.await.map_err(WarmError::Registry)?;
+        // What is put must be whole, and is compared with its DiffId on the way.
+        (resolved.layers.iter_mut()).for_each(|it| it.toc = None);
         // A profile names layers by their place in the image, which may have one twice.
         let places = distinct(&mut resolved.layers);
         let blobs = self.registry.blobs(image, requester);
@@ -223,6 +234,8 @@ impl Seeding<'_> {
         let store = self.warmer.store;
         // From the registry, unless a process before this one came so far, or another node has.
         let layer = self.layer(desc).await?;
+        // Without this, what is evicted meanwhile is missed below.
+        let kept = layer.file().keep_whole().ok();
         if !layer.file().is_complete() && self.asked(&desc.diff_id).await?.is_none() {
             let streamed = store.stream_all(&layer).await;
             streamed.map_err(|err| self.failed(desc, err))?;
@@ -230,7 +243,7 @@ impl Seeding<'_> {
         if layer.file().is_complete() {
             self.upload(&layer, desc, &Repair::default()).await?;
         }
-        drop(layer);
+        drop((kept, layer));
         self.let_go(desc).await;
         Ok(())
     }
@@ -353,7 +366,11 @@ impl Seeding<'_> {
         desc: &LayerDesc,
         repair: &Repair,
     ) -> Result<(), WarmError> {
-        match self.warmer.store.upload(layer, desc, repair).await {
+        let end = tokio::select! {
+            end = self.warmer.store.upload(layer, desc, repair) => end,
+            reason = self.is_away(&desc.diff_id) => return Err(self.down(reason)),
+        };
+        match end {
             UploadEnd::There { sent_bytes } => {
                 self.sent_bytes.fetch_add(sent_bytes, Ordering::Relaxed);
                 Ok(())
@@ -367,6 +384,23 @@ impl Seeding<'_> {
                     layer: desc.diff_id,
                     reason,
                 })
+            }
+        }
+    }
+
+    /// Waits until the remote has not answered for [`PATIENCE`], and says why.
+    async fn is_away(&self, layer: &DiffId) -> String {
+        let mut since = None;
+        loop {
+            sleep(LOOK_EVERY).await;
+            // Whichever chunk: that there is an answer is the answer.
+            match self.cache.has_chunk(layer, 0).await {
+                Answer::Has(()) | Answer::Lacks => since = None,
+                Answer::Down { reason } => {
+                    if since.get_or_insert_with(Instant::now).elapsed() >= PATIENCE {
+                        return reason;
+                    }
+                }
             }
         }
     }
@@ -427,6 +461,7 @@ mod tests {
             diff_id: DiffId::of(name.as_bytes()),
             blob: BlobDigest::of(name.as_bytes()),
             blob_bytes: 1,
+            toc: None,
         };
         let mut layers: Vec<_> = ["a", "empty", "b", "empty", "c"].map(layer).into();
         assert_eq!(distinct(&mut layers), [0, 1, 2, 1, 3]);

@@ -12,8 +12,8 @@ use std::{
 
 use clip_csi::{
     codec::{
-        CodecError, Compression, Decoder,
-        access_map::{AccessMap, AccessMapWriter, Subject},
+        CodecError, Compression, Decoder, Subject,
+        access_map::{AccessMap, AccessMapWriter},
         checkpoint::Checkpoint,
     },
     digest::{BlobDigest, DiffId},

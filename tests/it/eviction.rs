@@ -121,8 +121,9 @@ async fn a_layer_that_another_process_has_open_stays() {
 #[tokio::test]
 async fn a_layer_that_does_not_fit_is_refused_and_fits_when_another_is_closed() {
     let (dir, metrics) = (tempfile::tempdir().unwrap(), Metrics::new());
-    let layers: [Fixture; 3] = fixtures();
-    let store = open_bounded(dir.path(), TWO_LAYERS, &metrics);
+    // They cannot be entered in their middle: what is taken of them would not be had again by parts.
+    let layers = [1, 2, 3].map(|it| Fixture::in_one_block(it, 8_000_000));
+    let store = open_bounded(dir.path(), 21_000_000, &metrics);
     let first = layer(&store, &layers[0]).await.unwrap();
     let second = layer(&store, &layers[1]).await.unwrap();
     let source = layers[2].source();
@@ -130,7 +131,7 @@ async fn a_layer_that_does_not_fit_is_refused_and_fits_when_another_is_closed() 
     let error = refused.unwrap_err();
     let expected = format!(
         "layer {} does not fit into the cache {}: what is in use leaves too little of \
-         cache.max_bytes = 8000000; raise it, or unmount images of this node",
+         cache.max_bytes = 21000000; raise it, or unmount images of this node",
         layers[2].desc.diff_id,
         dir.path().display()
     );
@@ -317,6 +318,37 @@ async fn a_layer_that_waits_for_its_upload_stays() {
     assert!(matches!(error, PresentError::CacheFull { .. }), "{error}");
     assert_eq!(kept(&cache, &layers), [0, 1]);
     store.shutdown(Duration::ZERO).await;
+}
+
+#[tokio::test]
+async fn the_index_of_an_image_that_is_open_stays() {
+    let (dir, metrics) = (tempfile::tempdir().unwrap(), Metrics::new());
+    let fixture = Fixture::in_one_block(300, 10_000_000);
+    // Above the high watermark, and nothing to be evicted but the index.
+    let store = open_bounded(dir.path(), 10_500_000, &metrics);
+    let indexer = Indexer::new(store.clone(), metrics, 1000);
+    let image = ResolvedImage {
+        manifest: ManifestDigest::of(b"an image"),
+        layers: vec![fixture.desc.clone()],
+    };
+    let source: Arc<dyn BlobSource> = fixture.source();
+    let path = store.paths().image(image.manifest);
+    // Made, and then found.
+    for _ in 0..2 {
+        let opened = indexer.open(&image, &source).await.unwrap();
+        store.sweep_soon();
+        store.settle().await;
+        assert!(
+            path.exists(),
+            "whoever is to serve the image does not find it"
+        );
+        assert!(opened.layers[0].file().is_complete());
+    }
+    let layer = store.layer(&fixture.desc, fixture.source()).await.unwrap();
+    store.sweep_soon();
+    store.settle().await;
+    assert!(!path.exists(), "it takes room");
+    drop(layer);
 }
 
 #[tokio::test]

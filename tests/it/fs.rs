@@ -8,7 +8,7 @@ use std::{
     ops::Range,
     sync::{
         Arc, Mutex,
-        atomic::{AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
 };
 
@@ -36,6 +36,9 @@ struct Fake {
     absent: Mutex<BTreeSet<u32>>,
     /// Chunk that is taken away by the next read: an eviction in its middle.
     evict_in_read: Mutex<Option<u32>>,
+    /// Whether it is filled again before the read is over, and how often that was.
+    refills_in_read: AtomicBool,
+    n_evictions: AtomicU64,
     /// Whether the page cache has nothing.
     cold: bool,
     n_reads: AtomicUsize,
@@ -54,10 +57,17 @@ impl LayerData for Fake {
         self.absent.lock().unwrap().range(chunks).next().is_none()
     }
 
+    fn n_evictions(&self, _chunks: Range<u32>) -> u64 {
+        self.n_evictions.load(Ordering::Relaxed)
+    }
+
     fn read_at(&self, buf: &mut [u8], offset: u64, wait: Wait) -> io::Result<bool> {
         self.n_reads.fetch_add(1, Ordering::Relaxed);
         if let Some(chunk) = self.evict_in_read.lock().unwrap().take() {
-            self.absent.lock().unwrap().insert(chunk);
+            self.n_evictions.fetch_add(1, Ordering::Relaxed);
+            if !self.refills_in_read.load(Ordering::Relaxed) {
+                self.absent.lock().unwrap().insert(chunk);
+            }
         }
         let start = usize::try_from(offset).unwrap();
         let found = self.bytes.get(start..start + buf.len());
@@ -79,6 +89,8 @@ fn fake(bytes: Vec<u8>) -> Fake {
         bytes,
         absent: Mutex::default(),
         evict_in_read: Mutex::default(),
+        refills_in_read: AtomicBool::new(false),
+        n_evictions: AtomicU64::new(0),
         cold: false,
         n_reads: AtomicUsize::new(0),
     }
@@ -365,6 +377,13 @@ fn an_eviction_during_the_read_is_noticed() {
     *layer.evict_in_read.lock().unwrap() = Some(0);
     let outcome = fs.read(ino, 0, 100, &mut buf, Wait::ForDisk).unwrap();
     assert_eq!(outcome, ReadOutcome::Missing(vec![(layer.diff_id, 0..1)]));
+    // Also if all is there again when the read is over.
+    layer.absent.lock().unwrap().clear();
+    layer.refills_in_read.store(true, Ordering::Relaxed);
+    *layer.evict_in_read.lock().unwrap() = Some(0);
+    let mut read = || fs.read(ino, 0, 100, &mut buf, Wait::ForDisk).unwrap();
+    assert_eq!(read(), ReadOutcome::Evicted(layer.diff_id));
+    assert_eq!(read(), ReadOutcome::Ready);
 }
 
 #[test]

@@ -9,6 +9,7 @@ use std::{
 use clip_csi::{
     chunk::{self, CHUNK_BYTES},
     digest::ManifestDigest,
+    fair::Claimant,
     ipc::{Channel, Listener},
     layer::{
         CacheConfig,
@@ -20,7 +21,7 @@ use clip_csi::{
         agent::{Agent, Held, Images},
         protocol::{AgentReply, AgentRequest, ReadyImage},
     },
-    tier::{BoxFuture, Chunk, MakePresent, PresentError, lent::LentChunk},
+    tier::{BoxFuture, Chunk, PresentError, lent::LentChunk},
 };
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use tokio::runtime::Handle;
@@ -140,7 +141,7 @@ impl Full {
     async fn lend(&self, wanted: Chunk) -> Result<LentChunk, PresentError> {
         let (sender, receiver) = tokio::sync::oneshot::channel();
         let done = Box::new(|outcome| drop(sender.send(outcome)));
-        self.store.lend(wanted, done);
+        self.store.lend_to(Claimant::Mount(0), wanted, done);
         receiver.await.unwrap()
     }
 
@@ -391,6 +392,7 @@ async fn the_agent_sends_what_it_lends() {
         ticket,
         layer,
         chunks,
+        mount: None,
     };
     let (reply, fd) = answer(asked).await.unwrap();
     let AgentReply::Present { outcome, .. } = reply else {
@@ -398,7 +400,13 @@ async fn the_agent_sends_what_it_lends() {
     };
     assert!(outcome.unwrap_err().is_of_disk() && fd.is_none());
     let wanted = it.wanted(2);
-    let (reply, fd) = answer(AgentRequest::Lend { ticket, wanted }).await.unwrap();
+    let (reply, fd) = answer(AgentRequest::Lend {
+        ticket,
+        wanted,
+        mount: None,
+    })
+    .await
+    .unwrap();
     assert!(
         matches!(
             &reply,
@@ -412,7 +420,13 @@ async fn the_agent_sends_what_it_lends() {
     let lent = LentChunk::accept(layer, 2, wanted.bytes, fd.unwrap()).unwrap();
     it.compare(2, &lent);
     let wanted = Chunk { bytes: 7, ..wanted };
-    let (reply, fd) = answer(AgentRequest::Lend { ticket, wanted }).await.unwrap();
+    let (reply, fd) = answer(AgentRequest::Lend {
+        ticket,
+        wanted,
+        mount: None,
+    })
+    .await
+    .unwrap();
     assert!(
         matches!(
             &reply,

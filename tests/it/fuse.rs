@@ -82,23 +82,39 @@ fn a_failed_fetch_is_eio_once_and_not_for_ever() {
 }
 
 #[test]
-fn chunks_that_vanish_again_are_given_up() {
+fn chunks_that_vanish_again_and_again_are_lent() {
     let (layer, content) = big_file(1);
-    let Some(mounted) = mount_image("chunks_that_vanish_again_are_given_up", vec![layer]) else {
+    let Some(mounted) = mount_image("chunks_that_vanish_again_and_again_are_lent", vec![layer])
+    else {
         return;
     };
-    mounted.layers[0].set_mode(Mode::Vanish);
+    let layer = &mounted.layers[0];
+    layer.set_mode(Mode::Vanish);
     let direct = File::options()
         .read(true)
         .custom_flags(libc::O_DIRECT)
         .open(mounted.path("big"))
         .unwrap();
     let mut buf = [0; 4096];
-    assert_eq!(errno(direct.read_at(&mut buf, 0)), Some(libc::EIO));
-    assert_eq!(*mounted.layers[0].n_requests.lock().unwrap(), 3);
-    mounted.layers[0].set_mode(Mode::Fill);
     assert_eq!(direct.read_at(&mut buf, 0).unwrap(), 4096);
     assert_eq!(buf, content[..4096]);
+    assert_eq!(*layer.n_requests.lock().unwrap(), 3);
+    assert_eq!(layer.lendings.lock().unwrap().n, 1);
+}
+
+#[test]
+fn what_is_evicted_and_filled_in_the_middle_of_each_read_is_lent() {
+    let (layer, content) = big_file(1);
+    let name = "what_is_evicted_and_filled_in_the_middle_of_each_read_is_lent";
+    let Some(mounted) = mount_image(name, vec![layer]) else {
+        return;
+    };
+    let layer = &mounted.layers[0];
+    layer.fill_all();
+    layer.evicts_in_reads.store(true, Ordering::Relaxed);
+    assert!(fs::read(mounted.path("big")).unwrap() == content);
+    assert!(0 < layer.lendings.lock().unwrap().n);
+    assert_eq!(mounted.n_requests("read", "error"), 0);
 }
 
 #[test]
@@ -141,14 +157,16 @@ fn a_slow_layer_holds_up_nobody_else() {
         return;
     };
     mounted.layers[0].set_mode(Mode::Hold);
+    let last = mounted.layers[0].n_chunks() - 1;
+    mounted.layers[0].fill(last);
     // More readers than there are read threads and buffers.
-    let waiting: Vec<_> = (0..20)
+    let waiting: Vec<_> = (0..64)
         .map(|at| {
             let path = mounted.path("big");
             within_deadline(move || {
                 let mut buf = vec![0; 1000];
                 let file = File::open(path).unwrap();
-                file.read_exact_at(&mut buf, at * 200_000).unwrap();
+                file.read_exact_at(&mut buf, at * 50_000).unwrap();
                 buf
             })
         })
@@ -161,6 +179,19 @@ fn a_slow_layer_holds_up_nobody_else() {
         fs::metadata(mounted.path("nothing")).is_err(),
         "lookups go on"
     );
+    let path = mounted.path("big");
+    let there = within_deadline(move || {
+        let mut buf = vec![0; 1000];
+        let file = File::open(path).unwrap();
+        file.read_exact_at(&mut buf, BIG as u64 - 1000).unwrap();
+        buf
+    });
+    let found = there.recv_timeout(DEADLINE).unwrap();
+    assert_eq!(
+        found,
+        slow_content[BIG - 1000..],
+        "what it has on disk is read"
+    );
     for reader in &waiting {
         assert!(
             reader.try_recv().is_err(),
@@ -170,7 +201,7 @@ fn a_slow_layer_holds_up_nobody_else() {
     mounted.layers[0].set_mode(Mode::Fill);
     for (at, reader) in waiting.into_iter().enumerate() {
         let found = reader.recv_timeout(DEADLINE).unwrap();
-        assert_eq!(found, slow_content[at * 200_000..][..1000]);
+        assert_eq!(found, slow_content[at * 50_000..][..1000]);
     }
 }
 

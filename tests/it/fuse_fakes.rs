@@ -8,7 +8,7 @@ use std::{
     ops::Range,
     sync::{
         Arc, Condvar, Mutex,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
         mpsc,
     },
     thread,
@@ -133,6 +133,9 @@ pub(crate) struct FakeLayer {
     pub(crate) on_disk: AtomicBool,
     /// Whether a read of what is present fails.
     pub(crate) is_broken: AtomicBool,
+    /// Whether all is evicted, and filled again, in the middle of each read.
+    pub(crate) evicts_in_reads: AtomicBool,
+    n_evictions: AtomicU64,
     /// How often chunks were asked to be lent, how many are just now, and how many were at most.
     pub(crate) lendings: Mutex<Lendings>,
 }
@@ -240,6 +243,13 @@ impl LayerData for FakeLayer {
         chunks.all(|it| present.contains(&it))
     }
 
+    fn n_evictions(&self, _chunks: Range<u32>) -> u64 {
+        // A number that never stays as it was: evicted and filled in the middle of each read.
+        let evicts = self.evicts_in_reads.load(Ordering::Relaxed);
+        self.n_evictions
+            .fetch_add(u64::from(evicts), Ordering::Relaxed)
+    }
+
     fn read_at(&self, buf: &mut [u8], offset: u64, wait: Wait) -> io::Result<bool> {
         if wait == Wait::Never && self.on_disk.load(Ordering::Relaxed) {
             return Ok(false);
@@ -326,6 +336,8 @@ pub(crate) fn build(layers: Vec<LayerText>) -> (Vec<u8>, Vec<Arc<FakeLayer>>) {
             changed: Condvar::new(),
             on_disk: AtomicBool::new(false),
             is_broken: AtomicBool::new(false),
+            evicts_in_reads: AtomicBool::new(false),
+            n_evictions: AtomicU64::new(0),
             lendings: Mutex::default(),
         }));
     }

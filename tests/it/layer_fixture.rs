@@ -16,6 +16,7 @@ use clip_csi::{
     chunk::CHUNK_BYTES,
     clock::SystemClock,
     digest::{BlobDigest, DiffId},
+    fair::Claimant,
     layer::{
         CacheConfig,
         disk::DiskWait,
@@ -23,7 +24,7 @@ use clip_csi::{
     },
     metrics::Metrics,
     remote::{self, RemoteConfig, UploadOptions, Uploader},
-    tier::{BlobSource, BlobStream, BoxFuture, LayerDesc, MakePresent, PresentError, SourceError},
+    tier::{BlobSource, BlobStream, BoxFuture, LayerDesc, PresentError, SourceError},
 };
 use futures_util::{StreamExt, stream};
 use tokio::{runtime::Handle, sync::Semaphore};
@@ -42,6 +43,11 @@ impl Fixture {
     pub(crate) fn new(seed: u64) -> Self {
         // Which makes one block of all, that cannot be entered in its middle.
         Self::made(seed, CONTENT_BYTES, 1)
+    }
+
+    /// With a file of so many bytes, in one block.
+    pub(crate) fn in_one_block(seed: u64, content_bytes: usize) -> Self {
+        Self::made(seed, content_bytes, 1)
     }
 
     /// With a file of so many bytes, in as many blocks as most compressors make.
@@ -68,6 +74,7 @@ impl Fixture {
             diff_id: DiffId::of(&tar),
             blob: BlobDigest::of(&blob),
             blob_bytes: blob.len() as u64,
+            toc: None,
         };
         Self { tar, blob, desc }
     }
@@ -149,6 +156,10 @@ pub(crate) struct FakeSource {
     pub(crate) refuses_parts: AtomicBool,
     /// Whether each piece of the whole takes its time.
     pub(crate) is_slow: AtomicBool,
+    /// Whether nobody answers.
+    pub(crate) is_down: AtomicBool,
+    /// What is opened waits here, if anywhere, in the order in which it was.
+    pub(crate) hold: Mutex<Option<Arc<Semaphore>>>,
 }
 
 impl FakeSource {
@@ -161,6 +172,8 @@ impl FakeSource {
             parts_are_wrong: AtomicBool::new(false),
             refuses_parts: AtomicBool::new(false),
             is_slow: AtomicBool::new(false),
+            is_down: AtomicBool::new(false),
+            hold: Mutex::default(),
         })
     }
 
@@ -177,6 +190,13 @@ impl BlobSource for FakeSource {
         range: Range<u64>,
     ) -> BoxFuture<'a, Result<BlobStream, SourceError>> {
         self.opened.lock().unwrap().push(range.clone());
+        if self.is_down.load(Ordering::SeqCst) {
+            let down = SourceError::Unavailable {
+                registry: "registry.example".to_owned(),
+                reason: "it is down".to_owned(),
+            };
+            return Box::pin(async { Err(down) });
+        }
         let index = |it| usize::try_from(it).unwrap();
         // A fake may hold less than its blob should have.
         let end = index(range.end).min(self.blob.len());
@@ -199,7 +219,11 @@ impl BlobSource for FakeSource {
         let failure = self.failure.clone();
         // The stream takes its permits from a semaphore of its own, filled as ours allows.
         let allowed = self.pieces.available_permits();
+        let hold = self.hold.lock().unwrap().clone();
         Box::pin(async move {
+            if let Some(hold) = hold {
+                hold.acquire().await.unwrap().forget();
+            }
             let items = pieces.into_iter().map(Ok).chain(failure.map(Err));
             let stream = stream::iter(items).take(allowed.min(1 << 30));
             let stream = stream.then(move |item| async move {
@@ -269,12 +293,22 @@ pub(crate) async fn present(
     chunks: std::ops::Range<u32>,
 ) -> Result<(), PresentError> {
     let (sender, receiver) = tokio::sync::oneshot::channel();
-    store.make_present(
+    store.make_present_for(
+        Claimant::Mount(0),
         layer,
         chunks,
         Box::new(|outcome| drop(sender.send(outcome))),
     );
     receiver.await.unwrap()
+}
+
+/// Lets the tasks that were started go on, and what they have on blocking threads, until they wait for
+/// something else.
+pub(crate) async fn let_go_on() {
+    for _ in 0..50 {
+        tokio::task::yield_now().await;
+        tokio::task::spawn_blocking(|| {}).await.unwrap();
+    }
 }
 
 pub(crate) fn decompressions(metrics: &Metrics) -> u64 {

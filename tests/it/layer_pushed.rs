@@ -17,7 +17,7 @@ use clip_csi::{
     indexer::rebuild,
     layer::store::LayerStore,
     metrics::Metrics,
-    tier::{BlobSource, BlobStream, BoxFuture, PresentError, PushedIndex, SourceError},
+    tier::{BlobSource, BlobStream, BoxFuture, KeepPushed, PresentError, PushedPart, SourceError},
 };
 use tokio::runtime::Handle;
 
@@ -28,11 +28,18 @@ use crate::layer_fixture::{
 /// Generous: the machine may be busy, and no test waits for it to pass.
 const PATIENCE: Duration = Duration::from_secs(20);
 
+/// What was pushed about a layer.
+#[derive(Debug, Clone)]
+struct Pushed {
+    index: Bytes,
+    access_map: Option<Bytes>,
+}
+
 /// A registry that has an index beside the image, or says why not.
 #[derive(Debug)]
 struct Indexed {
     blobs: Arc<FakeSource>,
-    pushed: Result<Option<PushedIndex>, SourceError>,
+    pushed: Result<Option<Pushed>, SourceError>,
     n_asked: AtomicU32,
 }
 
@@ -49,13 +56,28 @@ impl BlobSource for Indexed {
     fn layer_index<'a>(
         &'a self,
         _: &'a DiffId,
-    ) -> BoxFuture<'a, Result<Option<PushedIndex>, SourceError>> {
+        keep: &'a mut dyn KeepPushed,
+    ) -> BoxFuture<'a, Result<bool, SourceError>> {
         self.n_asked.fetch_add(1, Ordering::SeqCst);
-        Box::pin(std::future::ready(self.pushed.clone()))
+        let found = self.pushed.clone().map(|found| {
+            let Some(pushed) = found else { return false };
+            // What a mirror had comes first, and is longer.
+            let wrong = [&pushed.index, &b"wrong"[..]].concat();
+            for index in [&wrong, &pushed.index[..]] {
+                keep.begin(PushedPart::Index).unwrap();
+                index.chunks(1000).for_each(|it| keep.take(it).unwrap());
+            }
+            if let Some(map) = pushed.access_map {
+                keep.begin(PushedPart::AccessMap).unwrap();
+                keep.take(&map).unwrap();
+            }
+            true
+        });
+        Box::pin(std::future::ready(found))
     }
 }
 
-fn indexed(fixture: &Fixture, pushed: Result<Option<PushedIndex>, SourceError>) -> Arc<Indexed> {
+fn indexed(fixture: &Fixture, pushed: Result<Option<Pushed>, SourceError>) -> Arc<Indexed> {
     Arc::new(Indexed {
         blobs: fixture.source(),
         pushed,
@@ -83,8 +105,8 @@ async fn index_of(fixture: &Fixture) -> Bytes {
     index.into()
 }
 
-fn pushed(index: Bytes) -> Result<Option<PushedIndex>, SourceError> {
-    Ok(Some(PushedIndex {
+fn pushed(index: Bytes) -> Result<Option<Pushed>, SourceError> {
+    Ok(Some(Pushed {
         index,
         access_map: Some(Bytes::from_static(b"map")),
     }))

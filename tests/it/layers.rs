@@ -5,6 +5,7 @@ use std::{sync::Arc, time::Duration};
 use clip_csi::{
     chunk::CHUNK_BYTES,
     digest::{BlobDigest, DiffId},
+    fair::Claimant,
     layer::{CacheConfig, disk::DiskWait, store::LayerStore},
     metrics::Metrics,
     tier::{LayerDesc, PresentError, SourceError},
@@ -85,6 +86,7 @@ async fn layers_that_lie_are_refused_and_leave_nothing() {
         diff_id,
         blob: BlobDigest::of(blob),
         blob_bytes: blob.len() as u64,
+        toc: None,
     };
     let diff_id = fixture.desc.diff_id;
     for (what, blob, desc, expected) in [
@@ -304,7 +306,13 @@ async fn chunks_that_the_remote_lost_come_from_the_registry_and_go_back() {
     }
     assert_eq!(n_files, 1, "{:?}", files_below(&shared));
     let len = usize::try_from(CHUNK_BYTES).unwrap();
-    assert!(remote.cache.chunk(&id, 1, len, &digest).await.is_none());
+    assert!(
+        remote
+            .cache
+            .chunk(Claimant::Mount(0), &id, 1, len, &digest)
+            .await
+            .is_none()
+    );
 
     let b_metrics = Metrics::new();
     let b = open(
@@ -317,7 +325,11 @@ async fn chunks_that_the_remote_lost_come_from_the_registry_and_go_back() {
     assert_eq!(source.n_opened(), 2);
     b.shutdown(Duration::from_secs(20)).await;
     assert!(
-        remote.cache.chunk(&id, 1, len, &digest).await.is_some(),
+        remote
+            .cache
+            .chunk(Claimant::Mount(0), &id, 1, len, &digest)
+            .await
+            .is_some(),
         "the chunk was put again"
     );
 }

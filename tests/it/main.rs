@@ -10,6 +10,8 @@
 )]
 
 mod admin;
+mod by_toc;
+mod by_toc_remote;
 mod checkpoints;
 mod cluster_watch;
 mod codec;
@@ -48,5 +50,8 @@ mod tar;
 mod tar_fuzz;
 mod tar_tools;
 mod tidy;
+mod toc_fixture;
+mod toc_node;
+mod trim;
 mod volumes_doc;
 mod warm;

@@ -14,9 +14,11 @@ use clip_csi::{
     },
     metrics::Metrics,
 };
-use tokio::runtime::Handle;
+use tokio::{runtime::Handle, sync::Semaphore};
 
-use crate::layer_fixture::{FakeSource, Fixture, config, decompressions, names, present};
+use crate::layer_fixture::{
+    FakeSource, Fixture, config, decompressions, let_go_on, names, present,
+};
 
 const N_CHUNKS: u32 = 21;
 
@@ -74,6 +76,20 @@ impl Emptied {
             .await
             .unwrap();
         self.fixture.expect_chunk(&self.layer, chunk);
+    }
+
+    /// Another layer of the store, which lost all its chunks as well.
+    async fn another(&self, seed: u64) -> (Fixture, Arc<FakeSource>, Arc<Layer>) {
+        let fixture = Fixture::sized(seed, 5 << 20);
+        let source = fixture.source();
+        let layer = self
+            .store
+            .layer(&fixture.desc, source.clone())
+            .await
+            .unwrap();
+        (0..layer.file().n_chunks()).for_each(|it| layer.file().drop_chunk(it));
+        source.opened.lock().unwrap().clear();
+        (fixture, source, layer)
     }
 
     fn random_reads(&self, outcome: &str) -> u64 {
@@ -158,6 +174,34 @@ async fn readers_of_one_part_share_its_request() {
     let reads = (0..16).map(|n| present(&it.store, layer, 10 + n % 2..11 + n % 2));
     futures_util::future::try_join_all(reads).await.unwrap();
     assert_eq!(it.source.n_opened(), 1);
+}
+
+#[tokio::test]
+async fn many_readers_of_one_mount_keep_another_waiting_for_one() {
+    let it = Emptied::new(43, false).await;
+    let (other, other_source, _layer) = it.another(44).await;
+    let go_on = Arc::new(Semaphore::new(0));
+    for source in [&it.source, &other_source] {
+        *source.hold.lock().unwrap() = Some(Arc::clone(&go_on));
+    }
+    let (many, few) = (it.store.of_mount(1), it.store.of_mount(2));
+    for chunk in (0..N_CHUNKS).step_by(2).rev() {
+        let layer = it.fixture.desc.diff_id;
+        many.make_present(layer, chunk..chunk + 1, Box::new(|_| {}));
+    }
+    let_go_on().await;
+    assert_eq!(it.source.n_opened(), 2, "so many parts at once");
+    few.make_present(other.desc.diff_id, 0..1, Box::new(|_| {}));
+    let_go_on().await;
+    // One after the other.
+    while other_source.n_opened() == 0 {
+        let n_before = it.source.n_opened() + other_source.n_opened();
+        go_on.add_permits(1);
+        it.eventually(|it| n_before < it.source.n_opened() + other_source.n_opened())
+            .await;
+    }
+    let n_opened = it.source.n_opened();
+    assert!(n_opened <= 3, "{n_opened} of the other mount's before it");
 }
 
 #[tokio::test]

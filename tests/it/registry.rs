@@ -106,6 +106,7 @@ impl Image {
                 diff_id: DiffId::of(b"tar"),
                 blob: self.blob(),
                 blob_bytes: LAYER_BYTES as u64,
+                toc: None,
             }],
         }
     }

@@ -76,8 +76,15 @@ func main() {
 			fail(err)
 		}
 		for _, name := range strings.Split(strings.TrimSuffix(string(text), "\n"), "\n") {
-			j.list = append(j.list, j.path+"/"+name)
+			j.list = append(j.list, name)
 		}
+	}
+	// Names are looked up from there: how deep a tree lies is not to be measured.
+	if os.Args[1] == "walk" || list != "" {
+		if err := os.Chdir(j.path); err != nil {
+			fail(err)
+		}
+		j.path = "."
 	}
 	var begin time.Time
 	var cpu float64

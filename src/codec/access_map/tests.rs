@@ -1,6 +1,7 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::codec::map_frame::seal;
 
 fn subject(compression: Compression) -> Subject {
     Subject {
@@ -40,14 +41,6 @@ fn write(checkpoints: &[Checkpoint], subject: &Subject) -> io::Result<Vec<u8>> {
 
 fn sample() -> Vec<u8> {
     write(&checkpoints(), &subject(Compression::Gzip)).unwrap()
-}
-
-/// Puts the right checksum below a changed map.
-fn seal(mut bytes: Vec<u8>) -> Vec<u8> {
-    let at = bytes.len() - CHECKSUM_BYTES;
-    let checksum = blake3::hash(&bytes[..at]);
-    bytes[at..].copy_from_slice(checksum.as_bytes());
-    bytes
 }
 
 #[test]
@@ -108,7 +101,7 @@ fn golden_bytes() {
 
 #[test]
 fn a_map_of_another_kind_version_or_length_is_refused() {
-    let what = WHAT;
+    let what = FORMAT.what;
     let bytes = sample();
     let mut other = bytes.clone();
     other[0] ^= 1;

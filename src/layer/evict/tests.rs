@@ -34,6 +34,7 @@ fn layer(name: u8, bytes: u64, used_at: u64) -> Item {
     Item {
         id: ItemId::Layer(DiffId::of(&[name])),
         bytes,
+        n_inodes: 6,
         last_use: UNIX_EPOCH + Duration::from_secs(used_at),
     }
 }
@@ -90,6 +91,100 @@ fn a_disk_that_runs_full_evicts_until_twice_the_minimum_is_free() {
             ..NO_NEED
         };
         assert_eq!(need, expected, "{used} used, {free} free, {coming} coming");
+    }
+}
+
+#[test]
+fn what_was_used_lately_goes_only_for_a_bound_that_would_be_broken() {
+    for (used, free, coming, capacity_bytes, disk_bytes) in [
+        (1000, 1000, 0, 0, 0),
+        // As far as the high watermark.
+        (1001, 1000, 0, 101, 0),
+        (900, 1000, 101, 101, 0),
+        // Evicting all of it would not be enough.
+        (900, 5000, 1001, 0, 0),
+        (500, 99, 0, 0, 1),
+        (500, 100, 7, 0, 7),
+        (99, 0, 0, 0, 0),
+        (1001, 0, 0, 101, 100),
+    ] {
+        let deficit = bounds().deficit(level(used, free), coming);
+        let expected = Need {
+            capacity_bytes,
+            disk_bytes,
+        };
+        assert_eq!(deficit, expected, "{used} used, {free} free, {coming}");
+    }
+}
+
+#[test]
+fn inodes_go_as_layers_do_unless_that_would_not_be_enough() {
+    let bounds = Bounds {
+        min_free_inodes: 10,
+        ..bounds()
+    };
+    for (free, expected) in [(None, 0), (Some(10), 0), (Some(9), 11), (Some(0), 20)] {
+        assert_eq!(bounds.inode_need(free), expected, "{free:?} free");
+    }
+    let items = vec![layer(1, 0, 3), layer(2, 0, 1), layer(3, 0, 2)];
+    for (n_inodes, in_use, expected) in [
+        (0, 9, vec![]),
+        (6, 9, vec![2]),
+        (7, 9, vec![2, 3]),
+        (7, 2, vec![3, 1]),
+        (18, 9, vec![2, 3, 1]),
+        (19, 9, vec![]),
+    ] {
+        let mut gone = Vec::new();
+        let n_freed = reclaim_inodes(items.clone(), n_inodes, |item, reason| {
+            assert_eq!(reason.label(), "inodes");
+            let name = (1..4).find(|it| item.id == layer(*it, 0, 0).id).unwrap();
+            if name == in_use {
+                return Removal::Stays;
+            }
+            gone.push(name);
+            Removal::Gone
+        });
+        assert_eq!(
+            (gone.len() as u64 * 6, &gone),
+            (n_freed, &expected),
+            "{n_inodes}"
+        );
+    }
+}
+
+fn part(layer: usize, extent: u32, last_use_ms: u64) -> Part {
+    Part {
+        layer,
+        present: Present {
+            extent,
+            bytes: 10,
+            last_use_ms,
+        },
+    }
+}
+
+#[test]
+fn extents_go_least_recently_used_first_and_no_more_than_need_be() {
+    let parts = vec![
+        part(0, 0, 500),
+        part(0, 1, 100),
+        part(0, 2, 300),
+        part(1, 7, 200),
+        part(1, 3, 100),
+    ];
+    for (bytes, before_ms, expected) in [
+        (0, u64::MAX, vec![]),
+        (1, u64::MAX, vec![(0, vec![1])]),
+        (11, u64::MAX, vec![(0, vec![1]), (1, vec![3])]),
+        (30, u64::MAX, vec![(0, vec![1]), (1, vec![3, 7])]),
+        (31, u64::MAX, vec![(0, vec![1, 2]), (1, vec![3, 7])]),
+        (99, u64::MAX, vec![(0, vec![0, 1, 2]), (1, vec![3, 7])]),
+        (99, 200, vec![(0, vec![1]), (1, vec![3, 7])]),
+        (99, 99, vec![]),
+    ] {
+        let chosen = victims(parts.clone(), bytes, before_ms);
+        assert_eq!(chosen, expected, "{bytes} bytes, before {before_ms}");
     }
 }
 

@@ -186,6 +186,7 @@ fn layers_are_joined_with_their_diff_ids() {
         diff_id: DiffId::of(&[9]),
         blob: BlobDigest::of(&[1]),
         blob_bytes: 10,
+        toc: None,
     };
     assert_eq!(layers(&manifest, &config, 1), Ok(vec![layer]));
 }

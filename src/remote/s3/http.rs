@@ -18,13 +18,16 @@ use object_store::{
 use reqwest::StatusCode;
 use rustls::pki_types::CertificateDer;
 
-use crate::tls::{self, SystemAuthorities};
+use crate::{
+    tier::GETS_AHEAD,
+    tls::{self, SystemAuthorities},
+};
 
 /// Bytes of an error's body that are looked at: its code is among the first hundred.
 const MAX_ERROR_BYTES: usize = 4096;
 
-/// Idle connections: as many as there are requests with a value at a time.
-const MAX_IDLE_CONNECTIONS: usize = 2;
+/// Idle connections: as many as there are requests for values at a time.
+const MAX_IDLE_CONNECTIONS: usize = GETS_AHEAD;
 
 /// How long an idle connection is kept; each costs its buffers.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(15);

@@ -26,6 +26,8 @@ const SHORT_WAIT: Duration = Duration::from_millis(100);
 pub(super) enum Stop {
     /// The remote failed; try again after this time.
     Later { wait: Duration, error: String },
+    /// The remote was not asked, because it failed before; try again after this time.
+    Skipped { wait: Duration },
     /// The store is full, or the local copy is bad: trying again is of no use.
     Never { error: String },
 }
@@ -33,10 +35,7 @@ pub(super) enum Stop {
 impl From<Refusal> for Stop {
     fn from(refusal: Refusal) -> Self {
         match refusal {
-            Refusal::Skipped(wait) => Self::Later {
-                wait,
-                error: "remote cache is skipped after failures".to_owned(),
-            },
+            Refusal::Skipped(wait) => Self::Skipped { wait },
             Refusal::Failed(error @ TierError::Full { .. }) => Self::Never {
                 error: error.to_string(),
             },

@@ -22,6 +22,12 @@ pub(super) struct Need {
     pub(super) bytes: u64,
 }
 
+/// `image` as if its layers had no tables of contents: it was put into the remote so.
+fn by_diff_ids(mut image: ResolvedImage) -> ResolvedImage {
+    image.layers.iter_mut().for_each(|it| it.toc = None);
+    image
+}
+
 impl Filling<'_> {
     /// What the image is made of: as the disk knows it, or the remote, or its registry.
     pub(super) async fn resolved(&self) -> Result<ResolvedImage, WarmError> {
@@ -37,7 +43,8 @@ impl Filling<'_> {
         match (&self.request.origin, found) {
             (_, Ok(documents)) => {
                 let resolved = documents.resolved(registry.document_limits());
-                resolved.map_err(|err| self.refused(err.to_string()))
+                let resolved = resolved.map_err(|err| self.refused(err.to_string()));
+                resolved.map(by_diff_ids)
             }
             (Origin::Remote, Err(err)) => Err(err),
             (
@@ -50,7 +57,7 @@ impl Filling<'_> {
             ) => {
                 let image = image.at_digest(manifest);
                 let resolved = registry.resolve(&image, platform, requester).await;
-                resolved.map_err(WarmError::Registry)
+                resolved.map(by_diff_ids).map_err(WarmError::Registry)
             }
         }
     }
@@ -83,10 +90,7 @@ impl Filling<'_> {
             let (absent_bytes, later_bytes) = match &on_disk {
                 Some(layer) if all => {
                     let file = layer.file();
-                    (
-                        None,
-                        file.layer_bytes().saturating_sub(file.present_bytes()),
-                    )
+                    (None, file.absent_bytes())
                 }
                 Some(_) => (None, 0),
                 None => {

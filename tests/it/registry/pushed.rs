@@ -1,5 +1,7 @@
 //! Indexes that were pushed beside an image: found, believed or not, read.
 
+use std::io;
+
 use bytes::Bytes;
 use serde_json::{Value, json};
 
@@ -15,7 +17,7 @@ use clip_csi::{
     integrity::IntegrityKey,
     metrics::Metrics,
     registry::{Credentials, LayerPush, PushedIndexOptions, RegistryClient, RegistryConfig},
-    tier::{PushedIndex, SourceError},
+    tier::{KeepPushed, PushedPart, SourceError},
 };
 
 const MAX_INDEX_BYTES: u64 = 1 << 20;
@@ -32,11 +34,50 @@ fn index() -> Bytes {
     Bytes::from(b"an index, which this module does not look into ".repeat(1000))
 }
 
-fn pushed() -> PushedIndex {
-    PushedIndex {
-        index: index(),
-        access_map: Some(Bytes::from_static(b"an access map")),
+const ACCESS_MAP: &[u8] = b"an access map";
+
+/// What was kept of a layer.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Kept {
+    index: Vec<u8>,
+    access_map: Option<Vec<u8>>,
+    part: Option<PushedPart>,
+    /// How many bytes came at once, at most.
+    most_bytes: usize,
+    /// How many bytes there is room for.
+    room_bytes: Option<usize>,
+}
+
+impl KeepPushed for Kept {
+    fn begin(&mut self, part: PushedPart) -> io::Result<()> {
+        match part {
+            PushedPart::Index => self.index.clear(),
+            PushedPart::AccessMap => self.access_map = Some(Vec::new()),
+        }
+        self.part = Some(part);
+        Ok(())
     }
+
+    fn take(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.most_bytes = self.most_bytes.max(bytes.len());
+        match self.part.unwrap() {
+            PushedPart::Index => self.index.extend(bytes),
+            PushedPart::AccessMap => self.access_map.as_mut().unwrap().extend(bytes),
+        }
+        match self.room_bytes {
+            Some(room_bytes) if room_bytes < self.index.len() => {
+                Err(io::ErrorKind::StorageFull.into())
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// A layer's index and access map.
+type Pushed = (Vec<u8>, Option<Vec<u8>>);
+
+fn pushed() -> Pushed {
+    (index().to_vec(), Some(ACCESS_MAP.to_vec()))
 }
 
 fn layer_push(image: &Image) -> LayerPush {
@@ -44,7 +85,7 @@ fn layer_push(image: &Image) -> LayerPush {
         diff_id: layer(),
         blob: image.blob(),
         index: index(),
-        access_map: pushed().access_map,
+        access_map: Some(Bytes::from_static(ACCESS_MAP)),
     }
 }
 
@@ -84,10 +125,12 @@ async fn find(
     registry: &MemoryRegistry,
     image: &Image,
     pinned: Option<ManifestDigest>,
-) -> Result<Option<PushedIndex>, SourceError> {
+) -> Result<Option<Pushed>, SourceError> {
     let at = image_at(&registry.host());
     let blobs = client.image_blobs(&at, &Credentials::Anonymous, image.digest(), pinned);
-    blobs.layer_index(&layer()).await
+    let mut kept = Kept::default();
+    let found = blobs.layer_index(&layer(), &mut kept).await?;
+    Ok(found.then_some((kept.index, kept.access_map)))
 }
 
 fn lookups(metrics: &Metrics, outcome: &str) -> u64 {
@@ -137,10 +180,12 @@ async fn an_image_without_an_index_costs_two_requests_and_its_layers_share_them(
     let at = image_at(&registry.host());
     let blobs = client.image_blobs(&at, &Credentials::Anonymous, image.digest(), None);
     let layers: Vec<_> = (0..9u8).map(|it| DiffId::of(&[it])).collect();
-    let asked = layers.iter().map(|it| blobs.layer_index(it));
-    for found in futures_util::future::join_all(asked).await {
-        assert_eq!(found.unwrap(), None);
-    }
+    let asked = layers.iter().map(async |it| {
+        let mut kept = Kept::default();
+        let found = blobs.layer_index(it, &mut kept).await;
+        assert_eq!((found.unwrap(), kept), (false, Kept::default()));
+    });
+    futures_util::future::join_all(asked).await;
     let requests = registry.server.requests("");
     let paths: Vec<_> = requests.iter().map(|it| it.path.as_str()).collect();
     assert_eq!(paths.len(), 2, "{paths:?}");
@@ -227,7 +272,9 @@ async fn a_pin_that_is_wrong_is_an_error_that_says_so() {
     let other = Image::of_platform("arm64", &json!({}));
     let at = image_at(&registry.host());
     let blobs = client.image_blobs(&at, &Credentials::Anonymous, other.digest(), Some(artifact));
-    let error = blobs.layer_index(&layer()).await.unwrap_err().to_string();
+    let mut kept = Kept::default();
+    let error = blobs.layer_index(&layer(), &mut kept).await.unwrap_err();
+    let error = error.to_string();
     let expected = format!(
         "index {artifact}: it is of image manifest {}, not of {}: correct indexDigest",
         image.digest(),
@@ -237,8 +284,9 @@ async fn a_pin_that_is_wrong_is_an_error_that_says_so() {
 
     // It is right, and has nothing about a layer: that can be read without.
     let blobs = client.image_blobs(&at, &Credentials::Anonymous, image.digest(), Some(artifact));
-    let found = blobs.layer_index(&DiffId::of(b"other")).await;
-    assert_eq!(found.unwrap(), None);
+    let found = blobs.layer_index(&DiffId::of(b"other"), &mut kept).await;
+    assert!(!found.unwrap());
+    assert_eq!(kept, Kept::default());
 }
 
 /// Replaces the blob of the layer's index, in the artifact as well if `refer` says so.
@@ -271,7 +319,10 @@ async fn blobs_that_are_not_what_was_signed_are_not_used() {
         assert_eq!(lookups(&metrics, "error"), 1, "{what}");
         let error = find(&client, &registry, &image, Some(artifact)).await;
         assert!(
-            matches!(error, Err(SourceError::Protocol { .. })),
+            matches!(
+                error,
+                Err(SourceError::Protocol { .. } | SourceError::Unavailable { .. })
+            ),
             "{what}: {error:?}"
         );
     }
@@ -279,6 +330,62 @@ async fn blobs_that_are_not_what_was_signed_are_not_used() {
     let (client, _) = node(plain(&registry), Some(key(1)));
     let found = find(&client, &registry, &image, None).await;
     assert_eq!(found.unwrap(), Some(pushed()));
+}
+
+/// What is pushed may be larger than all that the process should hold.
+#[tokio::test]
+async fn an_index_comes_in_small_pieces() {
+    let image = Image::new();
+    let registry = MemoryRegistry::start(&image, Api::Present).await;
+    let (client, _) = node(plain(&registry), Some(key(1)));
+    let at = image_at(&registry.host());
+    let large = Bytes::from(vec![7; usize::try_from(MAX_INDEX_BYTES).unwrap()]);
+    let layers = [LayerPush {
+        index: large.clone(),
+        ..layer_push(&image)
+    }];
+    let (anybody, signed) = (Credentials::Anonymous, Some(&key(1)));
+    let pushed = client.push_index(&at, &anybody, image.digest(), &layers, signed);
+    pushed.await.unwrap();
+    let blobs = client.image_blobs(&at, &anybody, image.digest(), None);
+    let mut kept = Kept::default();
+    assert!(blobs.layer_index(&layer(), &mut kept).await.unwrap());
+    assert_eq!(kept.index, large);
+    assert!(kept.most_bytes <= 64 << 10, "{}", kept.most_bytes);
+    // Where it does not fit, it is not said to be there.
+    let mut kept = Kept {
+        room_bytes: Some(100_000),
+        ..Kept::default()
+    };
+    assert!(!blobs.layer_index(&layer(), &mut kept).await.unwrap());
+    assert!(kept.index.len() < 200_000, "it went on");
+}
+
+#[tokio::test]
+async fn a_mirror_that_has_another_index_is_passed_over() {
+    let image = Image::new();
+    let origin = MemoryRegistry::start(&image, Api::Present).await;
+    let mirror = MemoryRegistry::start(&image, Api::Present).await;
+    let artifact = push(&origin, &image, Some(&key(1))).await;
+    push(&mirror, &image, Some(&key(1))).await;
+    let mut wrong = zstd::bulk::compress(&index(), 12).unwrap();
+    let len = wrong.len();
+    wrong[len - 5] ^= 1;
+    replace_index(&mirror, artifact, &wrong);
+    let mut config = config(&[origin.host(), mirror.host()]);
+    config.hosts.get_mut(&origin.host()).unwrap().mirrors = vec![mirror.host()];
+    let (client, _) = node(config, Some(key(1)));
+    let n_asked = || {
+        let requests = [&mirror, &origin].map(|it| it.server.requests("/blobs/sha256:"));
+        requests.map(|it| it.iter().filter(|it| it.method == "GET").count())
+    };
+    assert_eq!(n_asked(), [0, 0]);
+    for pinned in [None, Some(artifact)] {
+        let found = find(&client, &origin, &image, pinned).await;
+        assert_eq!(found.unwrap(), Some(pushed()));
+    }
+    // For index and access map, twice; and for the index again.
+    assert_eq!(n_asked(), [4, 2]);
 }
 
 #[tokio::test]

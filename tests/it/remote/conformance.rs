@@ -12,7 +12,7 @@ use clip_csi::{
     secret::Secret,
     tier::{CacheKey, LayerCache, LeaseHolder, Put, TierError},
 };
-use futures_util::future::join_all;
+use futures_util::{StreamExt, future::join_all};
 
 use super::{
     fixture::{Fault, Flaky, PATIENCE, dir_cache},
@@ -31,6 +31,7 @@ async fn conforms(cache: &dyn LayerCache) {
     fills_once(cache).await;
     replaces_atomically(cache).await;
     survives_cancelled_gets(cache).await;
+    gives_each_in_order(cache).await;
     leases_to_one(cache).await;
     leases_expire(cache).await;
 }
@@ -202,6 +203,54 @@ async fn survives_cancelled_gets(cache: &dyn LayerCache) {
         assert_eq!(writer_of(&got(cache, key(n)).await.unwrap()), n);
     }
     assert!(5 <= n_cancelled, "{n_cancelled} gets were cancelled");
+}
+
+async fn gives_each_in_order(cache: &dyn LayerCache) {
+    let layer = DiffId::of(b"each");
+    let keys: Vec<_> = (0..12).map(|n| CacheKey::Chunk(layer, n)).collect();
+    for (key, n) in keys.iter().zip(0..12u8) {
+        match n {
+            3 => {}
+            4 => put(cache, *key, b"", Put::Replace).await,
+            5 => put(cache, *key, &vec![5; 200_001], Put::Replace).await,
+            n => put(cache, *key, &uniform(n), Put::Replace).await,
+        }
+    }
+    let mut n_values = 0;
+    let mut values = cache.get_each(keys.clone(), 200_000);
+    while let Some(value) = values.next().await {
+        match (n_values, value) {
+            (3, value) => assert_eq!(value.unwrap(), None),
+            (4, value) => assert_eq!(value.unwrap(), Some(Bytes::new())),
+            (5, value) => assert!(matches!(value, Err(TierError::Corrupt { .. })), "{value:?}"),
+            (n, value) => assert_eq!(writer_of(&value.unwrap().unwrap()), n),
+        }
+        n_values += 1;
+    }
+    assert_eq!(n_values, 12);
+    assert!(cache.get_each(Vec::new(), 1).next().await.is_none());
+    // Given up with some of it on the way: the next ones get their own.
+    for n_taken in 0..4 {
+        let mut values = cache.get_each(keys[6..].to_vec(), 200_000);
+        for n in 0..n_taken {
+            assert_eq!(
+                writer_of(&values.next().await.unwrap().unwrap().unwrap()),
+                6 + n
+            );
+        }
+        let turns = async {
+            for _ in 0..n_taken {
+                tokio::task::yield_now().await;
+            }
+        };
+        tokio::select! {
+            biased;
+            value = values.next() => assert_eq!(writer_of(&value.unwrap().unwrap().unwrap()), 6 + n_taken),
+            () = turns => {}
+        }
+        drop(values);
+        assert_eq!(writer_of(&got(cache, keys[1]).await.unwrap()), 1);
+    }
 }
 
 /// So long that no test sees it pass.

@@ -10,6 +10,7 @@ use clip_csi::{
     chunk,
     clock::{Clock, SystemClock},
     digest::{ChunkDigest, DiffId},
+    fair::Claimant,
     remote::{Trust, UploadOptions, UploadOutcome, UploadSource, Uploader},
     tier::{CacheKey, LayerCache, Put, TierError},
 };
@@ -289,10 +290,16 @@ async fn costs_one_call<T: LayerCache + 'static>(engine: T, error: &str) {
         assert_eq!(metrics.remote_up.get(), 0);
         for _ in 0..20 {
             assert_eq!(cache.manifest(&layer).await, None);
-            assert_eq!(cache.chunk(&layer, 0, 1, &digest).await, None);
+            assert_eq!(
+                cache.chunk(Claimant::Mount(0), &layer, 0, 1, &digest).await,
+                None
+            );
         }
         clock.advance(Duration::from_millis(wait * 500 - 1));
-        assert_eq!(cache.chunk(&layer, 0, 1, &digest).await, None);
+        assert_eq!(
+            cache.chunk(Claimant::Mount(0), &layer, 0, 1, &digest).await,
+            None
+        );
         assert_eq!(engine.n_calls(), n_calls, "{error}: was not skipped");
         clock.advance(Duration::from_millis(wait * 500 + 1));
     }

@@ -15,14 +15,16 @@ use clip_csi::{
     chunk,
     clock::Clock,
     digest::{BlobDigest, ChunkDigest, DiffId},
+    fair::Claimant,
     integrity::IntegrityKey,
     metrics::Metrics,
     remote::{
         BackOff, ContentCache, ContentOptions, DirCache, RemoteManifest, UploadOutcome,
         UploadSource,
     },
-    tier::{BoxFuture, CacheKey, LayerCache, LeaseHolder, Put, TierError},
+    tier::{BoxFuture, BoxStream, CacheKey, LayerCache, LeaseHolder, Put, TierError},
 };
+use tokio::sync::Semaphore;
 
 /// Generous: the machine may be busy, and no test waits for it to pass.
 pub(super) const PATIENCE: Duration = Duration::from_secs(20);
@@ -41,6 +43,8 @@ pub(super) enum Fault {
     Delay(Duration),
     /// It never ends.
     Hang,
+    /// It waits until it is let go on, in the order in which calls came.
+    Hold(Arc<Semaphore>),
     /// A value is cut in half on its way back.
     Truncate,
     /// A bit of a value is flipped on its way back.
@@ -130,6 +134,7 @@ impl<T: LayerCache> Flaky<T> {
             Some(Fault::Fail(error)) => return Err(error.clone()),
             Some(Fault::Delay(time)) => tokio::time::sleep(*time).await,
             Some(Fault::Hang) => std::future::pending().await,
+            Some(Fault::Hold(go_on)) => go_on.acquire().await.unwrap().forget(),
             Some(Fault::Truncate | Fault::Corrupt) | None => {}
         }
         Ok(fault)
@@ -160,6 +165,14 @@ impl<T: LayerCache> LayerCache for Flaky<T> {
                 _ => value,
             }))
         })
+    }
+
+    fn get_again(
+        &self,
+        key: CacheKey,
+        max_bytes: usize,
+    ) -> Option<BoxFuture<'_, Result<Option<Bytes>, TierError>>> {
+        Some(self.get(key, max_bytes))
     }
 
     fn put(&self, key: CacheKey, value: Bytes, put: Put) -> BoxFuture<'_, Result<(), TierError>> {
@@ -207,6 +220,22 @@ impl<T: LayerCache> LayerCache for Shared<T> {
 
     fn get(&self, key: CacheKey, max: usize) -> BoxFuture<'_, Result<Option<Bytes>, TierError>> {
         self.0.get(key, max)
+    }
+
+    fn get_each(
+        &self,
+        keys: Vec<CacheKey>,
+        max: usize,
+    ) -> BoxStream<'_, Result<Option<Bytes>, TierError>> {
+        self.0.get_each(keys, max)
+    }
+
+    fn get_again(
+        &self,
+        key: CacheKey,
+        max_bytes: usize,
+    ) -> Option<BoxFuture<'_, Result<Option<Bytes>, TierError>>> {
+        self.0.get_again(key, max_bytes)
     }
 
     fn put(&self, key: CacheKey, value: Bytes, put: Put) -> BoxFuture<'_, Result<(), TierError>> {
@@ -364,7 +393,9 @@ impl Layer {
     pub(super) async fn fetch(&self, cache: &ContentCache, n: u32) -> bool {
         let truth = self.chunk(n);
         let expect = self.digest(n);
-        let got = cache.chunk(&self.diff_id(), n, truth.len(), &expect).await;
+        let got = cache
+            .chunk(Claimant::Mount(0), &self.diff_id(), n, truth.len(), &expect)
+            .await;
         if let Some(got) = &got {
             assert!(*got == truth, "chunk {n} is wrong");
         }

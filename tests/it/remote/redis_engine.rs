@@ -154,15 +154,19 @@ async fn a_dead_server_is_unavailable_and_a_silent_one_times_out() {
     let mut options = redis_options();
     options.connect_timeout = Duration::from_millis(30);
     let silent = RedisCache::connect(&Secret::new(url), None, options).unwrap();
+    let is_right =
+        |it: &TierError| matches!(it, TierError::Timeout { after } if after.as_millis() == 30);
     // Those who wait for one attempt to connect share its failure.
-    let all = futures_util::future::join_all((0..50).map(|_| silent.get(chunk(), 10)));
-    for got in all.await {
-        let is_right = matches!(got, Err(TierError::Timeout { after }) if after.as_millis() == 30);
-        assert!(is_right, "{got:?}");
+    let all = futures_util::future::join_all((0..50).map(|_| silent.delete(chunk())));
+    for ended in all.await {
+        let error = ended.unwrap_err();
+        assert!(is_right(&error), "{error:?}");
     }
     listener.set_nonblocking(true).unwrap();
     let n_connections = std::iter::from_fn(|| listener.accept().ok()).count();
     assert_eq!(n_connections, 1, "each made its own attempt");
+    let error = silent.get(chunk(), 10).await.unwrap_err();
+    assert!(is_right(&error), "{error:?}");
 }
 
 /// Stops the server's process: requests are sent, answers do not come.

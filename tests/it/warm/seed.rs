@@ -1,7 +1,7 @@
 //! An image is put into the remote once, and whoever does so says what went wrong.
 
 use std::{
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::{Arc, atomic::Ordering},
 };
 
@@ -11,7 +11,7 @@ use clip_csi::{
     warm::{Filled, LocalCopy, Phase, SeedRequest, WarmProgress, WarmWhat},
 };
 
-use super::world::{DEADLINE, World, all, fixtures, layer_bytes, reason};
+use super::world::{DEADLINE, HasRemote, World, all, fixtures, layer_bytes, reason};
 
 #[tokio::test]
 async fn the_registry_is_asked_once_and_no_reader_asks_anybody() {
@@ -194,8 +194,7 @@ async fn a_remote_that_is_down_is_told_apart_from_an_empty_one() {
     let world = World::seeded().await;
     let aside = world.path("aside");
     std::fs::rename(world.remote_dir(), &aside).unwrap();
-    // What is below a file cannot be read.
-    disk::publish(&world.remote_dir(), b"").unwrap();
+    block(&world.remote_dir());
     let node = world.node("node");
     let outcomes = [
         reason(node.fill(WarmWhat::All).await),
@@ -214,4 +213,24 @@ async fn a_remote_that_is_down_is_told_apart_from_an_empty_one() {
     std::fs::rename(aside, world.remote_dir()).unwrap();
     // It is skipped for some seconds by the process that saw it fail.
     world.node("node").fill(WarmWhat::All).await.unwrap();
+}
+
+/// The uploader goes on trying for minutes; who waits for it is told before.
+#[tokio::test]
+async fn a_remote_that_goes_away_is_missed_soon() {
+    let world = World::new().await;
+    let (remote, aside) = (world.remote_dir(), world.path("aside"));
+    *world.at_layer.lock().unwrap() = Some(Box::new(move || {
+        std::fs::rename(&remote, aside).unwrap();
+        block(&remote);
+    }));
+    let seeder = world.node_with("seeder", HasRemote::ThatIsTriedForLong, |it| it);
+    let seeded = tokio::time::timeout(DEADLINE, seeder.seed(WarmWhat::All));
+    let (reason, text) = reason(seeded.await.expect("it is told"));
+    assert_eq!(reason, "RemoteDown", "{text}");
+}
+
+/// What is below a file cannot be read.
+fn block(remote: &Path) {
+    disk::publish(remote, b"").unwrap();
 }

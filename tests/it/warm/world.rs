@@ -3,7 +3,7 @@
 use std::{
     path::PathBuf,
     sync::{
-        Arc, LazyLock,
+        Arc, LazyLock, Mutex,
         atomic::{AtomicU16, Ordering},
     },
     time::Duration,
@@ -13,11 +13,15 @@ use clip_csi::{
     chunk::CHUNK_BYTES,
     digest::{BlobDigest, ManifestDigest},
     indexer::Indexer,
-    layer::{CacheConfig, store::LayerStore},
+    layer::{
+        CacheConfig,
+        store::{LayerStore, Remote},
+    },
     metrics::Metrics,
     registry::{
         Credentials, HostConfig, ImageRef, Platform, RegistryClient, RegistryConfig, Requester,
     },
+    remote::{UploadOptions, Uploader},
     warm::{
         FillLimits, FillRequest, Filled, LocalCopy, Origin, Pace, SeedRequest, Seeded, WarmError,
         WarmWhat, Warmer,
@@ -94,12 +98,18 @@ pub(super) struct World {
     pub(super) registry: HttpServer,
     /// What the registry answers instead, if not 0.
     pub(super) refusal: Arc<AtomicU16>,
+    /// What is done when a layer is asked for, once.
+    pub(super) at_layer: Arc<Mutex<Option<Deed>>>,
 }
+
+pub(super) type Deed = Box<dyn FnOnce() + Send>;
 
 impl World {
     pub(super) async fn new() -> Self {
         let (image, refusal) = (Arc::new(Image::new()), Arc::new(AtomicU16::new(0)));
         let (of, refuses) = (Arc::clone(&image), Arc::clone(&refusal));
+        let at_layer = Arc::<Mutex<Option<Deed>>>::default();
+        let deed = Arc::clone(&at_layer);
         let registry = HttpServer::start(move |request| {
             let status = refuses.load(Ordering::SeqCst);
             if status != 0 {
@@ -116,6 +126,9 @@ impl World {
             let Some(layer) = layers.find(|it| path.ends_with(&it.desc.blob.to_string())) else {
                 return Reply::new(404, "{}");
             };
+            if let Some(deed) = deed.lock().unwrap().take() {
+                deed();
+            }
             match request.range_start() {
                 None => Reply::new(200, layer.blob.clone()),
                 Some(start) => {
@@ -130,6 +143,7 @@ impl World {
             image,
             registry: registry.await,
             refusal,
+            at_layer,
         }
     }
 
@@ -163,6 +177,17 @@ impl World {
         let remote = match has_remote {
             HasRemote::WithKey => remote_in(&self.remote_dir(), Some(&key), &metrics),
             HasRemote::WithoutKey => remote_in(&self.remote_dir(), None, &metrics),
+            HasRemote::ThatIsTriedForLong => {
+                let remote = remote_in(&self.remote_dir(), Some(&key), &metrics);
+                remote.map(|Remote { cache, .. }| {
+                    let options = UploadOptions {
+                        attempts: 1000,
+                        ..UploadOptions::default()
+                    };
+                    let uploader = Arc::new(Uploader::start(cache.clone(), options));
+                    Remote { cache, uploader }
+                })
+            }
             HasRemote::No => None,
         };
         let config = with(config(&self.path(name)));
@@ -207,6 +232,8 @@ impl World {
 pub(super) enum HasRemote {
     WithKey,
     WithoutKey,
+    /// By the uploader: it gives no layer up while a test runs.
+    ThatIsTriedForLong,
     No,
 }
 

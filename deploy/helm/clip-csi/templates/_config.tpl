@@ -132,7 +132,7 @@ always_ask_origin = true
 {{- define "clip-csi.agentConfig" -}}
 [cache]
 dir = {{ .Values.cache.hostPath | toJson }}
-{{- include "clip-csi.tomlIntegers" (dict "values" .Values.cache "keys" (list "maxBytes" "highWatermarkPercent" "lowWatermarkPercent" "minFreeBytes" "maxLayerBytes" "maxLayerEntries" "maxLayerIndexBytes" "maxIndexNodes" "maxDecompressions" "stallTimeoutSeconds")) }}
+{{- include "clip-csi.tomlIntegers" (dict "values" .Values.cache "keys" (list "maxBytes" "highWatermarkPercent" "lowWatermarkPercent" "minFreeBytes" "minFreeInodes" "maxLayerBytes" "maxLayerEntries" "maxLayerIndexBytes" "maxIndexNodes" "maxDecompressions" "stallTimeoutSeconds")) }}
 {{- with .Values.cache.prefetch }}
 prefetch = {{ . | toJson }}
 {{- end }}
