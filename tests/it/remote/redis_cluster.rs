@@ -53,11 +53,17 @@ async fn a_slot_that_moves_is_followed() {
     // Of three thirds, by number.
     let owner = usize::try_from(slot * 3 / 16384).unwrap();
     let next = (owner + 1) % 3;
-    let id: String = ask(&cluster.servers[next], &["MYID"]);
-    // As `redis-cli --cluster reshard` ends: who gives it away is told last.
-    for at in [next, (owner + 2) % 3, owner] {
-        let words = ["SETSLOT", &slot.to_string(), "NODE", &id];
+    let id = |at: usize| -> String { ask(&cluster.servers[at], &["MYID"]) };
+    let tell = |at: usize, what: &str, id: &str| {
+        let words = ["SETSLOT", &slot.to_string(), what, id];
         let () = ask(&cluster.servers[at], &words);
+    };
+    // As `redis-cli --cluster reshard` does it. Who took a slot that was importing has the newest say in whose it is, so that no message
+    // of before takes it back; who gives it away is told last.
+    tell(next, "IMPORTING", &id(owner));
+    tell(owner, "MIGRATING", &id(next));
+    for at in [next, (owner + 2) % 3, owner] {
+        tell(at, "NODE", &id(next));
     }
     cache.put(chunk(0), value(7), Put::IfAbsent).await.unwrap();
     assert_eq!(cache.get(chunk(0), 10_000).await.unwrap(), Some(value(7)));

@@ -149,14 +149,16 @@ impl RedisCluster {
         Some(cluster)
     }
 
-    /// Waits until each server says that all slots are served.
+    /// Waits until each server knows of each slot who serves it. Its state alone says less: without full coverage it is good as soon as
+    /// the server's own slots are served.
     pub(super) async fn come_together(&self) {
         for server in &self.servers {
             let mut is_ok = false;
             for _ in 0..1000 {
                 let mut asked = redis::cmd("CLUSTER");
                 let info: String = asked.arg("INFO").query(&mut server.raw()).unwrap();
-                is_ok = info.contains("cluster_state:ok") && info.contains("known_nodes:3");
+                let all_served = format!("cluster_slots_ok:{N_SLOTS}\r");
+                is_ok = info.contains("cluster_state:ok") && info.contains(&all_served);
                 if is_ok {
                     break;
                 }
