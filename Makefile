@@ -36,12 +36,12 @@ demo: ## Play the three stories on real services and print the table (root; inst
 bench: ## Measure against the best that could be, in ratios (root, idle machine; BENCH=name,name picks; about half an hour after builds)
 	$(call say,Installing what is missing)
 	@./e2e/install.sh test
-	$(call say,Building clip-csi, its inflater alone and agents without disks; the readers, the registry and Kubernetes)
-	@cargo build --release --locked --bins --bench inflate --bench prewarm_agents
+	$(call say,Building clip-csi as the Dockerfile ships it, its inflater alone and agents without disks; the readers, the registry and Kubernetes)
+	@cargo build --profile dist --locked --bins --bench inflate --bench prewarm_agents
 	./e2e/tools.sh >/dev/null
 	./e2e/tools.sh kubernetes >/dev/null
 	$(call say,Measuring)
-	@python3 e2e/bench/run.py "$(BENCH)"
+	@CLIP_CSI_BIN=$${CLIP_CSI_BIN:-$(CURDIR)/target/dist/clip-csi} python3 e2e/bench/run.py "$(BENCH)"
 
 test: KUBERNETES :=
 test: ## Format, lints, documentation, unit and integration tests, and the end-to-end tests that need no Kubernetes (root; installs what is missing; 15 to 30 minutes, the longer the first time)

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Tests the Helm chart and its monitoring without a cluster: rendering, schema, rules, dashboard, documents.
 
-Needs Helm ($HELM, PATH, or the tests' cache) and promtool; a test without its tool says so and is skipped.
+Needs Helm ($HELM, PATH, or the tests' own, which is built if the cache has none) and promtool; a test without promtool says so and is skipped.
 """
 
 import functools
@@ -23,6 +23,7 @@ import yaml
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
+from cluster.containers import tools
 from harness import dashboard, paths
 
 CHART = paths.REPO / "deploy/helm/clip-csi"
@@ -174,10 +175,9 @@ MISTAKES = [
 
 
 @functools.cache
-def helm() -> str | None:
-    """Helm: $HELM, the one in PATH, or the one that the tests' tools brought."""
-    built = sorted(paths.cache().glob("tools-kubernetes-*/helm"))
-    return os.environ.get("HELM") or shutil.which("helm") or (str(built[-1]) if built else None)
+def helm() -> str:
+    """Helm: $HELM, the one in PATH, or the tests' own."""
+    return os.environ.get("HELM") or shutil.which("helm") or str(tools() / "helm")
 
 
 def merged(*layers: dict) -> dict:
@@ -247,12 +247,8 @@ def mounted(container: dict) -> dict[str, dict]:
     return {mount["name"]: mount for mount in container.get("volumeMounts", [])}
 
 
-class NeedsHelm(unittest.TestCase):
+class Charted(unittest.TestCase):
     maxDiff = None
-
-    def setUp(self):
-        if not helm():
-            self.skipTest("no helm: put it into PATH, name it in HELM, or run e2e/tools.sh kubernetes")
 
     def objects(self, values: dict, *words, kube_version=NEWEST) -> list[dict]:
         done = template(values, *words, kube_version=kube_version)
@@ -265,7 +261,7 @@ class NeedsHelm(unittest.TestCase):
         return found[0]
 
 
-class Rendering(NeedsHelm):
+class Rendering(Charted):
     def test_lint_is_clean(self):
         for values in (IMAGE, EVERYTHING):
             done = run_helm("lint", "--strict", str(CHART), values=values)
@@ -378,7 +374,7 @@ class Rendering(NeedsHelm):
         self.assertIn("WARNING: fuse.updateStrategy has no maxSurge", notes(COMBINATIONS["no surge"]))
 
 
-class Configuration(NeedsHelm):
+class Configuration(Charted):
     def files(self, values: dict) -> dict[str, str]:
         return self.only([it for it in self.objects(values) if it["metadata"]["name"].endswith("-config")], "ConfigMap")["data"]
 
@@ -467,7 +463,7 @@ class Configuration(NeedsHelm):
                 self.assertEqual(done.returncode, 0, done.stderr)
 
 
-class Security(NeedsHelm):
+class Security(Charted):
     def test_only_the_node_service_is_privileged(self):
         for spec, container in containers(self.objects({})):
             context, name = container["securityContext"], container["name"]
@@ -660,7 +656,7 @@ class Security(NeedsHelm):
                 self.assertRegex(text, rf"\| `{resource}` \| `{verb}` \|")
 
 
-class Schema(NeedsHelm):
+class Schema(Charted):
     def test_a_typo_is_refused_at_every_level(self):
         values = document((CHART / "values.yaml").read_text())
         documented = values_doc.comments((CHART / "values.yaml").read_text())
@@ -761,7 +757,7 @@ class Rules(unittest.TestCase):
             self.assertIn("```sh", sections[name], f"{name}: no command")
 
 
-class RenderedRules(NeedsHelm):
+class RenderedRules(Charted):
     def test_the_prometheus_rule_is_what_promtool_tested(self):
         rendered = self.only(self.objects({"metrics": {"prometheusRule": {"forceEnable": True}}}), "PrometheusRule")["spec"]["groups"]
         written = [group for name in ("recording", "alerts") for group in document((RULES / f"{name}.yaml").read_text())["groups"]]

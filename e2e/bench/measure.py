@@ -94,8 +94,8 @@ def cpu_of(pid: int) -> float:
 
 @functools.cache
 def program(name: str) -> pathlib.Path:
-    """A program of benches/, built in the profile of the program."""
-    lines = process.run("cargo", "build", "--release", "--locked", "--bench", name, "--message-format", "json", cwd=paths.REPO, timeout=1200).stdout
+    """A program of benches/, built in the profile of what ships."""
+    lines = process.run("cargo", "build", "--profile", "dist", "--locked", "--bench", name, "--message-format", "json", cwd=paths.REPO, timeout=1200).stdout
     made = [json.loads(line) for line in lines.splitlines() if line.startswith("{")]
     return next(pathlib.Path(it["executable"]) for it in made if it.get("executable") and it["target"]["name"] == name)
 

@@ -120,7 +120,7 @@ async fn idle_connections_wait_for_a_slot_and_do_not_outlive_the_server() {
     for _ in 0..15 {
         idle.push(TcpStream::connect(world.address).await.unwrap());
     }
-    let answer = timeout(Duration::from_secs(3), world.ask("GET /healthz"));
+    let answer = timeout(Duration::from_secs(20), world.ask("GET /healthz"));
     assert_eq!(answer.await.unwrap().0, "HTTP/1.1 200 OK");
     idle.push(TcpStream::connect(world.address).await.unwrap());
     let refused = timeout(Duration::from_millis(300), world.ask("GET /healthz"));
@@ -129,13 +129,13 @@ async fn idle_connections_wait_for_a_slot_and_do_not_outlive_the_server() {
         "a seventeenth connection was served"
     );
     world.stop.send(()).unwrap();
-    timeout(Duration::from_secs(3), world.serving)
+    timeout(Duration::from_secs(20), world.serving)
         .await
         .unwrap()
         .unwrap();
     for mut stream in idle {
         let mut rest = [0; 1];
-        let end = timeout(Duration::from_secs(3), stream.read(&mut rest)).await;
+        let end = timeout(Duration::from_secs(20), stream.read(&mut rest)).await;
         assert!(matches!(end.unwrap(), Ok(0) | Err(_)));
     }
 }

@@ -297,7 +297,7 @@ async fn a_stalled_registry_is_given_up_in_time() {
         read(&client, &hosts[1], &image)
     );
     assert!(
-        started.elapsed() < Duration::from_secs(6),
+        started.elapsed() < Duration::from_secs(20),
         "{:?}",
         started.elapsed()
     );

@@ -139,7 +139,7 @@ async fn a_mirror_that_fails_in_any_way_costs_one_question() {
         pull(&client, &origin, &Credentials::Anonymous, &image)
             .await
             .unwrap();
-        assert!(started.elapsed() < Duration::from_secs(2), "{shown}");
+        assert!(started.elapsed() < Duration::from_secs(5), "{shown}");
         assert_eq!(mirror.requests("").len(), n_asked, "{shown}");
         assert_eq!(origin.requests("").len(), 3, "{shown}");
     }
@@ -179,7 +179,7 @@ async fn a_mirror_that_is_not_there_or_silent_is_passed_over_in_time() {
     }
     // Once: connecting and reading may take a second each here.
     assert!(
-        started.elapsed() < Duration::from_secs(4),
+        started.elapsed() < Duration::from_secs(8),
         "{:?}",
         started.elapsed()
     );

@@ -254,9 +254,16 @@ async fn a_warming_keeps_its_pace_and_ends_when_it_is_dropped() {
     let progress = Arc::new(WarmProgress::default());
     let started = Instant::now();
     let warmer = node.warmer();
-    let filling = warmer.fill(&request, &progress);
-    let cut = tokio::time::timeout(Duration::from_millis(450), filling);
-    assert!(cut.await.is_err(), "it takes more than a second");
+    let begun = async {
+        while progress.snapshot().bytes_done == 0 || started.elapsed() < Duration::from_millis(400)
+        {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    tokio::select! {
+        _ = warmer.fill(&request, &progress) => panic!("it takes more than a second"),
+        () = begun => {}
+    }
     let bytes = progress.snapshot().bytes_done;
     let most = started.elapsed().as_secs_f64() * 10.0 + 2.0;
     let n_chunks = bytes.div_ceil(CHUNK_BYTES);
@@ -265,10 +272,13 @@ async fn a_warming_keeps_its_pace_and_ends_when_it_is_dropped() {
         "{n_chunks} of {most}"
     );
     let there = |chunks: [Option<Vec<u32>>; 2]| chunks.iter().flatten().flatten().count();
-    tokio::time::sleep(Duration::from_millis(50)).await;
     let at_end = there(node.chunks().await);
     tokio::time::sleep(Duration::from_millis(400)).await;
-    assert_eq!(there(node.chunks().await), at_end, "it went on");
+    let more = there(node.chunks().await) - at_end;
+    assert!(
+        more <= 2,
+        "{more} more came: what was being written may, the next four may not"
+    );
     // Nothing is kept for it any more, and the next one goes on.
     let filled = node.fill(WarmWhat::All).await.unwrap();
     assert_eq!(
@@ -283,16 +293,22 @@ async fn a_filling_goes_on_after_an_unclean_end() {
     let node = world.node("node");
     let request = FillRequest {
         limits: FillLimits {
-            pace: Arc::new(Pace::new(20 * CHUNK_BYTES)),
+            pace: Arc::new(Pace::new(10 * CHUNK_BYTES)),
             ..limits()
         },
         ..node.fill_request(WarmWhat::All)
     };
-    let progress = Arc::default();
+    let progress = Arc::<WarmProgress>::default();
     let warmer = node.warmer();
-    let filling = warmer.fill(&request, &progress);
-    let cut = tokio::time::timeout(Duration::from_millis(200), filling);
-    assert!(cut.await.is_err());
+    let begun = async {
+        while progress.snapshot().bytes_done < 3 * CHUNK_BYTES {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    tokio::select! {
+        _ = warmer.fill(&request, &progress) => panic!("it takes a second"),
+        () = begun => {}
+    }
     copy(&world.path("node"), &world.path("after"));
     let after = world.node("after");
     let filled = after.fill(WarmWhat::All).await.unwrap();
