@@ -14,6 +14,7 @@ use clip_csi::{
     remote::{BackOff, ContentCache, ContentOptions, DirCache, UploadOptions, Uploader},
     tier::{BoxFuture, CacheKey, LayerCache, LeaseHolder, Put, TierError},
 };
+use tokio::sync::Notify;
 
 use super::world::{World, fixtures};
 use crate::layer_fixture::{open, present};
@@ -25,6 +26,8 @@ const CHUNK_TIME: Duration = Duration::from_millis(80);
 #[derive(Debug)]
 struct Slow {
     inner: DirCache,
+    /// A chunk was asked for.
+    asked: Notify,
     came: Mutex<Vec<(u32, Instant, Instant)>>,
 }
 
@@ -40,6 +43,9 @@ impl LayerCache for Slow {
     ) -> BoxFuture<'_, Result<Option<Bytes>, TierError>> {
         Box::pin(async move {
             let begin = Instant::now();
+            if matches!(key, CacheKey::Chunk(..)) {
+                self.asked.notify_one();
+            }
             let got = self.inner.get(key, max_bytes).await;
             if let CacheKey::Chunk(_, chunk) = key {
                 tokio::time::sleep(CHUNK_TIME).await;
@@ -78,6 +84,7 @@ async fn what_is_warmed_makes_way_for_a_reader() {
     let metrics = Metrics::new();
     let engine = Arc::new(Slow {
         inner: DirCache::new(&world.remote_dir(), Duration::from_secs(20)),
+        asked: Notify::new(),
         came: Mutex::default(),
     });
     // As in `key_file`.
@@ -101,7 +108,7 @@ async fn what_is_warmed_makes_way_for_a_reader() {
     let reads = present(&store, fixture.desc.diff_id, 0..1);
     let warms = async {
         // The reader has asked by then, and has its answer long after.
-        tokio::time::sleep(CHUNK_TIME / 8).await;
+        engine.asked.notified().await;
         store.warm_chunk(&layer, 1).await
     };
     let (read, warmed) = tokio::join!(reads, warms);
