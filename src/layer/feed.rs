@@ -5,28 +5,95 @@
 
 use std::{
     io::{self, BufRead, Read},
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
 use bytes::{Buf, Bytes};
 use futures_util::{Stream, StreamExt};
 use sha2::{Digest, Sha256};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::sync::{Notify, mpsc};
 
 use crate::{digest::BlobDigest, tier::SourceError};
 
-/// Bytes on their way between the network and the decompressing thread, that which it reads included.
+/// With so many bytes on their way to the decompressing thread, those that it reads included, no more are
+/// asked of the network, unless they are one piece: over TLS they come in 16 KiB, without it in up to 400 KiB.
 ///
-/// A larger piece is on its way alone: over TLS they come in 16 KiB, without it in up to 400 KiB. This bridges
-/// a pause of a millisecond at a hundred megabytes per second, which is what one thread decompresses.
+/// This bridges a pause of a millisecond at a hundred megabytes per second, which is what one thread
+/// decompresses. The piece after the one that is read is there already, however large they are: to wake who
+/// sends and then who reads takes a quarter of the time in which a piece is decompressed.
 const IN_FLIGHT_BYTES: usize = 128 << 10;
 
 /// What came at once.
 #[derive(Debug)]
 struct Piece {
     bytes: Bytes,
-    /// Its share of what may be on its way.
-    _share: OwnedSemaphorePermit,
+    /// Its place in what is on its way.
+    _place: Place,
+}
+
+/// What is on its way.
+#[derive(Debug, Default)]
+struct Way {
+    /// std Mutex: held to count, never across an await.
+    load: Mutex<Load>,
+    /// There is less of it.
+    eased: Notify,
+}
+
+#[derive(Debug, Default)]
+struct Load {
+    n_pieces: usize,
+    n_bytes: usize,
+}
+
+/// The place of a piece on its way: free when this is dropped.
+#[derive(Debug)]
+struct Place {
+    way: Arc<Way>,
+    n_bytes: usize,
+}
+
+impl Way {
+    fn load(&self) -> MutexGuard<'_, Load> {
+        self.load.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits until there is room for a piece more.
+    async fn room(&self) {
+        loop {
+            let eased = self.eased.notified();
+            let has_room = {
+                let load = self.load();
+                load.n_pieces <= 1 || load.n_bytes < IN_FLIGHT_BYTES
+            };
+            if has_room {
+                return;
+            }
+            eased.await;
+        }
+    }
+
+    fn place(self: &Arc<Self>, n_bytes: usize) -> Place {
+        let mut load = self.load();
+        load.n_pieces += 1;
+        load.n_bytes += n_bytes;
+        drop(load);
+        Place {
+            way: Arc::clone(self),
+            n_bytes,
+        }
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let mut load = self.way.load();
+        load.n_pieces -= 1;
+        load.n_bytes -= self.n_bytes;
+        drop(load);
+        // There is one who waits, and if it does not wait yet, it will look again.
+        self.way.eased.notify_one();
+    }
 }
 
 /// How the stream ended.
@@ -56,7 +123,7 @@ pub(super) enum Hashing {
 #[derive(Debug)]
 pub(super) struct Feed {
     sender: mpsc::UnboundedSender<Piece>,
-    shares: Arc<Semaphore>,
+    way: Arc<Way>,
     hasher: Option<Sha256>,
     end: SharedEnd,
 }
@@ -71,7 +138,7 @@ pub(super) struct FeedReader {
 
 /// Makes both ends.
 pub(super) fn feed(hashing: Hashing) -> (Feed, FeedReader) {
-    // Shares bound it.
+    // Whoever sends waits for room.
     let (sender, receiver) = mpsc::unbounded_channel();
     let end = SharedEnd::default();
     let reader = FeedReader {
@@ -82,7 +149,7 @@ pub(super) fn feed(hashing: Hashing) -> (Feed, FeedReader) {
     let hasher = (hashing == Hashing::Yes).then(Sha256::new);
     let feed = Feed {
         sender,
-        shares: Arc::new(Semaphore::new(IN_FLIGHT_BYTES)),
+        way: Arc::default(),
         hasher,
         end,
     };
@@ -94,7 +161,12 @@ impl Feed {
     pub(super) async fn run(mut self, stream: impl Stream<Item = Result<Bytes, SourceError>>) {
         let mut stream = std::pin::pin!(stream);
         let mut n_bytes = 0;
-        while let Some(item) = stream.next().await {
+        loop {
+            // Before it is asked for, so that what waits is on its way, and nothing beside it.
+            self.way.room().await;
+            let Some(item) = stream.next().await else {
+                break;
+            };
             match item {
                 Ok(bytes) if bytes.is_empty() => {}
                 Ok(bytes) => {
@@ -103,7 +175,7 @@ impl Feed {
                         hasher.update(&bytes);
                     }
                     n_bytes += bytes.len() as u64;
-                    if self.send(bytes).await.is_err() {
+                    if self.send(bytes).is_err() {
                         return;
                     }
                 }
@@ -115,13 +187,11 @@ impl Feed {
         self.end(End::Whole(n_bytes, digest));
     }
 
-    /// Sends a piece once there is room for it; fails if nobody reads any more.
-    async fn send(&self, bytes: Bytes) -> Result<(), ()> {
-        let n_shares = u32::try_from(bytes.len().min(IN_FLIGHT_BYTES)).map_err(|_| ())?;
-        let shares = Arc::clone(&self.shares).acquire_many_owned(n_shares);
+    /// Sends a piece; fails if nobody reads any more.
+    fn send(&self, bytes: Bytes) -> Result<(), ()> {
         let piece = Piece {
+            _place: self.way.place(bytes.len()),
             bytes,
-            _share: shares.await.map_err(|_| ())?,
         };
         self.sender.send(piece).map_err(|_| ())
     }
@@ -183,7 +253,7 @@ impl BufRead for FeedReader {
     fn consume(&mut self, len: usize) {
         if let Some(piece) = &mut self.current {
             piece.bytes.advance(len);
-            // Its share is free then, and the next one comes while what was read is worked at.
+            // Its place is free then, and one more comes while the next is worked at.
             if piece.bytes.is_empty() {
                 self.current = None;
             }
@@ -253,7 +323,7 @@ mod tests {
     #[tokio::test]
     async fn a_sender_that_is_stopped_is_no_end() {
         let (feed, mut reader) = feed(Hashing::No);
-        feed.send(Bytes::from_static(b"ab")).await.unwrap();
+        feed.send(Bytes::from_static(b"ab")).unwrap();
         drop(feed);
         let read = tokio::task::spawn_blocking(move || {
             let mut all = Vec::new();
@@ -268,7 +338,7 @@ mod tests {
     #[tokio::test]
     async fn no_more_is_on_its_way_than_there_is_room_for() {
         for (piece_bytes, most_pieces) in
-            [(16 << 10, 8), (48 << 10, 2), (128 << 10, 1), (400 << 10, 1)]
+            [(16 << 10, 8), (48 << 10, 3), (128 << 10, 2), (400 << 10, 2)]
         {
             let (feed, mut reader) = feed(Hashing::No);
             let n_made = Arc::new(AtomicUsize::new(0));
@@ -283,9 +353,8 @@ mod tests {
                 for n_whole in 0..20 {
                     assert_eq!(reader.fill_buf().unwrap().len(), piece_bytes);
                     std::thread::sleep(Duration::from_millis(2));
-                    // One is made, and waits until there is room.
                     let n_ahead = n_made.load(Ordering::SeqCst) - n_whole;
-                    assert!(n_ahead <= most_pieces + 1, "{n_ahead} of {piece_bytes}");
+                    assert!(n_ahead <= most_pieces, "{n_ahead} of {piece_bytes}");
                     // Not all of it at once.
                     reader.consume(piece_bytes - 1);
                     n_read += piece_bytes;
@@ -296,6 +365,28 @@ mod tests {
             read.await.unwrap();
             sending.await.unwrap();
         }
+    }
+
+    /// So that whoever reads need not wait until somebody else has woken.
+    #[tokio::test]
+    async fn the_next_piece_is_there_before_the_last_was_read() {
+        let (feed, mut reader) = feed(Hashing::No);
+        let pieces = (0..3).map(|it| Ok(Bytes::from(vec![it; 400 << 10])));
+        let sending = tokio::spawn(feed.run(stream::iter(pieces)));
+        let read = tokio::task::spawn_blocking(move || {
+            for number in 0..2 {
+                assert_eq!(reader.fill_buf().unwrap()[0], number);
+                let since = std::time::Instant::now();
+                while reader.receiver.is_empty() {
+                    assert!(since.elapsed() < Duration::from_secs(20), "nothing came");
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+                reader.consume(400 << 10);
+            }
+            assert_eq!(reader.finish().unwrap().0, 3 * (400 << 10));
+        });
+        read.await.unwrap();
+        sending.await.unwrap();
     }
 
     #[tokio::test]
