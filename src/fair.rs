@@ -16,6 +16,8 @@ pub enum Claimant {
     Mount(u64),
     /// Those who make images ready to be mounted, all together.
     Publish,
+    /// Who makes one image ready, and whoever waits for a stream of its layers; the number is its own.
+    Image(u64),
     /// Nobody yet: what is fetched ahead, warmed, uploaded.
     Background,
 }

@@ -61,7 +61,9 @@ impl<T> Waiting<T> {
     fn push(&mut self, who: Claimant, item: T) {
         match who {
             Claimant::Background => self.background.push_back(item),
-            Claimant::Mount(_) | Claimant::Publish => self.wanted.push(who, item),
+            Claimant::Mount(_) | Claimant::Publish | Claimant::Image(_) => {
+                self.wanted.push(who, item);
+            }
         }
     }
 

@@ -198,7 +198,7 @@ impl Inner {
         let desc = &origin.desc;
         // How large it becomes is not known; smaller than its blob it will hardly be.
         self.make_room(desc.diff_id, desc.blob_bytes).await?;
-        let permit = self.decompressions.acquire().await;
+        let turn = self.decompressions.take(origin.claimant()).await;
         let started = Instant::now();
         info!(layer.diff_id = %desc.diff_id, layer.blob = %desc.blob, bytes = desc.blob_bytes,
             "decompressing layer (first access)");
@@ -208,7 +208,7 @@ impl Inner {
         {
             built = self.fill_from_registry(origin).await;
         }
-        drop(permit);
+        drop(turn);
         self.decompressed(desc, started, built.as_ref().copied());
         built.map(|_layer_bytes| ())
     }

@@ -69,6 +69,7 @@ mod random;
 mod reach;
 mod recording;
 mod replay;
+mod riders;
 mod room;
 mod seek;
 mod span;

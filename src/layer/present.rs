@@ -294,6 +294,7 @@ impl Inner {
         chunk: u32,
     ) -> Result<(), PresentError> {
         let stall = Duration::from_secs(self.config.stall_timeout_seconds);
+        let _riding = layer.riders.enter();
         let mut progress = self.start_refill(layer);
         loop {
             if layer.file.has(chunk..chunk + 1) {
@@ -390,7 +391,11 @@ impl Inner {
         if self.fill_by_pieces(layer, progress).await? {
             return Ok(());
         }
-        let permit = self.decompressions.acquire().await;
+        let turn = tokio::select! {
+            biased;
+            turn = self.decompressions.take(Claimant::Background) => turn,
+            () = layer.riders.some() => self.decompressions.take(origin.claimant()).await,
+        };
         let started = Instant::now();
         info!(layer.diff_id = %diff_id, layer.blob = %desc.blob, bytes = desc.blob_bytes,
             "decompressing layer (missing chunks)");
@@ -400,7 +405,7 @@ impl Inner {
         {
             filled = self.stream_past(layer, progress).await;
         }
-        drop((permit, lock));
+        drop((turn, lock));
         if let Err(PresentError::Unknown { .. }) = filled {
             debug!(layer.diff_id = %diff_id, "nobody has the layer open any more, no need for the rest");
             return Ok(());

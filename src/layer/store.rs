@@ -33,6 +33,7 @@ use super::{
     lock::{self, FillLock},
     random::{Demand, RandomReads},
     reach::{Answered, Reach},
+    riders::Riders,
     room::{Claim, Room},
     scratch::{NewFile, ScratchFile},
     through::Through,
@@ -41,7 +42,7 @@ use super::{
 };
 use crate::{
     digest::DiffId,
-    fair::Turns,
+    fair::{Claimant, Turns},
     metrics::{Metrics, Tier},
     remote::{ContentCache, Uploader},
     tier::{BlobSource, BlobStream, LayerDesc, PresentError},
@@ -81,7 +82,7 @@ pub(super) struct Inner {
     pub(super) layer_flights: Flights<DiffId>,
     pub(super) chunk_flights: Flights<(DiffId, u32)>,
     pub(super) access_flights: Flights<DiffId>,
-    pub(super) decompressions: Semaphore,
+    pub(super) decompressions: Turns,
     /// Tables of contents that are read.
     pub(super) tables: Semaphore,
     pub(super) random_reads: Turns,
@@ -112,6 +113,8 @@ pub struct Layer {
     pub(super) origin: Mutex<Origin>,
     /// std Mutex: held to look and to start, never across an await.
     pub(super) refill: Mutex<Option<watch::Receiver<RefillState>>>,
+    /// Who waits for the refill.
+    pub(super) riders: Riders,
     /// Chunks that the remote content cache was asked for and did not have, to be put there again.
     ///
     /// std Mutex: held to push or take, never across an await.
@@ -146,6 +149,12 @@ impl Origin {
             source,
             reach: Arc::default(),
         }
+    }
+
+    /// Those who want the image that the source is of.
+    pub(super) fn claimant(&self) -> Claimant {
+        // No other source has its address as long as this one waits for a turn.
+        Claimant::Image(Arc::as_ptr(&self.source).addr() as u64)
     }
 
     /// Opens a part of the blob.
@@ -285,7 +294,7 @@ impl LayerStore {
         let store = Self(Arc::new(Inner {
             paths,
             room,
-            decompressions: Semaphore::new(config.max_decompressions.max(1)),
+            decompressions: Turns::new(config.max_decompressions),
             tables: Semaphore::new(TABLES),
             random_reads: Turns::new(RANDOM_READS),
             runs: Turns::new(RUNS),
@@ -460,6 +469,7 @@ impl Inner {
             file: Arc::new(file.in_room(&self.room)),
             origin: Mutex::new(origin.clone()),
             refill: Mutex::default(),
+            riders: Riders::default(),
             missed: Mutex::default(),
             ahead: Mutex::default(),
             refill_at: AtomicU32::new(0),

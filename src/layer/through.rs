@@ -262,7 +262,7 @@ impl Inner {
         }
         let lent = match self.lend_random(layer, chunk, who).await? {
             Some(lent) => lent,
-            None => self.lend_from_stream(layer, chunk).await?,
+            None => self.lend_from_stream(layer, chunk, who).await?,
         };
         Ok((lent, Tier::Registry))
     }
@@ -346,8 +346,9 @@ impl Inner {
         &self,
         layer: &Arc<Layer>,
         chunk: u32,
+        who: Claimant,
     ) -> Result<LentChunk, PresentError> {
-        let _permit = self.decompressions.acquire().await;
+        let _turn = self.decompressions.take(who).await;
         let mut sought = self.seek_in_stream(layer, chunk).await;
         if let Err(err) = &sought
             && layer.origin().distrusts(err)

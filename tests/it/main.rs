@@ -18,6 +18,7 @@ mod codec;
 mod crds;
 mod csi;
 mod csi_controller;
+mod decompressions;
 mod eviction;
 mod flipped_bits;
 mod fs;
