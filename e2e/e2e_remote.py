@@ -80,7 +80,7 @@ class Remote(Case):
     def test_who_reads_in_order_does_not_wait_for_a_round_trip_for_each_chunk(self):
         redis = self.redis()
         self.warm("demo1", self.config(redis=redis, key_file=self.work / "key"))
-        seconds = 0.2
+        seconds = 0.4
         _, b = self.far_away(redis, seconds / 2, "far")
         b.must_publish("v", self.env.push("demo1"))
         # As they come in the layers.
