@@ -19,8 +19,8 @@ use crate::{digest::BlobDigest, tier::SourceError};
 /// asked of the network, unless they are one piece: over TLS they come in 16 KiB, without it in up to 400 KiB.
 ///
 /// This bridges a pause of a millisecond at a hundred megabytes per second, which is what one thread
-/// decompresses. The piece after the one that is read is there already, however large they are: to wake who
-/// sends and then who reads takes a quarter of the time in which a piece is decompressed.
+/// decompresses. The piece after the one that is read is there already, however large they are: nobody waits
+/// for it until who sends and then who reads has woken.
 const IN_FLIGHT_BYTES: usize = 128 << 10;
 
 /// What came at once.
