@@ -9,14 +9,15 @@ pub use turns::{Turn, Turns};
 
 use std::collections::VecDeque;
 
-/// On whose behalf something is fetched.
+/// On whose behalf something is fetched or decompressed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Claimant {
     /// The readers of one mount, which all together are one claimant; the number is its own.
     Mount(u64),
-    /// Those who make images ready to be mounted, all together.
+    /// Those who make images ready to be mounted, all together: where the remote content cache is asked.
     Publish,
-    /// Who makes one image ready, and whoever waits for a stream of its layers; the number is its own.
+    /// Who makes one image ready, and whoever waits for a stream of its layers: where layers are decompressed. The
+    /// number is its own.
     Image(u64),
     /// Nobody yet: what is fetched ahead, warmed, uploaded.
     Background,
