@@ -373,6 +373,13 @@ def make_nasty(it: Image) -> None:
     note(it, dirs_without_time=nasty.MTIME_OF_UNPACKING)
 
 
+@image("nasty-kernel", NASTY_SOURCES)
+def make_nasty_kernel(it: Image) -> None:
+    """All of `nasty` but what keeps an image from being mounted in the kernel: access control lists, an archive that ends within a block."""
+    gzip_image(it, nasty.nasty({case.__name__ for case in nasty.CASES} - {"acls"}, padded=True))
+    note(it, dirs_without_time=nasty.MTIME_OF_UNPACKING)
+
+
 @image("nasty-root", NASTY_SOURCES)
 def make_nasty_root(it: Image) -> None:
     """An opaque root."""

@@ -327,7 +327,6 @@ def xattrs(l0: Tar, l1: Tar, l2: Tar) -> None:
     l0.hardlink("xattrs/linked", "xattrs/simple")
     l0.file("xattrs/replaced", "x", xattrs={"user.old": b"old", "user.both": b"old"})
     l1.file("xattrs/replaced", "x", xattrs={"user.both": b"new"})
-    l0.file("xattrs/acl", "x", mode=0o674, xattrs={"system.posix_acl_access": ACL})
     l0.file("xattrs/trusted", "x", xattrs={"trusted.ours": b"1"})
     l0.symlink("xattrs/trusted-link", "trusted", xattrs={"trusted.ours": b"2"})
     # What only means something to the machine that wrote it: dropped.
@@ -335,6 +334,11 @@ def xattrs(l0: Tar, l1: Tar, l2: Tar) -> None:
     l0.file("xattrs/selinux", "x", xattrs={"security.selinux": b"system_u:object_r:bin_t:s0\0"})
     # libarchive writes both forms; base64 without padding and a percent-encoded name in its own.
     l0.file("xattrs/libarchive", "x", pax={"LIBARCHIVE.xattr.user.both": b"dmFsdWU", "SCHILY.xattr.user.both": b"value"})
+
+
+def acls(l0: Tar, l1: Tar, l2: Tar) -> None:
+    l0.dir("acls")
+    l0.file("acls/file", "x", mode=0o674, xattrs={"system.posix_acl_access": ACL})
 
 
 def names(l0: Tar, l1: Tar, l2: Tar) -> None:
@@ -490,7 +494,7 @@ def empty_layers() -> list[Tar]:
 
 
 CASES = [whiteouts, opaque, hardlinks, symlinks, through_symlinks, types_replaced, devices, modes_and_owners, times,
-         xattrs, names, paths, missing_parents, duplicates, sparse, sizes]
+         xattrs, acls, names, paths, missing_parents, duplicates, sparse, sizes]
 
 # Directories of `nasty` whose time in umoci's tree is that of the unpacking (e2e/README.md, "What
 # umoci does differently"). Their right times, where a layer has one, are checked by `nasty_extra`.
@@ -505,8 +509,8 @@ MTIME_OF_UNPACKING = [
 ]
 
 
-def nasty(only=None) -> list[bytes]:
-    """The layers of the image `nasty`, lowest first; `only` picks cases by name."""
+def nasty(only=None, *, padded=False) -> list[bytes]:
+    """The layers of the image `nasty`, lowest first; `only` picks cases by name, `padded` leaves out what ends within a block."""
     l0, l1, l2 = Tar(), Tar(), Tar()
     l0.dir("./", mode=0o755, time_ns=1_234_567_890_987_654_321)
     for case in CASES:
@@ -516,7 +520,7 @@ def nasty(only=None) -> list[bytes]:
     # Also cut right behind the last byte of data: some writers do not even pad.
     l2.file("no-padding", "the last block is short")
     l2.without_end = True
-    last = l2.bytes().rstrip(b"\0")
+    last = l2.bytes() if padded else l2.bytes().rstrip(b"\0")
     return [l0.bytes(), l1.bytes(), *[it.bytes() for it in empty_layers()], last]
 
 

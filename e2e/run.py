@@ -30,7 +30,7 @@ LANES = {
              "e2e_roles", "e2e_memory"],
     # What needs the S3 server comes last: that may still be built.
     "tiers": ["e2e_prefetch", "e2e_index", "e2e_toc", "e2e_remote", "e2e_warm"],
-    "cache": ["e2e_cache", "e2e_crash"],
+    "cache": ["e2e_cache", "e2e_kernel", "e2e_crash"],
     "restarts": ["e2e_restart"],
     "kills": ["e2e_kill"],
     # Helm alone; an API server without a cluster.

@@ -50,7 +50,7 @@ EVERYTHING = {
         "affinity": {"nodeAffinity": {}}, "priorityClass": {"create": True}, "hostNetwork": True, "dnsConfig": {"nameservers": ["10.0.0.10"]},
         "runPath": "/run/images", "selinux": {"options": {"type": "spc_t"}}, "annotations": {"a": "b"}, "podAnnotations": {"a": "b"}, "podLabels": {"a": "b"},
         "publishWaitSeconds": 60, "drainSeconds": 1, "serverDeadlineSeconds": 30, "idleSourceSeconds": 0, "maxWritableBytes": 1 << 30, "maxVolumes": 200,
-        "publishesPerSecond": 5,
+        "publishesPerSecond": 5, "kernelMounts": "never",
         "serviceAccount": {"annotations": {"a": "b"}}, "startupTaint": {"enabled": True},
     },
     "agent": {"env": [{"name": "HTTPS_PROXY", "value": "http://proxy:3128"}], "envFrom": [{"configMapRef": {"name": "e"}}]},
@@ -114,6 +114,7 @@ COMBINATIONS = {
 # What somebody may write by mistake, and a word of the answer.
 MISTAKES = [
     ({"cache": {"prefetch": "everything"}}, "prefetch"),
+    ({"node": {"kernelMounts": "always"}}, "kernelMounts"),
     ({"remote": {"kind": "memcached"}}, "kind"),
     ({"remote": {"kind": "redis"}}, "url"),
     ({"remote": {"kind": "dir"}}, "path"),

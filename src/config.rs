@@ -8,8 +8,8 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    layer::CacheConfig, prewarm::config::PrewarmConfig, registry::RegistryConfig,
-    remote::RemoteConfig,
+    layer::CacheConfig, mount::KernelMounts, prewarm::config::PrewarmConfig,
+    registry::RegistryConfig, remote::RemoteConfig,
 };
 
 /// Says why a configuration cannot be used.
@@ -97,6 +97,8 @@ pub struct NodeConfig {
     pub server_deadline_seconds: u64,
     /// How long a source mount is kept that no volume uses any more, in seconds.
     pub idle_source_seconds: u64,
+    /// Which images the kernel serves by itself, without a server.
+    pub kernel_mounts: KernelMounts,
     /// How long the end waits for uploads under way, in seconds; what is left is uploaded by the
     /// next start.
     pub drain_seconds: u64,
@@ -119,6 +121,7 @@ impl Default for NodeConfig {
             server_deadline_seconds: 60,
             // A pod that is restarted finds it.
             idle_source_seconds: 60,
+            kernel_mounts: KernelMounts::Whole,
             drain_seconds: 5,
             // Whoever runs the node decides about its memory.
             max_writable_bytes: 0,

@@ -3,11 +3,14 @@
 
 use std::{
     fs::{self, File, OpenOptions},
-    io::{self, Write},
+    io::{self, Read, Write},
     path::{Path, PathBuf},
     sync::atomic::{AtomicU64, Ordering},
     time::SystemTime,
 };
+
+/// How much of a file that is to be mapped is written at once.
+const MAPPED_PIECE_BYTES: usize = 32 << 10;
 
 /// Suffix of names that are not published yet; what a crash leaves behind ends in it.
 pub const TEMPORARY_SUFFIX: &str = ".tmp";
@@ -66,9 +69,25 @@ pub fn publish_unsynced(path: &Path, content: &[u8]) -> io::Result<()> {
 /// # Errors
 /// Those of the file system.
 pub fn write_to_map(mut file: impl Write, content: &[u8]) -> io::Result<()> {
-    const PIECE_BYTES: usize = 32 << 10;
-    let mut pieces = content.chunks(PIECE_BYTES);
+    let mut pieces = content.chunks(MAPPED_PIECE_BYTES);
     pieces.try_for_each(|piece| file.write_all(piece))
+}
+
+/// Copies what is read to a file that is to be mapped; returns how many bytes there were.
+///
+/// # Errors
+/// Those of the file system.
+pub fn copy_to_map(mut from: impl Read, mut file: impl Write) -> io::Result<u64> {
+    let (mut piece, mut copied_bytes) = (vec![0; MAPPED_PIECE_BYTES], 0);
+    loop {
+        match from.read(&mut piece)? {
+            0 => return Ok(copied_bytes),
+            len => {
+                file.write_all(&piece[..len])?;
+                copied_bytes += len as u64;
+            }
+        }
+    }
 }
 
 /// What a file must survive.
@@ -107,6 +126,7 @@ impl Unpublished {
     pub fn create(path: &Path) -> io::Result<Self> {
         let temporary = temporary_beside(path);
         let file = OpenOptions::new()
+            .read(true)
             .write(true)
             .create_new(true)
             .open(&temporary)?;

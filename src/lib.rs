@@ -46,6 +46,7 @@ pub mod indexer;
 pub mod prewarm;
 pub mod warm;
 
+pub mod erofs;
 pub mod fuse;
 
 pub mod mount;

@@ -162,6 +162,8 @@ pub struct Metrics {
     pub registered: IntGauge,
     /// Source mounts, one per image and options.
     pub mounts: IntGauge,
+    /// Source mounts that the kernel serves by itself.
+    pub kernel_mounts: IntGauge,
     /// Published volumes.
     pub volumes: IntGauge,
     /// Volumes whose mounts are dead.
@@ -285,6 +287,7 @@ impl Metrics {
             index_build_duration: make.histogram("index_build_duration_seconds", "Time to build an image's index, its layers included.", CALL_BUCKETS_SECONDS),
             registered: make.int_gauge("registered", "Whether kubelet has registered the driver (1) or not (0)."),
             mounts: make.int_gauge("mounts", "Source mounts: one per image and options."),
+            kernel_mounts: make.int_gauge("kernel_mounts", "Those of the source mounts that the kernel serves by itself, without a server: of images that were whole on disk."),
             volumes: make.int_gauge("volumes", "Published volumes."),
             dead_volumes: make.int_gauge("dead_volumes", "Volumes whose mounts are dead, until they are published anew or unpublished."),
             health: make.int_gauges("health", "Whether the node's volumes are in a state of ill health (1) or not (0), judged every minute.", &["state"]),

@@ -1,8 +1,8 @@
-//! The only module with `unsafe`: memory maps, a descriptor's number, the allocator, the inflater.
+//! The only module with `unsafe`: memory maps, a descriptor's number, leases, the allocator, the inflater.
 
 #![expect(
     unsafe_code,
-    reason = "mmap, madvise, dup3, mallopt, a peer without a pid and inflate between blocks have no safe interface; nothing else is here"
+    reason = "mmap, madvise, dup3, mallopt, leases, a peer without a pid and inflate between blocks have no safe interface; nothing else is here"
 )]
 
 pub mod inflate;
@@ -177,6 +177,33 @@ pub fn replace_descriptor(place: BorrowedFd<'_>, file: BorrowedFd<'_>) -> io::Re
         return Err(io::Error::last_os_error());
     }
     Ok(())
+}
+
+/// Whether anybody else has the file open, the kernel included: as a mapping, or for a file system that is
+/// mounted.
+///
+/// A lease for writing is given to who is alone (fcntl(2), "Leases"), and given back at once.
+///
+/// # Errors
+/// `InvalidInput` if the file system, or the machine, has no leases; `PermissionDenied` if the file is another
+/// user's.
+pub fn is_open_elsewhere(file: &File) -> io::Result<bool> {
+    /// fcntl.h of Linux; libc has no name for it.
+    const F_SETSIG: libc::c_int = 10;
+    let call = |command, argument: libc::c_int| {
+        // SAFETY: the descriptor is open, and these commands take a number.
+        match unsafe { libc::fcntl(file.as_raw_fd(), command, argument) } {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
+    };
+    // Who opens the file meanwhile waits, and the holder is sent a signal: one that means nothing to it.
+    call(F_SETSIG, libc::SIGURG)?;
+    match call(libc::F_SETLEASE, libc::F_WRLCK) {
+        Ok(()) => call(libc::F_SETLEASE, libc::F_UNLCK).map(|()| false),
+        Err(err) if err.kind() == io::ErrorKind::WouldBlock => Ok(true),
+        Err(err) => Err(err),
+    }
 }
 
 /// Who is at the other end of a Unix socket.
@@ -355,6 +382,23 @@ mod tests {
         assert_eq!(other.load(1), 0b100);
         file.set_len(9).unwrap();
         assert!(SharedWords::new(&file).is_err());
+    }
+
+    #[test]
+    fn a_file_that_is_open_elsewhere_is_known() {
+        let path = tempfile::NamedTempFile::new().unwrap().into_temp_path();
+        let mut options = File::options();
+        let alone = options.read(true).write(true).open(&path).unwrap();
+        alone.set_len(1).unwrap();
+        assert!(!is_open_elsewhere(&alone).unwrap());
+        let other = File::open(&path).unwrap();
+        assert!(is_open_elsewhere(&alone).unwrap());
+        drop(other);
+        // A mapping keeps a file open that has no descriptor any more.
+        let mapped = MappedFile::new(&File::open(&path).unwrap()).unwrap();
+        assert!(is_open_elsewhere(&alone).unwrap());
+        drop(mapped);
+        assert!(!is_open_elsewhere(&alone).unwrap());
     }
 
     #[test]

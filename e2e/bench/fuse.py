@@ -1,7 +1,8 @@
-"""Reads and looks through FUSE, with all layers on disk, against a copy of the same tree on the same disk, and the kernel's EROFS over the layers.
+"""Reads and looks through FUSE and in the kernel, with all layers on disk, against a copy of the same tree on the same disk.
 
-The share is native time / FUSE time of the medians: 1 is as fast, more is faster. What reads is compiled and
-does nothing else (tools/benchreader). Warm: both trees have been gone through before. Cold: the page
+Through FUSE an image is read that was not whole when it was mounted; one that was, the kernel serves alone (`node.kernel_mounts`).
+The share is native time / time of the medians: 1 is as fast, more is faster. What reads is compiled and
+does nothing else (tools/benchreader). Warm: all trees have been gone through before. Cold: the page
 cache, names and inodes of this machine are dropped before each run.
 """
 
@@ -12,9 +13,9 @@ import pathlib
 import shutil
 
 import images
-from harness import driver, process, testregistry
+from harness import driver, paths, process, testregistry, trio
 
-from . import erofs, layers, measure, node, node_cache, page_cache
+from . import layers, measure, node, page_cache
 
 IMAGES = ("bench-tree",)
 # What a run can read of a cold disk in about a second.
@@ -53,8 +54,8 @@ def ways(warm: bool) -> list[Way]:
 class Trees:
     """The same tree more than once."""
 
-    def __init__(self, work: pathlib.Path, worker: driver.Worker, native: pathlib.Path, others: dict[str, pathlib.Path]):
-        self.worker, self.trees, self.others = worker, {"native": native, "fuse": worker.target("v"), **others}, list(others)
+    def __init__(self, work: pathlib.Path, worker: driver.Worker, native: pathlib.Path, kernel: pathlib.Path | None):
+        self.worker, self.trees = worker, {"native": native, "fuse": worker.target("v"), **({"kernel": kernel} if kernel else {})}
         self.lists = {"names": work / "names", "small": work / "small-files"}
         # In one order for both, that of the layer and of the copy, and not what either directory happens to answer.
         names = sorted(str(path.relative_to(native)) for path in native.rglob("*"))
@@ -81,47 +82,56 @@ class Trees:
         rows = []
         for way in chosen:
             native, ours = samples[way.name, "native"], samples[way.name, "fuse"]
-            others = [samples[way.name, it] for it in self.others]
-            operations = {one.operations for it in (native, ours, *others) for one in it.all}
+            kernel = [samples[way.name, it] for it in self.trees if it == "kernel"]
+            operations = {one.operations for it in (native, ours, *kernel) for one in it.all}
             if len(operations) != 1:
                 raise process.Failed(f"{way.name}: not the same was done each time: {operations}")
             rows.append([way.name, *(measure.seconds_text(value) for value in (native.median, native.p90, ours.median, ours.p90)),
                          f"{native.cpu_seconds:.2f} s", f"{ours.cpu_seconds:.2f} s", f"{ours.bytes / 1e6:.0f} MB" if ours.bytes else "-", f"{native.median / ours.median:.2f}",
-                         *(f"{native.median / it.median:.2f}" for it in others)])
-        measure.table(state, ["native p50", "p90", "FUSE p50", "p90", "CPU native", "CPU FUSE, with server", "bytes", "share", *(f"that of {it}" for it in self.others)], rows)
-        for way in chosen:
-            if way.share is not None:
-                verdicts.at_least(f"{state}, {way.name}: share of native", samples[way.name, "native"].median / samples[way.name, "fuse"].median, way.share)
+                         *(text for it in kernel for text in (measure.seconds_text(it.median), measure.seconds_text(it.p90), f"{it.cpu_seconds:.2f} s", f"{native.median / it.median:.2f}"))])
+        columns = ["native p50", "p90", "FUSE p50", "p90", "CPU native", "CPU FUSE, with server", "bytes", "share"]
+        measure.table(state, [*columns, *(["kernel p50", "p90", "CPU kernel", "share"] if "kernel" in self.trees else [])], rows)
+        for tree, where in {"fuse": "through FUSE", "kernel": "in the kernel"}.items():
+            for way in chosen if tree in self.trees else []:
+                if way.share is not None:
+                    verdicts.at_least(f"{state}, {way.name}: share of native {where}", samples[way.name, "native"].median / samples[way.name, tree].median, way.share)
+
+
+@contextlib.contextmanager
+def in_kernel(work: pathlib.Path, host: str, reference: str):
+    """The image as the kernel serves it on another node, or nothing where it cannot."""
+    config = driver.write_config(work / "kernel.toml", plain_http=[host], node={"kernel_mounts": "whole"})
+    other = trio.Trio(work / "kernel", config, paths.install(work / "bin"))
+    try:
+        other.must_publish("v", reference)
+        yield other.target("v") if other.metric("kernel_mounts") else None
+    finally:
+        other.end()
+        shutil.rmtree(other.directory, ignore_errors=True)
 
 
 def run(work: pathlib.Path, verdicts: measure.Verdicts) -> None:
     image = images.get(IMAGES[0])
     registry = testregistry.serving(work, [image])
+    reference = testregistry.reference(registry, image)
     try:
         config = driver.write_config(work / "config.toml", plain_http=[registry.host])
-        with node.worker(work / "node", config) as worker:
-            worker.must_publish("v", testregistry.reference(registry, image))
+        with node.worker(work / "node", config) as worker, in_kernel(work, registry.host, reference) as kernel:
+            worker.must_publish("v", reference)
             for diff_id in image.layout.diff_ids(images.TAG):
                 node.wait_for_layer(worker, diff_id)
             native = work / "native"
             process.run("cp", "-a", worker.target("v"), native)
             measure.settle()
-            print(f"    both on {process.run('findmnt', '--noheadings', '--output', 'FSTYPE', '--target', native).stdout.strip()}")
-            with contextlib.ExitStack() as ends:
-                others = {}
-                if erofs.cannot():
-                    verdicts.skip("EROFS", erofs.cannot())
-                else:
-                    data = [node_cache.layer_dir(worker.cache_dir, it) / "data" for it in image.layout.diff_ids(images.TAG)]
-                    others["EROFS"] = ends.enter_context(erofs.mounted(work, data))
-                    # To diff, no device is like another one.
-                    process.run("diff", "-rq", "--no-dereference", "--exclude=dev", native, others["EROFS"])
-                trees = Trees(work, worker, native, others)
-                trees.compare(True, verdicts)
-                if page_cache.cannot():
-                    verdicts.skip("page cache cold", page_cache.cannot())
-                else:
-                    trees.compare(False, verdicts)
+            print(f"    all on {process.run('findmnt', '--noheadings', '--output', 'FSTYPE', '--target', native).stdout.strip()}")
+            if not kernel:
+                verdicts.skip("in the kernel", "this one has no EROFS of files")
+            trees = Trees(work, worker, native, kernel)
+            trees.compare(True, verdicts)
+            if page_cache.cannot():
+                verdicts.skip("page cache cold", page_cache.cannot())
+            else:
+                trees.compare(False, verdicts)
     finally:
         registry.stop()
         shutil.rmtree(work / "native", ignore_errors=True)

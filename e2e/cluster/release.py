@@ -43,7 +43,8 @@ def values() -> dict:
     return {
         "image": {"registry": REGISTRY},
         "sidecars": {"nodeDriverRegistrar": local, "livenessProbe": local, "provisioner": local},
-        "node": {"idleSourceSeconds": 2},
+        # Whatever is replaced under readers is the server, unless a test is about mounts that need none.
+        "node": {"idleSourceSeconds": 2, "kernelMounts": "never"},
         "registries": {"hosts": {REGISTRY: {"plainHttp": True}, PRIVATE_REGISTRY: {"plainHttp": True}}},
         "remote": {"kind": "redis", "url": f"redis://{ADDRESS}:6379/0", "existingSecret": {"name": REMOTE_SECRET}},
         "test": {"image": {"registry": REGISTRY, "repository": shell, "tag": tag}},

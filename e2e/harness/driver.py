@@ -34,6 +34,8 @@ def write_config(file: pathlib.Path, *, plain_http=(), redis: services.Redis | N
                  s3: services.S3 | None = None, key_file: pathlib.Path | None = None, remote: dict | None = None, **sections) -> pathlib.Path:
     """A configuration file. `sections` are tables: cache={"max_layer_bytes": 1}; `remote` is what else that table has."""
     lines = []
+    # What is tested is the server, unless a test says otherwise: who has all of an image on disk would not need it.
+    sections["node"] = {"kernel_mounts": "never", **sections.get("node", {})}
     for name, table in sections.items():
         lines += [f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in table.items())]
     if redis or remote_dir or s3 or remote:

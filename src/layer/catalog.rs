@@ -11,9 +11,9 @@ use std::{
 };
 
 use super::{
-    disk::{ASIDE_SUFFIX, CachePaths, DATA, IMAGE_SUFFIX, LayerFile, PROFILE_SUFFIX},
+    disk::{ASIDE_SUFFIX, CachePaths, DATA, IMAGE_SUFFIX, LayerFile, MOUNTED, PROFILE_SUFFIX},
     evict::{Item, ItemId},
-    lock,
+    lock, whole,
 };
 use crate::{
     digest::{self, DiffId, ManifestDigest},
@@ -169,7 +169,7 @@ pub enum Removed {
     Absent,
     /// A process fills it right now.
     Filling,
-    /// A process has it open.
+    /// A process has it open, or the kernel has it mounted.
     InUse,
 }
 
@@ -192,6 +192,10 @@ pub fn remove(paths: &CachePaths, layer: DiffId) -> io::Result<Removed> {
     if let Some(data) = &data
         && !lock::try_claim(data)?
     {
+        return Ok(Removed::InUse);
+    }
+    // Who is about to mount it has it open.
+    if place.join(MOUNTED).try_exists()? && whole::try_unmounted(&place)?.is_none() {
         return Ok(Removed::InUse);
     }
     let Some(aside) = found(paths.set_aside(layer))? else {

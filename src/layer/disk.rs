@@ -44,6 +44,7 @@ pub(super) const STATE: &str = "state";
 pub(super) const ACCESS: &str = "access";
 pub(super) const DIGESTS: &str = "digests";
 pub(super) const UPLOAD_PENDING: &str = "upload";
+pub(super) const MOUNTED: &str = "mounted";
 
 /// Where things are below the cache directory.
 #[derive(Debug, Clone)]

@@ -155,6 +155,12 @@ impl Bounds {
         }
     }
 
+    /// Whether so much is left that what is there may stay for as long as it likes.
+    pub(super) fn is_below_low(&self, level: Level) -> bool {
+        let fits = self.max_bytes == 0 || level.used_bytes <= self.low_bytes;
+        fits && self.min_free_bytes.saturating_mul(2) <= level.free_bytes
+    }
+
     /// Inodes that have to go: as many as leave twice the minimum.
     pub(super) fn inode_need(&self, free_inodes: Option<u64>) -> u64 {
         match free_inodes {

@@ -11,6 +11,8 @@
 //!   its own.
 //! - Whoever *keeps* the layer whole, because all of it is being read, shares a lock of its index, which
 //!   whoever evicts extents wants exclusively, and waits for nobody.
+//! - A layer that the kernel has *mounted* is in use for as long as the kernel has a file of its open: see
+//!   `whole`. Whoever is about to mount it shares a lock of that file meanwhile.
 
 use std::{
     fs::{self, File, OpenOptions},
@@ -22,6 +24,8 @@ use std::{
 };
 
 use rustix::fs::{FlockOperation, flock};
+
+use crate::sys;
 
 /// How long a chunk waits to be written while extents of its layer are evicted, which takes a moment, or
 /// as long as one fsync of a small file: then the disk counts as one that cannot take it.
@@ -150,6 +154,35 @@ pub(super) fn keep(index: &Path) -> io::Result<Held> {
 pub(super) fn try_let_go(index: &Path) -> io::Result<Option<Held>> {
     let exclusive = FlockOperation::NonBlockingLockExclusive;
     wait(index, exclusive, Duration::ZERO)
+}
+
+/// Keeps the layer from being taken away, for who is about to mount it; `None` if it is being taken away. The
+/// lock goes with the file, whoever gets that.
+///
+/// # Errors
+/// Those of the file system.
+pub(super) fn try_mount(mounted: &Path) -> io::Result<Option<File>> {
+    let file = open_mounted(mounted)?;
+    let locked = try_flock(&file, FlockOperation::NonBlockingLockShared)?;
+    Ok(locked.then_some(file))
+}
+
+/// Keeps others from mounting the layer; `None` if the kernel has it mounted, or somebody is about to mount it.
+/// Who cannot know takes it for mounted.
+///
+/// # Errors
+/// Those of the file system.
+pub(super) fn try_unmounted(mounted: &Path) -> io::Result<Option<Held>> {
+    let file = open_mounted(mounted)?;
+    let locked = try_flock(&file, FlockOperation::NonBlockingLockExclusive)?;
+    let is_free = locked && !sys::is_open_elsewhere(&file).unwrap_or(true);
+    Ok(is_free.then_some(Held { _file: file }))
+}
+
+fn open_mounted(path: &Path) -> io::Result<File> {
+    let mut options = OpenOptions::new();
+    let options = options.read(true).write(true).create(true).truncate(false);
+    options.open(path)
 }
 
 fn wait(path: &Path, operation: FlockOperation, patience: Duration) -> io::Result<Option<Held>> {

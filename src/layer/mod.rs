@@ -13,6 +13,8 @@
 //!                              codec::piece_map)
 //! layers/<diffid-hex>/digests  the chunk digests of a layer whose index has none: see `by_toc`
 //! layers/<diffid-hex>/upload   there while the remote content cache lacks the layer
+//! layers/<diffid-hex>/mounted  empty; the kernel has it open as long as it has the layer mounted (whole);
+//!                              flock: shared by whoever is about to mount it
 //! images/<manifest-hex>.clip   an image's index (indexer); mtime: its last use
 //! images/<manifest-hex>.profile  what was read first of the image (index::profile); mtime: its last use
 //! locks/<diffid-hex>           flock: held by the process that fills or removes the layer
@@ -37,7 +39,7 @@
 //! - A layer that any process has open is never removed, though extents of it may be evicted
 //!   (`disk::extents`), if this process could have them again (`reach`). Removing takes the fill lock, then the
 //!   data file's lock, then renames the directory away: whoever opens the layer meanwhile gets all
-//!   of it, or finds none and makes it anew.
+//!   of it, or finds none and makes it anew. Of a layer that the kernel has mounted nothing is taken away (`whole`).
 //! - The cache stays within its bounds (`evict` decides, `room` acts), except for what is in use and could
 //!   not be had again: then readers go on, and an image that would need more is refused.
 
@@ -48,6 +50,7 @@ pub mod reader;
 pub mod scratch;
 pub mod store;
 pub mod warm;
+pub mod whole;
 
 mod access;
 mod ahead;

@@ -189,6 +189,11 @@ impl Room {
         self.bounds.spare_bytes(self.level())
     }
 
+    /// Whether what is there may stay, however long.
+    pub(super) fn is_below_low(&self) -> bool {
+        self.bounds.is_below_low(self.level())
+    }
+
     /// Makes `wanted_bytes` of room for nobody yet out of what was not used for `unused_for`, if that
     /// is enough and there is need; returns how much room there is then.
     ///

@@ -45,6 +45,17 @@ pub trait ImageMounter: Send + Sync + fmt::Debug {
     /// Runs on the blocking pool, inside the runtime's context.
     fn mount(&self, image: &PreparedImage, dir: &Path) -> io::Result<Box<dyn SourceMount>>;
 
+    /// Mounts a prepared image that is whole on disk at `dir`, read-only, with a file system of the kernel's
+    /// own, so that it is served as long as it is there. Mountinfo shows [`super::KERNEL_FS_TYPE`], and as the
+    /// source a path to [`super::SOURCE_NAME`].
+    ///
+    /// # Errors
+    /// `Unsupported` if there are no such mounts here, or those of the system; then nothing is mounted.
+    ///
+    /// # Blocking
+    /// Runs on the blocking pool. Takes as long as the image has inodes.
+    fn mount_in_kernel(&self, image: &PreparedImage, dir: &Path) -> io::Result<()>;
+
     /// Has what is read of a mounted image from now on be read with the rights of `request`: those it
     /// was mounted with may end. Nothing is mounted, and what fails changes nothing.
     ///
@@ -62,6 +73,16 @@ pub trait ImageMounter: Send + Sync + fmt::Debug {
     /// # Blocking
     /// Waits for who serves them, for a bounded time.
     fn survivors(&self) -> Vec<Survivor>;
+}
+
+/// Which images the kernel serves by itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum KernelMounts {
+    /// None.
+    Never,
+    /// Those of which all is on disk when they are mounted.
+    Whole,
 }
 
 /// A source mount that outlived the process that mounted it.
@@ -280,6 +301,8 @@ pub struct PreparedImage {
     pub manifest: ManifestDigest,
     /// How much it holds.
     pub usage: Usage,
+    /// Whether all of it is on disk, so that the kernel can be tried alone.
+    pub is_whole: bool,
     /// What the [`ImageMounter`] needs to mount it; opaque here.
     pub token: Arc<dyn Any + Send + Sync>,
 }

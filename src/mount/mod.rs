@@ -6,7 +6,9 @@
 //!
 //! ```text
 //! <state-dir>/lock                       held while a process uses the directory
-//! <state-dir>/sources/<manifest>/mnt     a source mount
+//! <state-dir>/sources/<manifest>/mnt     a source mount that a process serves
+//! <state-dir>/sources/<manifest>/kernel  one that the kernel serves, of an image that was whole on disk
+//! <state-dir>/sources/<manifest>/clip-csi  its metadata, for the moment in which it is mounted
 //! <state-dir>/writable/<publication>     a layer to be written, for the moment in which it is mounted
 //! <state-dir>/volumes/<publication>.json what is published: one record per volume and target
 //! <state-dir>/volumes/<publication>.json.bad   a record that could not be read, put aside
@@ -50,8 +52,8 @@ mod writable;
 
 pub use error::{MountError, PrepareError};
 pub use image::{
-    ImageMounter, ImageRequest, PodInfo, PreparedImage, Progress, PullCredentials, PullPolicy,
-    SourceMount, Survivor, Usage,
+    ImageMounter, ImageRequest, KernelMounts, PodInfo, PreparedImage, Progress, PullCredentials,
+    PullPolicy, SourceMount, Survivor, Usage,
 };
 pub use mountinfo::{Device, MountEntry, MountInfo, MountInfoError};
 pub use pod_notices::{PodNotice, PodRef};
@@ -66,6 +68,9 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// The `fsname` that source mounts carry: how a mount is known as the driver's without a record.
 pub const SOURCE_NAME: &str = "clip-csi";
+
+/// The file system type of source mounts that the kernel serves.
+pub const KERNEL_FS_TYPE: &str = "erofs";
 
 /// Locks, also after another holder panicked: every critical section here leaves a whole state.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

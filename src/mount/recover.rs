@@ -74,7 +74,10 @@ impl MountTable {
         let sources = Sources::new(
             sources_dir,
             Arc::clone(&mounter),
-            metrics.mounts.clone(),
+            sources::Gauges {
+                all: metrics.mounts.clone(),
+                kernel: metrics.kernel_mounts.clone(),
+            },
             config.max_idle,
         );
         sources.adopt(survivors, &mounts()?);

@@ -13,8 +13,8 @@ use prometheus::IntGauge;
 use tracing::{info, warn};
 
 use super::{
-    ImageMounter, ImageRequest, MountEntry, MountError, MountInfo, PreparedImage, SOURCE_NAME,
-    Sharing, TargetPath, View, VolumeId, VolumeRecord, bind,
+    ImageMounter, ImageRequest, KERNEL_FS_TYPE, MountEntry, MountError, MountInfo, PreparedImage,
+    SOURCE_NAME, Sharing, TargetPath, View, VolumeId, VolumeRecord, bind,
     dead::DeadVolumes,
     lock,
     operations::Operations,
@@ -527,7 +527,9 @@ impl Inner {
 
 /// Whether a mount carries the name that this driver gives to what it mounts.
 fn is_source(entry: &MountEntry) -> bool {
-    entry.source == SOURCE_NAME && entry.fs_type.starts_with("fuse") || writable::is_writable(entry)
+    entry.source == SOURCE_NAME && entry.fs_type.starts_with("fuse")
+        || entry.fs_type == KERNEL_FS_TYPE && Path::new(&entry.source).ends_with(SOURCE_NAME)
+        || writable::is_writable(entry)
 }
 
 pub(super) fn mounts() -> Result<MountInfo, MountError> {

@@ -20,7 +20,7 @@ use std::{
 use tokio::{runtime::Handle, time::MissedTickBehavior};
 use tracing::{debug, info, warn};
 
-use super::protocol::{AgentReply, AgentRequest, MountKey, ReadyImage};
+use super::protocol::{AgentReply, AgentRequest, ImageFile, MountKey, ReadyImage};
 use crate::{
     digest::ManifestDigest,
     fair::Claimant,
@@ -166,6 +166,14 @@ impl Agent {
                         None => return,
                     }
                 }
+                Ok(Some((AgentRequest::Files, _))) => {
+                    let given = match prepared.last() {
+                        Some(held) => give_files(channel, held),
+                        None => Err("no image was made ready".to_owned()),
+                    };
+                    // If nobody listens, nobody mounts it.
+                    let _ = channel.send(&AgentReply::FilesEnd(given), None);
+                }
                 Ok(Some((request, _))) => self.obey(request, channel, &adopted),
                 Ok(None) => return debug!("a connection ended"),
                 Err(err) => return warn!(error = %err, "a connection broke"),
@@ -206,7 +214,7 @@ impl Agent {
 
     fn obey(&self, request: AgentRequest, channel: &Arc<Channel>, adopted: &Adopted) {
         match request {
-            AgentRequest::Prepare(_) => {}
+            AgentRequest::Prepare(_) | AgentRequest::Files => {}
             AgentRequest::Adopt {
                 device,
                 manifest,
@@ -276,6 +284,23 @@ impl Agent {
             }
         }
     }
+}
+
+/// Gives the files of an image, each layer locked until whoever mounts it has closed them.
+fn give_files(channel: &Channel, held: &Held) -> Result<(), String> {
+    let give = |what, file: &File| {
+        let given = channel.send(&AgentReply::File(what), Some(file.as_fd()));
+        given.map_err(|err| err.to_string())
+    };
+    let index = held.index.as_ref().ok_or("the image has no index")?;
+    give(ImageFile::Index, index)?;
+    for layer in &held.layers {
+        let whole = layer.give_whole().map_err(|err| err.to_string())?;
+        let whole = whole.ok_or("a layer is not whole any more")?;
+        give(ImageFile::Data, &whole.data)?;
+        give(ImageFile::Mounted, &whole.mounted)?;
+    }
+    Ok(())
 }
 
 /// Whose turn it takes; mounts of a server that does not tell them apart share one.

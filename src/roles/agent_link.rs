@@ -284,7 +284,7 @@ impl AgentLink {
                 Ok(Some((AgentReply::Lent { ticket, outcome }, fd))) => {
                     self.answer(ticket, outcome, fd);
                 }
-                Ok(Some((AgentReply::Progress(_) | AgentReply::Prepared(_), _))) => {}
+                Ok(Some(_)) => {}
                 Ok(None) => return "it closed the connection".to_owned(),
                 Err(err) => return err.to_string(),
             }

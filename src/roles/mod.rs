@@ -16,6 +16,8 @@
 //! - [`escrow`] and [`NodeMounter`] are the node service's part. It may die at any time: the server has
 //!   the connections, and the records say what is bound where.
 //!
+//! An image that is whole on disk needs no server: the node service has the kernel read its layers (`whole`).
+//!
 //! If node service and server die at the same moment, the connections are gone, and their mounts are
 //! dead: that is what the kernel does when nobody has them.
 
@@ -27,5 +29,6 @@ pub mod notices;
 pub mod protocol;
 pub mod server;
 pub mod status;
+mod whole;
 
 pub use node::NodeMounter;

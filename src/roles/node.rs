@@ -1,26 +1,31 @@
 //! The node service's view of images: the agent prepares them, the server serves them.
 
 use std::{
-    any::Any,
     io,
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     thread,
     time::{Duration, Instant},
 };
 
 use tokio::{sync::oneshot, time::sleep};
+use tracing::info;
 
 use super::{
     escrow::Escrow,
     protocol::{AgentReply, AgentRequest, ReadyImage},
+    whole,
 };
 use crate::{
     digest::ManifestDigest,
-    failpoint,
+    erofs, failpoint,
     ipc::{Channel, RunDir},
     mount::{
-        ImageMounter, ImageRequest, PrepareError, PreparedImage, Progress, SourceMount, Survivor,
+        ImageMounter, ImageRequest, KernelMounts, PrepareError, PreparedImage, Progress,
+        SourceMount, Survivor,
     },
     tier::BoxFuture,
 };
@@ -40,24 +45,43 @@ pub struct NodeMounter {
     agent: PathBuf,
     escrow: Arc<Escrow>,
     read_ahead_kib: u32,
+    /// Whether images that are whole are mounted in the kernel, as far as that is known to be possible.
+    mounts_in_kernel: AtomicBool,
 }
 
 /// What a mount needs of a preparation.
 #[derive(Debug)]
 struct Prepared {
     request: ImageRequest,
-    /// Open for as long as the layers are to be kept.
-    _lease: Channel,
+    /// To the agent: open for as long as the layers are to be kept.
+    lease: Channel,
 }
 
 impl NodeMounter {
     /// Makes a mounter that meets the others in `run`.
-    pub fn new(run: &RunDir, escrow: Arc<Escrow>, read_ahead_kib: u32) -> Self {
+    pub fn new(
+        run: &RunDir,
+        escrow: Arc<Escrow>,
+        read_ahead_kib: u32,
+        kernel_mounts: KernelMounts,
+    ) -> Self {
+        let refused = match kernel_mounts {
+            KernelMounts::Never => Some("they are switched off"),
+            KernelMounts::Whole => erofs::unavailable(),
+        };
+        if let Some(reason) = refused {
+            info!(reason, "no image is mounted in the kernel");
+        }
         Self {
             agent: run.agent(),
             escrow,
             read_ahead_kib,
+            mounts_in_kernel: AtomicBool::new(refused.is_none()),
         }
+    }
+
+    fn mounts_in_kernel(&self) -> bool {
+        self.mounts_in_kernel.load(Ordering::Relaxed)
     }
 
     async fn ask(
@@ -74,9 +98,10 @@ impl NodeMounter {
                     return Ok(PreparedImage {
                         manifest: ready.manifest,
                         usage: ready.usage,
+                        is_whole: ready.is_whole && self.mounts_in_kernel(),
                         token: Arc::new(Prepared {
                             request: request.clone(),
-                            _lease: lease,
+                            lease,
                         }),
                     });
                 }
@@ -128,10 +153,16 @@ fn converse(
         match channel.receive()? {
             Some((AgentReply::Progress(phrase), _)) => progress.set_phase(phrase),
             Some((AgentReply::Prepared(outcome), _)) => return Ok((outcome, channel)),
-            Some((AgentReply::Present { .. } | AgentReply::Lent { .. }, _)) => {}
+            Some(_) => {}
             None => return Err(io::ErrorKind::ConnectionReset.into()),
         }
     }
+}
+
+/// What [`NodeMounter`] has prepared.
+fn prepared(image: &PreparedImage) -> io::Result<&Prepared> {
+    let prepared = image.token.downcast_ref();
+    prepared.ok_or_else(|| io::Error::other("the image was prepared by somebody else"))
 }
 
 impl ImageMounter for NodeMounter {
@@ -144,13 +175,20 @@ impl ImageMounter for NodeMounter {
     }
 
     fn mount(&self, image: &PreparedImage, dir: &Path) -> io::Result<Box<dyn SourceMount>> {
-        let token: Arc<dyn Any + Send + Sync> = Arc::clone(&image.token);
-        let prepared: Arc<Prepared> = token
-            .downcast()
-            .map_err(|_| io::Error::other("the image was prepared by somebody else"))?;
-        let (request, ahead) = (&prepared.request, self.read_ahead_kib);
+        let (request, ahead) = (&prepared(image)?.request, self.read_ahead_kib);
         let mount = self.escrow.mount(image.manifest, request, dir, ahead)?;
         Ok(Box::new(mount))
+    }
+
+    fn mount_in_kernel(&self, image: &PreparedImage, dir: &Path) -> io::Result<()> {
+        let mounted = whole::mount(&prepared(image)?.lease, dir);
+        if let Err(err) = &mounted
+            && err.kind() == io::ErrorKind::Unsupported
+        {
+            self.mounts_in_kernel.store(false, Ordering::Relaxed);
+            info!(reason = %err, "no image is mounted in the kernel from now on");
+        }
+        mounted
     }
 
     fn renew<'a>(

@@ -2,7 +2,7 @@
 //!
 //! | who asks | whom | what |
 //! |---|---|---|
-//! | node | agent | [`AgentRequest::Prepare`] |
+//! | node | agent | [`AgentRequest::Prepare`], [`AgentRequest::Files`] |
 //! | server | agent | [`AgentRequest::Adopt`], [`AgentRequest::Release`], [`AgentRequest::Present`], [`AgentRequest::Lend`], [`AgentRequest::Read`] |
 //! | node | server | [`ServeRequest::Serve`], [`ServeRequest::Renew`], [`ServeRequest::List`] |
 //! | server | its predecessor | [`ServeRequest::HandOver`], [`ServeRequest::Quit`] |
@@ -43,6 +43,21 @@ pub struct ReadyImage {
     pub manifest: ManifestDigest,
     /// How much it holds.
     pub usage: Usage,
+    /// Whether all of it is on disk, and may stay there for as long as it is mounted. An agent of an earlier release does
+    /// not say.
+    #[serde(default)]
+    pub is_whole: bool,
+}
+
+/// One of the files of an image that is whole on disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ImageFile {
+    /// The image's index.
+    Index,
+    /// The bytes of the layer that comes next, from the bottom.
+    Data,
+    /// What the kernel is to keep open of that layer (`layer::whole`).
+    Mounted,
 }
 
 /// Asked of the agent.
@@ -51,6 +66,9 @@ pub enum AgentRequest {
     /// Make the image ready. Answered by any number of [`AgentReply::Progress`], then
     /// [`AgentReply::Prepared`]. Nothing of it is evicted until the connection ends.
     Prepare(ImageRequest),
+    /// Give the files of the image that was made ready last, all of which is on disk. Answered by an [`AgentReply::File`] for
+    /// each, the index first, then [`AgentReply::FilesEnd`].
+    Files,
     /// The mount is being served: be ready to make chunks of it present. Not answered.
     Adopt {
         /// The mount.
@@ -103,6 +121,10 @@ pub enum AgentReply {
     Progress(String),
     /// How the preparation ended.
     Prepared(Result<ReadyImage, PrepareError>),
+    /// A file, whose descriptor comes with this.
+    File(ImageFile),
+    /// There are no more files, or why they are not given.
+    FilesEnd(Result<(), String>),
     /// Whether the chunks are present.
     Present {
         /// As in the request.

@@ -120,6 +120,7 @@ impl ImageMounter for InProcess {
             Ok(PreparedImage {
                 manifest,
                 usage,
+                is_whole: false,
                 token: Arc::new(Prepared { fs, image }),
             })
         })
@@ -134,6 +135,11 @@ impl ImageMounter for InProcess {
             mount: self.serve(&prepared.fs, dir)?,
             _image: prepared.image.clone(),
         }))
+    }
+
+    fn mount_in_kernel(&self, _: &PreparedImage, _: &Path) -> io::Result<()> {
+        // All is served from here.
+        Err(io::ErrorKind::Unsupported.into())
     }
 
     fn renew<'a>(

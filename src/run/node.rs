@@ -102,7 +102,12 @@ pub fn run_with_others(settings: NodeSettings) -> anyhow::Result<ExitCode> {
                 })?;
         }
         let parts = Parts {
-            mounter: Arc::new(NodeMounter::new(&run_dir, escrow, settings.read_ahead_kib)),
+            mounter: Arc::new(NodeMounter::new(
+                &run_dir,
+                escrow,
+                settings.read_ahead_kib,
+                settings.node.kernel_mounts,
+            )),
             max_idle: Duration::from_secs(settings.node.idle_source_seconds),
             aside: Box::pin(std::future::pending()),
             end: Box::pin(std::future::ready(Ok(()))),

@@ -175,6 +175,11 @@ impl Opener {
         Ok(OpenImage { index, layers, pin })
     }
 
+    /// Whether all of the image is on disk, and may stay there for as long as it is mounted.
+    fn is_whole(&self, image: &OpenImage) -> bool {
+        image.layers.iter().all(|it| it.is_whole()) && self.engine.store.has_room_for_mounted()
+    }
+
     /// Keeps the layers and the index of an image, and has fetched ahead what the request wants of it.
     fn hold(&self, manifest: ManifestDigest, request: &ImageRequest, opened: OpenImage) -> Held {
         let OpenImage { layers, pin, .. } = opened;
@@ -266,7 +271,11 @@ impl Images for Opener {
         Box::pin(async move {
             let (manifest, opened) = self.open(request, progress).await?;
             let usage = usage_of(&opened);
-            let ready = ReadyImage { manifest, usage };
+            let ready = ReadyImage {
+                manifest,
+                usage,
+                is_whole: self.is_whole(&opened),
+            };
             Ok((ready, self.hold(manifest, request, opened)))
         })
     }

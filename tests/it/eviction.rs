@@ -90,6 +90,34 @@ async fn the_least_recently_used_layer_goes_first_also_after_a_restart() {
 }
 
 #[tokio::test]
+async fn a_layer_that_the_kernel_has_mounted_stays() {
+    let (dir, metrics) = (tempfile::tempdir().unwrap(), Metrics::new());
+    let layers: [Fixture; 3] = fixtures();
+    let store = open_bounded(dir.path(), TWO_LAYERS, &metrics);
+    let opened = layer(&store, &layers[0]).await.unwrap();
+    assert!(store.has_room_for_mounted() && opened.is_whole());
+    let given = opened.give_whole().unwrap().unwrap();
+    let diff_id = layers[0].desc.diff_id;
+    let place = store.paths().layer(diff_id).join("mounted");
+    // As a mount has it open, whose makers are gone.
+    let mounted = std::fs::File::open(&place).unwrap();
+    drop((opened, given));
+    let remove = || catalog::remove(store.paths(), diff_id).unwrap();
+    assert_eq!(remove(), Removed::InUse);
+    for it in &layers[1..] {
+        use_once(&store, it).await;
+    }
+    assert_eq!(kept(dir.path(), &layers), [0, 2]);
+    drop(mounted);
+    // Who is about to mount it keeps it as well, though nobody has it open.
+    let about_to = std::fs::File::open(&place).unwrap();
+    rustix::fs::flock(&about_to, rustix::fs::FlockOperation::LockShared).unwrap();
+    assert_eq!(remove(), Removed::InUse);
+    drop(about_to);
+    assert_eq!(remove(), Removed::Yes);
+}
+
+#[tokio::test]
 async fn a_layer_that_another_process_has_open_stays() {
     let (dir, metrics) = (tempfile::tempdir().unwrap(), Metrics::new());
     let layers: [Fixture; 4] = fixtures();

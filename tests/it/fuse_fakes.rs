@@ -153,6 +153,10 @@ impl FakeLayer {
         self.changed.notify_all();
     }
 
+    pub(crate) fn bytes(&self) -> &[u8] {
+        &self.bytes
+    }
+
     pub(crate) fn n_chunks(&self) -> u32 {
         u32::try_from(chunk::n_chunks(self.bytes.len() as u64)).unwrap()
     }

@@ -26,6 +26,7 @@ const MODULES: &[(&str, &[&str])] = &[
     ("tar", &[]),
     ("index", &["chunk", "digest", "tar"]),
     ("codec", &["chunk", "digest", "index", "sys"]),
+    ("erofs", &["index"]),
     ("tier", &["chunk", "digest"]),
     ("toc", &["chunk", "codec", "digest", "tar", "tier"]),
     (
@@ -134,6 +135,8 @@ const MODULES: &[(&str, &[&str])] = &[
         "roles",
         &[
             "digest",
+            "disk",
+            "erofs",
             "failpoint",
             "fair",
             "fs",
@@ -168,6 +171,7 @@ const MODULES: &[(&str, &[&str])] = &[
         "config",
         &[
             "layer",
+            "mount",
             "prewarm",
             "registry",
             "remote",

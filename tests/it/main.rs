@@ -19,6 +19,7 @@ mod crds;
 mod csi;
 mod csi_controller;
 mod decompressions;
+mod erofs;
 mod eviction;
 mod flipped_bits;
 mod fs;

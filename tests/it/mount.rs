@@ -2,6 +2,8 @@
 
 #![expect(clippy::unwrap_used, reason = "helpers of tests fail the test")]
 
+#[path = "mount/kernel.rs"]
+mod kernel;
 #[path = "mount/preparations.rs"]
 mod preparations;
 #[path = "mount/recovery.rs"]

@@ -27,6 +27,8 @@ use clip_csi::{
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use tokio::sync::Semaphore;
 
+use crate::fuse_fakes::LayerText;
+
 /// Says why a test that mounts does not run here, if so.
 pub(crate) fn mounts_refused() -> Option<io::Error> {
     let dir = tempfile::tempdir().unwrap();
@@ -140,6 +142,12 @@ pub(crate) struct FakeMounter {
     pub(crate) gate: Semaphore,
     /// Whether mounts fail.
     pub(crate) mount_fails: AtomicBool,
+    /// Whether those of the kernel's own file system do.
+    pub(crate) kernel_fails: AtomicBool,
+    /// How often one was to be made.
+    pub(crate) n_kernel_mounts: AtomicUsize,
+    /// Whether images are whole on disk.
+    pub(crate) is_whole: AtomicBool,
     /// Whether the "process" dies without unmounting.
     pub(crate) crashed: Arc<AtomicBool>,
     /// Whether the sources are served.
@@ -155,6 +163,9 @@ impl FakeMounter {
             failures: Mutex::default(),
             gate: Semaphore::new(0),
             mount_fails: AtomicBool::new(false),
+            kernel_fails: AtomicBool::new(false),
+            n_kernel_mounts: AtomicUsize::new(0),
+            is_whole: AtomicBool::new(false),
             crashed: Arc::default(),
             alive: Arc::new(AtomicBool::new(true)),
         })
@@ -208,6 +219,7 @@ impl ImageMounter for FakeMounter {
             Ok(PreparedImage {
                 manifest: manifest(&request.image),
                 usage: USAGE,
+                is_whole: self.is_whole.load(Ordering::SeqCst),
                 token: Arc::new(request.image.clone()),
             })
         })
@@ -229,6 +241,18 @@ impl ImageMounter for FakeMounter {
             crashed: Arc::clone(&self.crashed),
             alive: Arc::clone(&self.alive),
         }))
+    }
+
+    fn mount_in_kernel(&self, image: &PreparedImage, dir: &Path) -> io::Result<()> {
+        self.n_kernel_mounts.fetch_add(1, Ordering::SeqCst);
+        if self.kernel_fails.load(Ordering::SeqCst) {
+            return Err(io::ErrorKind::Unsupported.into());
+        }
+        let name: &String = image.token.downcast_ref().unwrap();
+        let mut layer = LayerText::default();
+        layer.file("image", name.as_bytes());
+        let files = tempfile::tempdir()?;
+        crate::erofs::mount_at(dir, files.path(), vec![layer])
     }
 
     fn renew<'a>(

@@ -307,3 +307,25 @@ async fn readers_of_more_than_the_cache_can_hold_are_served() {
         case.used_bytes()
     );
 }
+
+#[tokio::test]
+async fn nothing_is_taken_off_a_layer_that_the_kernel_has_mounted() {
+    let case = Case::new(Fixture::sized(1, CONTENT_BYTES), MAX_BYTES).await;
+    case.read(&[2, 0, 3, 1]).await;
+    let given = case.layer.give_whole().unwrap().unwrap();
+    case.sweep().await;
+    assert_eq!(case.n_evicted(), 0, "somebody is about to mount it");
+    // As a mount has it open, whose maker is gone.
+    let mounted = std::fs::File::open(case.layer.file().dir().join("mounted")).unwrap();
+    drop(given);
+    case.sweep().await;
+    assert_eq!((case.whole(), case.n_evicted()), (vec![0, 1, 2, 3], 0));
+    drop(mounted);
+    case.sweep().await;
+    assert_eq!((case.whole(), case.n_evicted()), (vec![0, 1, 3], 1));
+    assert!(
+        case.layer.give_whole().unwrap().is_none(),
+        "it is not whole any more"
+    );
+    assert!(!case.store.has_room_for_mounted());
+}

@@ -13,7 +13,7 @@ use rustix::io::Errno;
 use super::{INDEX, LayerFile, STATE, hole};
 use crate::{
     chunk::{self, CHUNK_BYTES},
-    layer::{extent, lock},
+    layer::{extent, lock, whole},
 };
 
 /// An extent that has bytes on the disk.
@@ -113,7 +113,7 @@ impl LayerFile {
 
     /// The extents that have bytes, and that nobody waits for; none where somebody would not see them go.
     pub(in crate::layer) fn evictable(&self) -> Vec<Present> {
-        if !self.state.is_seen_by_all() {
+        if !self.state.is_seen_by_all() || self.is_mounted() {
             return Vec::new();
         }
         let wanted = self.wanted.lock().clone();
@@ -145,6 +145,9 @@ impl LayerFile {
         if !self.state.is_seen_by_all() {
             return Ok(Evicted::Busy);
         }
+        let Some(_nobody_mounts) = whole::try_unmounted(&self.dir)? else {
+            return Ok(Evicted::Busy);
+        };
         // Mostly here already, so that nobody waits for the disk below.
         self.state.distrust(&self.dir.join(STATE))?;
         let (mut n_extents, mut bytes) = (0, 0);

@@ -118,6 +118,24 @@ fn what_was_used_lately_goes_only_for_a_bound_that_would_be_broken() {
 }
 
 #[test]
+fn what_stays_however_long_leaves_room_for_the_rest() {
+    for (used, free, expected) in [
+        (800, 1000, true),
+        (801, 1000, false),
+        (0, 200, true),
+        (0, 199, false),
+    ] {
+        let found = bounds().is_below_low(level(used, free));
+        assert_eq!(found, expected, "{used} used, {free} free");
+    }
+    let no_capacity = Bounds {
+        max_bytes: 0,
+        ..bounds()
+    };
+    assert!(no_capacity.is_below_low(level(u64::MAX, 200)));
+}
+
+#[test]
 fn inodes_go_as_layers_do_unless_that_would_not_be_enough() {
     let bounds = Bounds {
         min_free_inodes: 10,

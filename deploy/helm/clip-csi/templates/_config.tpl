@@ -22,6 +22,9 @@ one place only (docs/CONFIGURATION.md).
 
 [node]
 {{- include "clip-csi.tomlIntegers" (dict "values" .Values.node "keys" (list "publishWaitSeconds" "drainSeconds" "serverDeadlineSeconds" "idleSourceSeconds" "maxWritableBytes" "maxVolumes" "publishesPerSecond")) }}
+{{- with .Values.node.kernelMounts }}
+kernel_mounts = {{ . | toJson }}
+{{- end }}
 {{- end }}
 
 {{- define "clip-csi.mountsConfig" -}}

@@ -1,0 +1,438 @@
+//! Images in the kernel's own file system: what it shows, and what is not given to it.
+
+#![expect(clippy::unwrap_used, reason = "helpers of tests fail the test")]
+
+use std::{
+    collections::BTreeMap,
+    fs::{self, File},
+    io,
+    os::unix::{
+        ffi::OsStrExt,
+        fs::{FileExt, MetadataExt},
+    },
+    path::{Path, PathBuf},
+};
+
+use clip_csi::{
+    erofs::{self, ErofsError, LayerFiles, METADATA_NAME},
+    index::{image::ImageIndex, source::IndexBytes},
+    sys,
+    tar::TarKind,
+};
+use proptest::prelude::*;
+use rustix::{
+    fs::{OFlags, lgetxattr, llistxattr},
+    mount::{UnmountFlags, unmount},
+};
+
+use crate::fuse_fakes::{LayerText, build, noise};
+
+/// As setcap(8) writes it: the kernel looks at it.
+const CAPABILITY: [u8; 20] = [1, 0, 0, 2, 0, 4, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+
+/// A mounted image, its files still there.
+#[derive(Debug)]
+struct Mounted {
+    dir: tempfile::TempDir,
+    is_mounted: bool,
+}
+
+impl Mounted {
+    fn path(&self, path: impl AsRef<Path>) -> PathBuf {
+        self.dir.path().join("mnt").join(path)
+    }
+
+    fn file(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    fn unmount(&mut self) {
+        if std::mem::take(&mut self.is_mounted) {
+            unmount(self.path(""), UnmountFlags::DETACH).unwrap();
+        }
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        self.unmount();
+    }
+}
+
+/// Layers as they are in an archive, which ends with whole blocks.
+fn padded(mut layers: Vec<LayerText>) -> Vec<LayerText> {
+    for layer in &mut layers {
+        layer
+            .bytes
+            .resize(layer.bytes.len().next_multiple_of(512) + 1024, 0);
+    }
+    layers
+}
+
+/// Writes an image's layers to files, and opens them as they are mounted.
+fn layer_files(layers: &[Vec<u8>], dir: &Path) -> Vec<LayerFiles> {
+    let open = |name: String, content: &[u8]| {
+        let path = dir.join(name);
+        File::create(&path)
+            .unwrap()
+            .write_all_at(content, 0)
+            .unwrap();
+        File::open(path).unwrap().into()
+    };
+    (0..)
+        .zip(layers)
+        .map(|(at, bytes)| LayerFiles {
+            data: open(format!("data-{at}"), bytes),
+            mounted: open(format!("mounted-{at}"), b""),
+        })
+        .collect()
+}
+
+/// Mounts an image at `mnt`; its files are in `dir`.
+///
+/// # Errors
+/// As the kernel says.
+pub(crate) fn mount_at(mnt: &Path, dir: &Path, layers: Vec<LayerText>) -> io::Result<()> {
+    let (index, layers) = build(padded(layers));
+    let index = ImageIndex::open(index).unwrap();
+    let metadata = dir.join(METADATA_NAME);
+    erofs::write(&index, &File::create_new(&metadata).unwrap()).unwrap();
+    let bytes: Vec<_> = layers.iter().map(|it| it.bytes().to_vec()).collect();
+    let mounted = erofs::mount(&metadata, &layer_files(&bytes, dir), mnt);
+    fs::remove_file(metadata).unwrap();
+    mounted
+}
+
+/// Mounts an image; `None`, with a word of why, where that cannot be.
+fn mount(test: &str, layers: Vec<LayerText>) -> Option<Mounted> {
+    let dir = tempfile::tempdir().unwrap();
+    let mnt = dir.path().join("mnt");
+    fs::create_dir(&mnt).unwrap();
+    match mount_at(&mnt, dir.path(), layers) {
+        Ok(()) => Some(Mounted {
+            dir,
+            is_mounted: true,
+        }),
+        Err(err)
+            if matches!(
+                err.kind(),
+                io::ErrorKind::Unsupported | io::ErrorKind::PermissionDenied
+            ) =>
+        {
+            eprintln!("SKIP {test}: {err}");
+            None
+        }
+        Err(err) => panic!("{err}"),
+    }
+}
+
+#[test]
+fn the_kernel_shows_the_image() {
+    let mut base = LayerText::default();
+    base.push(".", TarKind::Directory).mode = 0o1777;
+    base.push("etc", TarKind::Directory).mode = 0o2750;
+    let file = base.file("etc/passwd", b"root");
+    (file.mode, file.uid, file.gid) = (0o4640, 70_000, 4_000_000_000);
+    (file.mtime_seconds, file.mtime_nanoseconds) = (-5, 999_999_999);
+    file.xattrs = vec![
+        (b"user.note".to_vec(), b"hello".to_vec()),
+        (b"security.capability".to_vec(), CAPABILITY.to_vec()),
+        (b"trusted.ours".to_vec(), vec![7; 3000]),
+    ];
+    base.push("etc/hard", TarKind::HardLink(b"etc/passwd".to_vec()));
+    base.push("link", TarKind::Symlink(vec![b'x'; 4095]));
+    base.push(
+        "disk",
+        TarKind::BlockDevice {
+            major: 259,
+            minor: 70_000,
+        },
+    );
+    base.push("null", TarKind::CharDevice { major: 1, minor: 3 });
+    base.push("pipe", TarKind::Fifo).mode = 0o600;
+    base.file("empty", b"");
+    let name: Vec<u8> = (1..=255).filter(|it| *it != b'/').collect();
+    base.file("x", b"named by bytes").path = name.clone();
+    // Before and behind "." and "..".
+    for name in ["!", "..a", ".a", "~"] {
+        base.file(name, name.as_bytes());
+    }
+    let big = noise(3_000_001, 5);
+    let mut upper = LayerText::default();
+    upper.file("etc/upper", &big);
+    let Some(mounted) = mount("the_kernel_shows_the_image", vec![base, upper]) else {
+        return;
+    };
+    let stat = |path: &str| fs::symlink_metadata(mounted.path(path)).unwrap();
+    let expected: &[(&str, u32, u64)] = &[
+        ("", 0o041_777, 3),
+        ("etc", 0o042_750, 2),
+        ("etc/passwd", 0o104_640, 2),
+        ("etc/hard", 0o104_640, 2),
+        ("etc/upper", 0o100_755, 1),
+        ("link", 0o120_755, 1),
+        ("null", 0o020_755, 1),
+        ("disk", 0o060_755, 1),
+        ("pipe", 0o010_600, 1),
+        ("empty", 0o100_755, 1),
+    ];
+    for (path, mode, n_links) in expected {
+        let found = stat(path);
+        assert_eq!((found.mode(), found.nlink()), (*mode, *n_links), "{path}");
+    }
+    let passwd = stat("etc/passwd");
+    assert_eq!((passwd.uid(), passwd.gid()), (70_000, 4_000_000_000));
+    assert_eq!((passwd.mtime(), passwd.mtime_nsec()), (-5, 999_999_999));
+    assert_eq!(stat("etc/hard").ino(), passwd.ino());
+    assert_eq!(stat("null").rdev(), libc::makedev(1, 3));
+    assert_eq!(stat("disk").rdev(), libc::makedev(259, 70_000));
+    let target = fs::read_link(mounted.path("link")).unwrap();
+    assert_eq!(target.as_os_str().as_bytes(), [b'x'; 4095]);
+    assert_eq!(fs::read(mounted.path("etc/passwd")).unwrap(), b"root");
+    assert_eq!(fs::read(mounted.path("etc/upper")).unwrap(), big);
+    assert_eq!(fs::read(mounted.path("empty")).unwrap(), b"");
+    let odd = mounted.path(std::ffi::OsStr::from_bytes(&name));
+    assert_eq!(fs::read(odd).unwrap(), b"named by bytes");
+    for name in ["!", "..a", ".a", "~"] {
+        assert_eq!(fs::read(mounted.path(name)).unwrap(), name.as_bytes());
+    }
+
+    let mut buf = [0; 4096];
+    let passwd = mounted.path("etc/passwd");
+    for (name, expected) in [
+        ("user.note", &b"hello"[..]),
+        ("security.capability", &CAPABILITY),
+        ("trusted.ours", &[7; 3000]),
+    ] {
+        let len = lgetxattr(&passwd, name, &mut buf).unwrap();
+        assert_eq!(&buf[..len], expected, "{name}");
+    }
+    let len = llistxattr(&passwd, &mut buf).unwrap();
+    let mut names: Vec<_> = buf[..len].split_inclusive(|it| *it == 0).collect();
+    names.sort_unstable();
+    let expected = [
+        &b"security.capability\0"[..],
+        b"trusted.ours\0",
+        b"user.note\0",
+    ];
+    assert_eq!(names, expected);
+    assert_eq!(llistxattr(mounted.path("empty"), &mut buf), Ok(0));
+
+    let mountinfo = fs::read_to_string("/proc/self/mountinfo").unwrap();
+    let dir = mounted.path("");
+    let dir = dir.to_str().unwrap().trim_end_matches('/');
+    let line = mountinfo.lines().find(|it| it.contains(dir)).unwrap();
+    assert!(line.contains(" ro,nosuid,nodev,"), "{line}");
+    assert!(line.contains(" - erofs ") && line.contains("/clip-csi ro"));
+}
+
+#[test]
+fn directories_of_any_size_list_every_name_once_and_find_it() {
+    let mut layer = LayerText::default();
+    let mut expected = BTreeMap::new();
+    for at in 0..5000 {
+        let name = format!("name-{at}-{}", "x".repeat(at % 200));
+        layer.file(&format!("d/{name}"), &noise(at % 7, 1));
+        expected.insert(name, (at % 7) as u64);
+    }
+    let Some(mounted) = mount("directories_of_any_size", vec![layer]) else {
+        return;
+    };
+    let mut found = BTreeMap::new();
+    for entry in fs::read_dir(mounted.path("d")).unwrap() {
+        let entry = entry.unwrap();
+        let name = entry.file_name().into_string().unwrap();
+        let len = fs::metadata(mounted.path("d").join(&name)).unwrap().len();
+        assert_eq!(found.insert(name, len), None);
+    }
+    assert_eq!(found, expected);
+    let missing = fs::metadata(mounted.path("d/name-5000")).unwrap_err();
+    assert_eq!(missing.kind(), io::ErrorKind::NotFound);
+}
+
+#[test]
+fn sparse_files_have_their_holes() {
+    let mut layer = LayerText::default();
+    let (a, b, c) = (noise(4096, 1), noise(1024, 2), noise(1000, 3));
+    layer.sparse_file("end", 100_000, &[(0, &a)]);
+    layer.sparse_file("middle", 50_000, &[(8192, &a), (40_960, &b)]);
+    layer.sparse_file("tail", 41_960, &[(40_960, &c)]);
+    layer.sparse_file("hole", 1 << 30, &[]);
+    let Some(mounted) = mount("sparse_files_have_their_holes", vec![layer]) else {
+        return;
+    };
+    let read = |name: &str| fs::read(mounted.path(name)).unwrap();
+    let filled = |size: usize, parts: &[(usize, &[u8])]| {
+        let mut bytes = vec![0; size];
+        for (at, part) in parts {
+            bytes[*at..at + part.len()].copy_from_slice(part);
+        }
+        bytes
+    };
+    assert!(read("end") == filled(100_000, &[(0, &a)]));
+    assert!(read("middle") == filled(50_000, &[(8192, &a), (40_960, &b)]));
+    assert!(read("tail") == filled(41_960, &[(40_960, &c)]));
+    let hole = File::open(mounted.path("hole")).unwrap();
+    assert_eq!(hole.metadata().unwrap().len(), 1 << 30);
+    let mut end = [1; 100];
+    hole.read_exact_at(&mut end, (1 << 30) - 100).unwrap();
+    assert_eq!(end, [0; 100]);
+}
+
+#[test]
+fn what_is_mounted_is_open_to_the_kernel_alone() {
+    let mut layer = LayerText::default();
+    layer.file("a", b"a");
+    let Some(mut mounted) = mount("what_is_mounted_is_open", vec![layer]) else {
+        return;
+    };
+    let marker = File::open(mounted.file("mounted-0")).unwrap();
+    assert!(sys::is_open_elsewhere(&marker).unwrap());
+    // Not the place but the file system counts.
+    let held = File::open(mounted.path("a")).unwrap();
+    mounted.unmount();
+    assert!(sys::is_open_elsewhere(&marker).unwrap());
+    drop(held);
+    assert!(!sys::is_open_elsewhere(&marker).unwrap());
+}
+
+#[test]
+fn what_has_no_form_is_refused() {
+    let unfit = |make: &dyn Fn(&mut LayerText)| {
+        let mut layer = LayerText::default();
+        layer.file("first", b"first");
+        make(&mut layer);
+        let (index, _) = build(vec![layer]);
+        let index = ImageIndex::open(index).unwrap();
+        match erofs::write(&index, &tempfile::tempfile().unwrap()) {
+            Err(ErofsError::Unfit { what, .. }) => what,
+            other => panic!("{other:?}"),
+        }
+    };
+    let pad = |layer: &mut LayerText| layer.bytes.resize(1024, 0);
+    assert_eq!(unfit(&|_| {}), "an archive that ends within a block");
+    assert_eq!(
+        unfit(&|layer| {
+            pad(layer);
+            let acl = (b"system.posix_acl_access".to_vec(), vec![2, 0, 0, 0]);
+            layer.push("acl", TarKind::Directory).xattrs = vec![acl];
+        }),
+        "an extended attribute of another kind"
+    );
+    assert_eq!(
+        unfit(&|layer| {
+            pad(layer);
+            let long = (b"user.long".to_vec(), vec![1; 70_000]);
+            layer.push("long", TarKind::Directory).xattrs = vec![long];
+        }),
+        "a long extended attribute"
+    );
+    assert_eq!(
+        unfit(&|layer| {
+            layer.sparse_file("odd", 10_000, &[(100, b"odd")]);
+            pad(layer);
+        }),
+        "a sparse file whose parts do not begin and end with blocks"
+    );
+    assert_eq!(
+        unfit(&|layer| {
+            layer.sparse_file("short", 10_000, &[(512, b"short")]);
+            pad(layer);
+        }),
+        "a sparse file whose parts do not begin and end with blocks"
+    );
+    assert_eq!(
+        unfit(&|layer| {
+            let block = noise(512, 1);
+            layer.sparse_file("many", 1 << 26, &[(512, &block)]);
+            layer.bytes.resize(2048, 0);
+        }),
+        "a sparse file of too many parts"
+    );
+    assert_eq!(
+        unfit(&|layer| {
+            pad(layer);
+            layer.bytes.extend(b"as a piece behind another one lies");
+            let TarKind::File { extents, .. } = &mut layer.entries[0].kind else {
+                panic!("a file");
+            };
+            extents[0].layer_offset = 7;
+        }),
+        "content that does not begin a block: the layer is not read as a tar"
+    );
+    assert_eq!(
+        unfit(&|layer| {
+            pad(layer);
+            let (major, minor) = (4096, 0);
+            layer.push("device", TarKind::CharDevice { major, minor });
+        }),
+        "a device number beyond what Linux has"
+    );
+}
+
+#[test]
+fn only_files_that_their_owner_may_read_are_mounted() {
+    let dir = tempfile::tempdir().unwrap();
+    let metadata = dir.path().join(METADATA_NAME);
+    File::create(&metadata).unwrap();
+    let good = || layer_files(&[vec![0; 512]], dir.path()).remove(0);
+    let named = |flags| {
+        let mode = rustix::fs::Mode::empty();
+        rustix::fs::open(dir.path().join("data-0"), flags, mode).unwrap()
+    };
+    let directory = File::open(dir.path()).unwrap().into();
+    drop(good());
+    for data in [named(OFlags::PATH), named(OFlags::WRONLY), directory] {
+        let files = LayerFiles { data, ..good() };
+        let err = erofs::mount(&metadata, &[files], dir.path()).unwrap_err();
+        assert_eq!(err.raw_os_error(), Some(libc::EBADF));
+    }
+}
+
+/// An index of each kind of thing.
+fn varied() -> Vec<u8> {
+    let mut layer = LayerText::default();
+    layer.push("d", TarKind::Directory);
+    layer.push("d/e", TarKind::Directory);
+    let file = layer.file("d/file", &noise(5000, 1));
+    file.xattrs = vec![(b"user.note".to_vec(), b"hello".to_vec())];
+    layer.sparse_file(
+        "d/sparse",
+        20_000,
+        &[(4096, &[7; 512]), (8192, &noise(512, 2))],
+    );
+    layer.push("d/e/hard", TarKind::HardLink(b"d/file".to_vec()));
+    layer.push("link", TarKind::Symlink(b"d/file".to_vec()));
+    layer.push("null", TarKind::CharDevice { major: 1, minor: 3 });
+    build(padded(vec![layer])).0
+}
+
+/// Writes the metadata of an index; whether that was to be had.
+fn write(bytes: impl IndexBytes) -> bool {
+    let Ok(index) = ImageIndex::open(bytes) else {
+        return false;
+    };
+    erofs::write(&index, &tempfile::tempfile().unwrap()).is_ok()
+}
+
+#[test]
+fn an_index_that_is_cut_short_is_refused() {
+    let whole = varied();
+    assert!(write(whole.clone()));
+    for len in 0..whole.len() {
+        assert!(!write(whole[..len].to_vec()), "{len} bytes");
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(2000))]
+
+    #[test]
+    fn errors_are_fine_and_panics_are_bugs(at in 4096_usize..1 << 16, word: u32) {
+        let mut bytes = varied();
+        let at = 4096 + (at - 4096) % (bytes.len() - 4100);
+        bytes[at..at + 4].copy_from_slice(&word.to_le_bytes());
+        // Only that it returns.
+        let _ = write(bytes);
+    }
+}
