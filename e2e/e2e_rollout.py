@@ -11,6 +11,7 @@ import socket
 import time
 import unittest
 
+import e2e_kernel
 import images
 from cluster import project_image
 from cluster.case import EVENTS, DriverCase
@@ -31,13 +32,11 @@ UNPRIVILEGED = 65532
 ROLES = {"node": NODE, "agent": NODE, "serve": FUSE}
 
 
-class Restart(DriverCase):
-    """Whatever of the driver is replaced, pods that read see a pause and no error."""
+class UnderReaders(DriverCase):
+    """Pods that read, and what they see while something happens."""
 
-    def setUp(self):
-        super().setUp()
-        self.release.empty_all()
-        self.readers = ReaderPods(self, IMAGE, NODES, self.seed)
+    def begin(self, without=()) -> None:
+        self.readers = ReaderPods(self, IMAGE, NODES, self.seed, without)
         # Times on the clock of time.monotonic(): while something is replaced, and in between.
         self.windows: dict[str, list[tuple[float, float]]] = {}
         self.calm: list[tuple[float, float]] = []
@@ -72,6 +71,15 @@ class Restart(DriverCase):
         for node in NODES:
             self.assertEqual(self.metric(node, "mounts_aborted_total"), 0)
             self.assertEqual(self.metric(node, "dead_volumes"), 0)
+
+
+class Restart(UnderReaders):
+    """Whatever of the driver is replaced, pods that read see a pause and no error."""
+
+    def setUp(self):
+        super().setUp()
+        self.release.empty_all()
+        self.begin()
 
     def assert_pods_come_and_go(self, name: str, node: str, image: str) -> None:
         self.run_pod(name, node=node, image=image)
@@ -132,6 +140,51 @@ class Restart(DriverCase):
 
     def is_back(self, node: str, component: str, role: str, before: dict[str, int]) -> bool:
         return self.restarts(node, component)[role] > before[role] and condition(self.release.pods(component)[node], "Ready")
+
+
+class NoDriver(UnderReaders):
+    """Where the kernel serves an image, its pods need nothing of the driver."""
+
+    VALUES = {"node": {"kernelMounts": "whole"}}
+
+    def setUp(self):
+        super().setUp()
+        if e2e_kernel.erofs_is_missing():
+            self.skipTest(e2e_kernel.erofs_is_missing())
+        self.release.upgrade(self.VALUES)
+        for node in NODES:
+            process.wait_until(lambda node=node: self.is_served_by_kernel(node), f"{node} to have all of the image", 120)
+        # EROFS of files has no O_DIRECT.
+        self.begin(without=("direct",))
+        for node in NODES:
+            self.assertEqual(self.metric(node, "kernel_mounts"), 1)
+
+    def is_served_by_kernel(self, node: str) -> bool:
+        """A node that takes the image from the other one's cache serves it lazily at first."""
+        self.run_pod("first", node=node, image=self.cluster.push(IMAGE), attributes={"prefetch": "all"})
+        served = self.metric(node, "kernel_mounts") > 0
+        self.cluster.delete_pods("first")
+        return served
+
+    def test_no_driver(self):
+        """Both pods of a node die at once, then the driver is uninstalled and installed again, under readers."""
+        with self.window("all killed at once"):
+            for role in ROLES:
+                for pid in self.release.processes(N1, role):
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+            for component in CONTAINERS:
+                process.wait_until(lambda it=component: time.sleep(0.2) or condition(self.release.pods(it)[N1], "Ready"), "the driver to be back", 60)
+        with self.window("helm uninstall"):
+            self.release.uninstall()
+        with self.window("helm install"):
+            self.release.install(self.VALUES)
+        for node in NODES:
+            self.assertEqual((self.metric(node, "kernel_mounts"), self.metric(node, "mounts")), (1, 1), "it was found again")
+        self.verdict()
+        self.cluster.delete_pods(*self.readers.names.values())
+        for node in NODES:
+            process.wait_until(lambda node=node: time.sleep(0.3) or self.metric(node, "mounts") == 0, f"the mount of {node} to go", 30)
 
 
 class Lost(DriverCase):
@@ -281,7 +334,7 @@ class Privileges(DriverCase):
 
 
 # In this order, which spares installations.
-ORDER = [Privileges, Lost, Restart]
+ORDER = [Privileges, Lost, Restart, NoDriver]
 
 
 def load_tests(loader, _tests, _pattern):

@@ -22,7 +22,8 @@ SHARES = (("sequential", "mmap", "held"), ("direct", "random", "walk", "exec"))
 class ReaderPods:
     """One pod per kind of reading, spread over the nodes."""
 
-    def __init__(self, case: DriverCase, image: str, nodes: list[str], seed: int):
+    def __init__(self, case: DriverCase, image: str, nodes: list[str], seed: int, without=()):
+        """`without` are kinds that the file system has not."""
         self.case, self.names = case, {}
         assert sorted(itertools.chain(*SHARES)) == sorted(readers.KINDS)
         for node in nodes:
@@ -32,7 +33,7 @@ class ReaderPods:
         runner, reference = case.cluster.push(RUNNER), case.cluster.push(image)
         pods = []
         for node, kinds in zip(nodes, SHARES):
-            for kind in kinds:
+            for kind in (it for it in kinds if it not in without):
                 name = f"reads-{kind}"
                 self.names[kind] = name
                 pods.append(self._pod(name, node, kind, runner, reference, seed + len(pods)))
