@@ -13,7 +13,12 @@ use crate::index::{
 };
 
 /// Of how many inodes one has its place noted; others are counted from there.
-const NOTED_EVERY: u64 = 16;
+const NOTED_EVERY: u64 = NOTED_EVERY_LEN as u64;
+const NOTED_EVERY_LEN: usize = 64;
+
+/// Most bytes of inodes, and of directories and links: twice what a million symbolic links take. An index has
+/// each text once, however often it is named, so that a small one could fill a disk.
+pub(super) const MAX_PART_BYTES: u64 = 1 << 30;
 
 /// Most chunks of one file: as many as half a megabyte of metadata.
 const MAX_CHUNKS: u64 = 1 << 16;
@@ -36,6 +41,10 @@ pub(super) struct Plan<'a, B> {
     pub(super) index: &'a ImageIndex<B>,
     /// The number of each [`NOTED_EVERY`]th.
     noted: Vec<u32>,
+    /// How much each takes, in what numbers count; 0 if that is more than a byte can say.
+    taken: Vec<u8>,
+    /// What those take, by their position.
+    large: Vec<(usize, u32)>,
     /// Where the last one ends, in bytes from the start of the file.
     pub(super) end: u64,
 }
@@ -87,19 +96,37 @@ impl<'a, B: IndexBytes> Plan<'a, B> {
             let what = "an image of so many layers";
             return Err(ErofsError::Unfit { ino: root, what });
         }
-        let mut noted = Vec::new();
+        let (mut noted, mut taken, mut large) = (Vec::new(), Vec::new(), Vec::new());
         for number in 0..n_nodes {
             let ino = Ino(number + 1);
             if number.is_multiple_of(NOTED_EVERY) {
                 let nid = u32::try_from(end / NID_BYTES).map_err(|_| too_much(ino))?;
                 noted.push(nid);
             }
-            end += shape(index, &node(index, ino)?, ino)?.bytes();
+            let bytes = shape(index, &node(index, ino)?, ino)?.bytes();
+            let n_nids = u32::try_from(bytes / NID_BYTES).map_err(|_| too_much(ino))?;
+            match u8::try_from(n_nids) {
+                Ok(n_nids) => taken.push(n_nids),
+                Err(_) => {
+                    large.push((taken.len(), n_nids));
+                    taken.push(0);
+                }
+            }
+            end += bytes;
+            if MAX_PART_BYTES < end {
+                return Err(too_much(ino));
+            }
             if number.is_multiple_of(GIVE_BACK_EVERY) {
                 index.source().drop_resident();
             }
         }
-        Ok(Self { index, noted, end })
+        Ok(Self {
+            index,
+            noted,
+            taken,
+            large,
+            end,
+        })
     }
 
     /// The number of an inode: where it lies.
@@ -108,17 +135,19 @@ impl<'a, B: IndexBytes> Plan<'a, B> {
     /// There is no such inode.
     pub(super) fn nid(&self, ino: Ino) -> Result<u64, ErofsError> {
         let what = "a name of no inode";
-        let number = ino.0.checked_sub(1).filter(|it| *it < self.index.n_nodes());
+        let number = ino.0.checked_sub(1).and_then(|it| usize::try_from(it).ok());
+        let number = number.filter(|it| *it < self.taken.len());
         let number = number.ok_or(ErofsError::Damaged { ino, what })?;
-        let noted = number / NOTED_EVERY;
-        let noted_at = usize::try_from(noted).ok();
-        let noted_nid = noted_at.and_then(|it| self.noted.get(it));
-        let mut nid = u64::from(*noted_nid.ok_or(ErofsError::Damaged { ino, what })?);
-        for before in noted * NOTED_EVERY..number {
-            let before = Ino(before + 1);
-            nid += shape(self.index, &node(self.index, before)?, before)?.bytes() / NID_BYTES;
-        }
-        Ok(nid)
+        let noted = number / NOTED_EVERY_LEN;
+        let before = noted * NOTED_EVERY_LEN..number;
+        let taken = before.map(|it| match self.taken[it] {
+            0 => {
+                let found = self.large.binary_search_by_key(&it, |it| it.0);
+                found.map_or(0, |it| u64::from(self.large[it].1))
+            }
+            n_nids => u64::from(n_nids),
+        });
+        Ok(u64::from(self.noted[noted]) + taken.sum::<u64>())
     }
 }
 

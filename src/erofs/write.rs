@@ -9,7 +9,7 @@ use super::{
         self, BLOCK_BYTES, BLOCK_LEN, CHUNK_INDEX_BYTES, NID_BYTES, Place, SUPER_START, Super,
         XATTR_ENTRY_BYTES, XATTR_HEADER, xattr_name,
     },
-    plan::{GIVE_BACK_EVERY, Plan, Shape, block_of, node, shape, too_much},
+    plan::{GIVE_BACK_EVERY, MAX_PART_BYTES, Plan, Shape, block_of, node, shape, too_much},
 };
 use crate::index::{
     image::{Extent, FileType, ImageIndex, Ino, Node},
@@ -170,6 +170,7 @@ fn put_head<B: IndexBytes>(
 #[derive(Debug)]
 struct Output<'a> {
     file: &'a File,
+    start: u64,
     /// Where what is held goes.
     at: u64,
     held: Vec<u8>,
@@ -178,10 +179,19 @@ struct Output<'a> {
 impl<'a> Output<'a> {
     fn new(file: &'a File, at: u64) -> Self {
         let held = Vec::with_capacity(PIECE_BYTES);
-        Self { file, at, held }
+        let start = at;
+        Self {
+            file,
+            start,
+            at,
+            held,
+        }
     }
 
     fn put(&mut self, bytes: &[u8]) -> Result<(), ErofsError> {
+        if MAX_PART_BYTES < self.end() - self.start {
+            return Err(too_much(Ino::ROOT));
+        }
         if PIECE_BYTES < self.held.len() + bytes.len() {
             self.flush()?;
         }

@@ -201,7 +201,7 @@ impl Sources {
     }
 
     /// Makes `user` a user of a source of the image, mounting it first if nobody has, and binds it: of the one
-    /// that the kernel serves, if the image is whole and that is possible.
+    /// that the kernel serves, if that is there, or if the image is whole and it is possible.
     ///
     /// # Errors
     /// Those of the mount and of `bind`; then `user` is none, and a source without users is gone.
@@ -216,7 +216,7 @@ impl Sources {
             kind,
         };
         let mut bind = Some(bind);
-        if image.is_whole {
+        if image.is_whole || self.is_mounted(id(Kind::Kernel)) {
             match self.attach_to(id(Kind::Kernel), image, user, &mut bind) {
                 // It was not mounted: what came to nothing is not bound.
                 Err(err) if bind.is_some() => {
@@ -286,6 +286,11 @@ impl Sources {
             }
             SlotState::Mounted(_) | SlotState::Vacant | SlotState::Gone => None,
         })
+    }
+
+    fn is_mounted(&self, id: SourceId) -> bool {
+        let slot = lock(&self.slots).get(&id).cloned();
+        slot.is_some_and(|it| matches!(&*lock(&it.0), SlotState::Mounted(_)))
     }
 
     /// The slots of an image's sources.

@@ -251,6 +251,48 @@ fn directories_of_any_size_list_every_name_once_and_find_it() {
 }
 
 #[test]
+fn inodes_that_take_much_are_found_as_others_are() {
+    let mut layer = LayerText::default();
+    for at in 0..300 {
+        let file = layer.file(&format!("file-{at:03}"), format!("{at}").as_bytes());
+        // Every other hundred takes more than a byte can count.
+        if at / 100 % 2 == 1 {
+            file.xattrs = vec![(b"user.large".to_vec(), vec![7; 60_000])];
+        }
+    }
+    for at in 0..300 {
+        let linked = format!("file-{:03}", 299 - at).into_bytes();
+        layer.push(&format!("link-{at:03}"), TarKind::HardLink(linked));
+    }
+    let Some(mounted) = mount("inodes_that_take_much", vec![layer]) else {
+        return;
+    };
+    for at in 0..300 {
+        let read = |name: String| fs::read_to_string(mounted.path(name)).unwrap();
+        assert_eq!(read(format!("file-{at:03}")), at.to_string());
+        assert_eq!(read(format!("link-{at:03}")), (299 - at).to_string());
+    }
+}
+
+#[test]
+fn what_a_small_index_would_make_large_is_refused() {
+    let mut layer = LayerText::default();
+    // Half a megabyte of metadata each, which the index has in a hundred bytes.
+    for at in 0..2100 {
+        layer.sparse_file(&format!("file-{at}"), 1 << 25, &[(512, &[7; 512])]);
+    }
+    let (index, _) = build(padded(vec![layer]));
+    assert!(index.len() < 500_000, "{}", index.len());
+    let file = tempfile::tempfile().unwrap();
+    let refused = erofs::write(&ImageIndex::open(index).unwrap(), &file).unwrap_err();
+    assert!(
+        matches!(&refused, ErofsError::Unfit { what, .. } if what.contains("too large")),
+        "{refused}"
+    );
+    assert_eq!(file.metadata().unwrap().len(), 0);
+}
+
+#[test]
 fn sparse_files_have_their_holes() {
     let mut layer = LayerText::default();
     let (a, b, c) = (noise(4096, 1), noise(1024, 2), noise(1000, 3));

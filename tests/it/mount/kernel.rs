@@ -54,6 +54,12 @@ async fn an_image_that_is_whole_is_mounted_once_and_goes_with_its_last_volume() 
     let n_mounts = world.mounter.n_kernel_mounts.load(Ordering::SeqCst);
     assert_eq!((n_mounts, world.mounter.n_mounts()), (1, 0));
     assert_eq!(world.metrics.kernel_mounts.get(), 1);
+    // There may be no room any more for images that cannot be evicted, but this one is there.
+    world.mounter.is_whole.store(false, Ordering::SeqCst);
+    let c = world.scratch.target("c");
+    world.publish("x", &c, "app").await.unwrap();
+    assert_eq!(fs_type(&c), "erofs");
+    world.unpublish("x", &c).await;
     // Again: it is found.
     world.publish("v", &a, "app").await.unwrap();
     world.unpublish("v", &a).await;
