@@ -15,9 +15,8 @@ from harness import driver, oci, process, reading, trio
 from harness.environment import Case
 
 IMAGES = ["small", "debian-python", "nasty-kernel", "nasty-root", "nasty-extra", "zstd", "docker", "multi-arch", "demo5"]
-# What is not mounted so: access control lists, which the kernel would obey and the server only shows; an archive that ends within a block; layers
-# that are read by a table of contents, whose content begins no block.
-UNFIT = ["nasty", "plain", "estargz"]
+# What is not mounted so: access control lists, which the kernel would obey and the server only shows; an archive that ends within a block.
+UNFIT = ["nasty", "plain"]
 IMAGE, IMAGE_BYTES = "demo5", 160_000_000
 COMPLETE_SECONDS = 60
 AWAY_SECONDS = 1
@@ -185,6 +184,7 @@ class Kept(InKernel):
             if reply.ok:
                 self.assert_tree(name, node.target("x"))
             node.must_unpublish("x")
+        self.assertEqual(self.cache(node, "ls").count("mounted in the kernel"), len(self.diff_ids(IMAGE)))
         said = self.cache(node, "rm", "--all")
         self.assertIn("in use", said)
         self.assertLessEqual(self.diff_ids(IMAGE), self.layers(node))
@@ -195,6 +195,25 @@ class Kept(InKernel):
         self.gone(node)
         self.cache(node, "rm", "--all")
         self.assertEqual(self.layers(node), set())
+
+    def test_bytes_that_rot_on_the_disk_are_found(self):
+        """What the kernel shows of a file that was damaged behind everybody's back is told to who looks, and pods that come then read what is right."""
+        node = self.node()
+        directory = self.publish(node, "v", "small")
+        [layer] = self.layers(node)
+        data = node.cache_dir / "layers" / layer / "data"
+        with data.open("r+b") as file:
+            content = file.read()
+            file.seek(content.index(b"hello\n"))
+            file.write(b"HELLO\n")
+        said = self.cache(node, "verify")
+        self.assertIn("1 wrong and dropped", said)
+        self.assertIn("recreate the pods", said)
+        driver.drop_from_page_cache(directory)
+        self.assertEqual((directory / "hello").read_text(), "HELLO\n")
+        node.must_unpublish("v")
+        node.must_publish("w", self.env.push("small"))
+        self.assert_tree("small", node.target("w"))
 
     def test_what_may_not_stay_is_served(self):
         """An image that takes more than the low watermark is read by parts, as far as its cache goes."""
@@ -228,6 +247,32 @@ class Later(InKernel):
         node.start("serve")
         self.assert_tree("debian-python", node.target("first"))
         for volume in ("first", "early", "late"):
+            node.must_unpublish(volume)
+        self.gone(node)
+
+
+    def test_layers_that_are_read_by_a_table_of_contents(self):
+        """They are mounted before anything of them is there; when all is, their content lies in blocks as that of a tar."""
+        node = self.node()
+        reference = self.env.push("estargz")
+        node.must_publish("first", reference, prefetch="all")
+        self.assertEqual(self.file_system(node.target("first")), "fuse.clip")
+        self.assertGreater(node.metric("toc_lookups_total", outcome="hit"), 0)
+        self.assert_tree("estargz", node.target("first"))
+
+        def is_whole() -> bool:
+            node.must_publish("late", reference)
+            whole = self.file_system(node.target("late")) == "erofs"
+            if not whole:
+                node.must_unpublish("late")
+            return whole
+        process.wait_until(is_whole, "all to be on disk", COMPLETE_SECONDS)
+        self.assert_tree("estargz", node.target("late"))
+        node.kill("serve")
+        driver.drop_from_page_cache(node.target("late"))
+        self.assert_tree("estargz", node.target("late"))
+        node.start("serve")
+        for volume in ("first", "late"):
             node.must_unpublish(volume)
         self.gone(node)
 

@@ -39,6 +39,9 @@ const RECORD_BYTES: usize = 2 * 8 + 4 * 4 + 32;
 /// zstd:chunked 64 KiB on average. Who reads a byte of a piece waits for all of it.
 pub const MAX_PIECE_BYTES: u64 = 16 << 20;
 
+/// What pieces begin at multiples of, as the content of files in a tar does, and the layer ends at one.
+pub const BLOCK_BYTES: u64 = 512;
+
 /// Bytes of the blob that the pieces of a chunk may be strewn over.
 pub const MAX_GROUP_BLOB_BYTES: u64 = 4 << 20;
 
@@ -65,6 +68,12 @@ impl Piece {
     /// Where it ends in the layer.
     pub fn layer_end(&self) -> u64 {
         self.layer_offset.saturating_add(self.len)
+    }
+
+    /// Whether it may be the last of a layer of so many bytes, which ends with a block.
+    fn ends_layer(&self, layer_bytes: u64) -> bool {
+        let rest_bytes = layer_bytes.checked_sub(self.layer_end());
+        rest_bytes.is_some_and(|it| it < BLOCK_BYTES)
     }
 
     /// Whether it has its chunks for itself.
@@ -162,7 +171,7 @@ impl<W: io::Write> PieceMapWriter<W> {
     /// Those of `out`; `InvalidInput` if there was no piece, or one that `subject` does not reach.
     pub fn finish(self, subject: &Subject) -> io::Result<W> {
         let reaches = self.last.as_ref().is_some_and(|it| {
-            it.layer_end() == subject.layer_bytes && it.blob.end <= subject.blob_bytes
+            it.ends_layer(subject.layer_bytes) && it.blob.end <= subject.blob_bytes
         });
         if !reaches {
             return Err(io::Error::new(
@@ -232,7 +241,7 @@ impl<B: IndexBytes> PieceMap<B> {
                 self.bytes.drop_resident();
             }
         }
-        let reaches = last.is_some_and(|it| it.layer_end() == self.subject.layer_bytes);
+        let reaches = last.is_some_and(|it| it.ends_layer(self.subject.layer_bytes));
         reaches.then_some(()).ok_or(DAMAGED)
     }
 

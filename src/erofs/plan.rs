@@ -262,7 +262,7 @@ fn chunk_bits<B: IndexBytes>(
     };
     // What follows a part in its last block would show.
     if bits < BLOCK_BITS {
-        return unfit("a sparse file whose parts do not begin and end with blocks");
+        return unfit("a file whose parts do not begin and end with blocks");
     }
     Ok(bits - BLOCK_BITS)
 }
@@ -292,7 +292,7 @@ pub(super) fn block_of<B: IndexBytes>(
         return Err(ErofsError::Unfit { ino, what });
     }
     if !extent.layer_offset.is_multiple_of(BLOCK_BYTES) {
-        let what = "content that does not begin a block: the layer is not read as a tar";
+        let what = "content that does not begin a block";
         return Err(ErofsError::Unfit { ino, what });
     }
     let block = u32::try_from(extent.layer_offset / BLOCK_BYTES).ok();

@@ -37,10 +37,9 @@ impl LayerStore {
 }
 
 impl Layer {
-    /// Whether all of it is on disk, and it is the layer's own tar: what is laid out by a table of contents has no blocks.
+    /// Whether all of it is on disk.
     pub fn is_whole(&self) -> bool {
-        let is_tar = !self.file.learns() && !self.origin().desc.is_by_toc();
-        is_tar && self.file.is_complete()
+        self.file.is_complete()
     }
 
     /// Gives the layer to be mounted; `None` if it is not whole, or not to be in a moment.
@@ -80,7 +79,7 @@ pub(super) fn try_unmounted(dir: &Path) -> io::Result<Option<Held>> {
 
 impl LayerFile {
     /// Whether the kernel has it mounted, or somebody is about to mount it.
-    pub(super) fn is_mounted(&self) -> bool {
+    pub fn is_mounted(&self) -> bool {
         let mounted = self.dir().join(MOUNTED);
         // Without the file it was never.
         mounted.exists() && !matches!(lock::try_unmounted(&mounted), Ok(Some(_)))

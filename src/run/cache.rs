@@ -33,7 +33,11 @@ pub(super) fn list(config: &CacheConfig) -> anyhow::Result<ExitCode> {
         match catalog::open(&paths, diff_id) {
             Ok(Some(file)) => {
                 let (present, all) = (file.present_bytes(), file.layer_bytes());
-                writeln!(out, "{diff_id} {present} of {all} bytes")?;
+                let remark = match file.is_mounted() {
+                    true => ", mounted in the kernel",
+                    false => "",
+                };
+                writeln!(out, "{diff_id} {present} of {all} bytes{remark}")?;
             }
             // Evicted since it was listed.
             Ok(None) => {}
@@ -76,6 +80,12 @@ pub(super) fn verify(config: &CacheConfig) -> anyhow::Result<ExitCode> {
         )?;
         if 0 < found.wrong {
             code = ExitCode::FAILURE;
+            if file.is_mounted() {
+                writeln!(
+                    out,
+                    "{diff_id} is mounted in the kernel, which shows what is on the disk: recreate the pods whose images have it"
+                )?;
+            }
         }
     }
     Ok(code)

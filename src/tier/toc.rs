@@ -13,7 +13,7 @@ use crate::digest::{BlobDigest, DiffId};
 /// how its content is laid out: nodes of both releases then have layers of their own.
 ///
 /// What is hashed is no tar, for which it is too short: no layer has this name as its DiffId.
-const DOMAIN: &[u8] = b"clip-csi toc layer v1\0";
+const DOMAIN: &[u8] = b"clip-csi toc layer v2\0";
 
 /// The table of contents of a layer's blob, as the image's manifest names it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -112,7 +112,7 @@ mod tests {
         assert!(!desc(None).is_by_toc());
         let by_toc = desc(Some(toc(TocKind::Estargz))).by_toc().unwrap();
         // Nodes of every release share what they have under it.
-        let name = "sha256:195c9a25d68f574730bfe77381fd70148718f0ea9f8f9ce8cc2fa1b50b5ec9e0";
+        let name = "sha256:5feb861957194b9a99ec3d6205aeabce8a71f0a88fc8f9b964419c867748f9e3";
         assert_eq!(by_toc.diff_id.to_string(), name);
         assert!(by_toc.is_by_toc() && by_toc.by_toc() == Some(by_toc.clone()));
         assert!(!by_toc.without_toc().is_by_toc());

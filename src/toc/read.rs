@@ -369,7 +369,8 @@ impl<S: TocSink> Walk<'_, S> {
         }
         // Where the last one began, too, if it did not end there.
         self.end_piece(raw.offset)?;
-        let layer_offset = self.layout.place(len, raw.offset).ok_or_else(too_large)?;
+        let placed = self.layout.place(len, raw.offset, file.described_bytes);
+        let layer_offset = placed.ok_or_else(too_large)?;
         if self.limits.max_layer_bytes < self.layout.layer_bytes() {
             let max = self.limits.max_layer_bytes;
             return Err(wrong(format!("the layer has more than {max} bytes")));

@@ -374,14 +374,14 @@ fn what_has_no_form_is_refused() {
             layer.sparse_file("odd", 10_000, &[(100, b"odd")]);
             pad(layer);
         }),
-        "a sparse file whose parts do not begin and end with blocks"
+        "a file whose parts do not begin and end with blocks"
     );
     assert_eq!(
         unfit(&|layer| {
             layer.sparse_file("short", 10_000, &[(512, b"short")]);
             pad(layer);
         }),
-        "a sparse file whose parts do not begin and end with blocks"
+        "a file whose parts do not begin and end with blocks"
     );
     assert_eq!(
         unfit(&|layer| {
@@ -400,7 +400,7 @@ fn what_has_no_form_is_refused() {
             };
             extents[0].layer_offset = 7;
         }),
-        "content that does not begin a block: the layer is not read as a tar"
+        "content that does not begin a block"
     );
     assert_eq!(
         unfit(&|layer| {

@@ -136,8 +136,15 @@ fn pieces_that_cannot_be_fetched_alone_are_refused() {
         let refused = write(&wrong).unwrap_err();
         assert_eq!(refused.kind(), io::ErrorKind::InvalidInput, "{what}");
     }
-    // One that ends elsewhere than its layer, or none.
-    assert!(write(&[]).is_err() && write(&pieces()[..5]).is_err());
+    // One that does not end with its layer's last block, or none.
+    assert!(write(&[]).is_err() && write(&pieces()[..4]).is_err());
+    let ends = |end: u64| {
+        let mut pieces = pieces();
+        pieces[5].len = end;
+        write(&pieces).is_ok()
+    };
+    assert!(ends(1) && ends(30) && !ends(31));
+    assert!(pieces()[4].ends_layer(LAYER_BYTES) && !pieces()[3].ends_layer(LAYER_BYTES));
 }
 
 #[test]

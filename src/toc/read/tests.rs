@@ -121,7 +121,7 @@ fn entries_are_those_of_an_archive() {
         { "name": "asdir/", "type": "reg" },
     ]);
     let (layer_bytes, kept) = read_entries(&entries).unwrap();
-    assert_eq!(layer_bytes, 5);
+    assert_eq!(layer_bytes, 512);
     let plain = |path: &str, kind| TarEntry {
         path: path.as_bytes().to_vec(),
         kind,
@@ -209,16 +209,16 @@ fn data_are_laid_out_in_pieces() {
         laid_out,
         [
             (0, 10, 100..300, 0),
-            (10, 20, 300..300 + 40 + (64 << 10), 0),
-            (30, 30, 300..500, 532),
+            (512, 20, 300..300 + 40 + (64 << 10), 0),
+            (1024, 30, 300..500, 532),
             (chunk, large, 500..9000, 0),
             (3 * chunk, 50, 9000..9500, 0),
-            (3 * chunk + 50, 1000, 9500..9600, 0),
-            (3 * chunk + 1050, 500, 9700..9800, 0),
-            (3 * chunk + 1550, 500, 9800..9800 + 1000 + (64 << 10), 0),
+            (3 * chunk + 512, 1000, 9500..9600, 0),
+            (3 * chunk + 1512, 500, 9700..9800, 0),
+            (3 * chunk + 2012, 500, 9800..9800 + 1000 + (64 << 10), 0),
         ]
     );
-    assert_eq!(layer_bytes, 3 * chunk + 2050);
+    assert_eq!(layer_bytes, 3 * chunk + 2560);
     let extents = |at: usize| match &kept.entries[at].kind {
         TarKind::File { extents, .. } => extents
             .iter()
@@ -226,10 +226,10 @@ fn data_are_laid_out_in_pieces() {
             .collect(),
         _ => Vec::new(),
     };
-    assert_eq!(extents(2), [(0, 30, 30)]);
+    assert_eq!(extents(2), [(0, 1024, 30)]);
     // What follows on in file and layer is one run.
     assert_eq!(extents(3), [(0, chunk, large + 50)]);
-    let holes = [(0, 3 * chunk + 50, 1000), (3000, 3 * chunk + 1050, 1000)];
+    let holes = [(0, 3 * chunk + 512, 1000), (3000, 3 * chunk + 1512, 1000)];
     assert_eq!(extents(4), holes);
     let digests: Vec<_> = kept.pieces.iter().map(|it| it.digest.to_string()).collect();
     assert_eq!(digests[0], digest("a"));
@@ -409,7 +409,7 @@ fn what_is_no_table_is_refused() {
     }
     let json = format!(r#"{{"x":{{"y":[1]}},"entries":{entries},"version":1}} "#);
     let (contents, _) = read_with(&chunked(json.as_bytes()), CHUNKED, &limits).unwrap();
-    assert_eq!(contents.layer_bytes, 1);
+    assert_eq!(contents.layer_bytes, 512);
     // Compression that is none, or cut.
     let table = estargz(json.as_bytes());
     for broken in [&table[..table.len() / 2], &table[1..], &[], b"plain"] {
@@ -430,7 +430,7 @@ fn limits_hold() {
         max_table_bytes: len,
         max_entries: 2,
         max_entry_bytes: 400,
-        max_layer_bytes: 2,
+        max_layer_bytes: 1024,
         ..TocLimits::default()
     };
     let wrong = [
@@ -456,15 +456,15 @@ fn limits_hold() {
             },
         ),
         (
-            "more than 1 bytes",
+            "more than 1023 bytes",
             TocLimits {
-                max_layer_bytes: 1,
+                max_layer_bytes: 1023,
                 ..good
             },
         ),
     ];
     for (table, kind) in tables {
-        assert_eq!(read_with(&table, kind, &good).unwrap().0.layer_bytes, 2);
+        assert_eq!(read_with(&table, kind, &good).unwrap().0.layer_bytes, 1024);
         for (reason, limits) in &wrong {
             let why = read_with(&table, kind, limits).unwrap_err().to_string();
             assert!(why.contains(reason), "{why}");
