@@ -33,7 +33,8 @@ class Credentials(Case):
 
     def config(self, *lines: str) -> pathlib.Path:
         file = self.work / "credentials.toml"
-        file.write_text("\n".join([*lines, f'[registry.hosts."{self.registry.host}"]', "plain_http = true"]) + "\n")
+        # Credentials are for what is still to be read, which is the server's.
+        file.write_text("\n".join([*lines, "[node]", 'kernel_mounts = "never"', f'[registry.hosts."{self.registry.host}"]', "plain_http = true"]) + "\n")
         return file
 
     def secret(self, user: str) -> str:
