@@ -293,6 +293,99 @@ fn what_a_small_index_would_make_large_is_refused() {
 }
 
 #[test]
+fn an_image_may_have_as_many_layers_as_runtimes_take() {
+    let layers = (0..127).map(|at| {
+        let mut layer = LayerText::default();
+        layer.file(&format!("file-{at}"), at.to_string().as_bytes());
+        layer
+    });
+    let Some(mounted) = mount("as_many_layers", layers.collect()) else {
+        return;
+    };
+    for at in 0..127 {
+        let read = fs::read_to_string(mounted.path(format!("file-{at}"))).unwrap();
+        assert_eq!(read, at.to_string());
+    }
+}
+
+/// What is found below a directory: the content of files, and the number of names in directories.
+fn walk(dir: &Path, below: &Path, found: &mut BTreeMap<PathBuf, Vec<u8>>) {
+    let mut n_names = 0_u64;
+    for entry in fs::read_dir(dir).unwrap() {
+        let entry = entry.unwrap();
+        let path = below.join(entry.file_name());
+        n_names += 1;
+        if entry.file_type().unwrap().is_dir() {
+            walk(&entry.path(), &path, found);
+        } else {
+            found.insert(path, fs::read(entry.path()).unwrap());
+        }
+    }
+    found.insert(below.to_owned(), n_names.to_le_bytes().to_vec());
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(40))]
+
+    /// Directories of any shape, names of any bytes and lengths, in two layers.
+    #[test]
+    fn any_tree_is_shown(
+        dirs in prop::collection::vec((any::<prop::sample::Index>(), name()), 0..20),
+        files in prop::collection::vec((any::<prop::sample::Index>(), name(), 0_usize..3000, any::<bool>()), 1..150),
+    ) {
+        let mut layers = [LayerText::default(), LayerText::default()];
+        let (mut paths, mut expected) = (vec![Vec::new()], BTreeMap::new());
+        let join = |parent: &[u8], name: &[u8]| match parent.is_empty() {
+            true => name.to_vec(),
+            false => [parent, b"/", name].concat(),
+        };
+        let mut taken = std::collections::BTreeSet::new();
+        for (parent, name) in dirs {
+            let path = join(&paths[parent.index(paths.len())], &name);
+            if path.len() < 2000 && taken.insert(path.clone()) {
+                layers[0].push("x", TarKind::Directory).path.clone_from(&path);
+                paths.push(path);
+            }
+        }
+        for (parent, name, len, is_upper) in files {
+            let path = join(&paths[parent.index(paths.len())], &name);
+            if path.len() < 2000 && taken.insert(path.clone()) {
+                let content = noise(len, len as u64);
+                layers[usize::from(is_upper)].file("x", &content).path.clone_from(&path);
+                expected.insert(PathBuf::from(std::ffi::OsStr::from_bytes(&path)), content);
+            }
+        }
+        for dir in &paths {
+            let dir = Path::new(std::ffi::OsStr::from_bytes(dir));
+            let inside = taken.iter().filter(|it| {
+                Path::new(std::ffi::OsStr::from_bytes(it)).parent() == Some(dir)
+            });
+            let n_names = inside.count() as u64;
+            expected.insert(dir.to_owned(), n_names.to_le_bytes().to_vec());
+        }
+        if let Some(mounted) = mount("any_tree_is_shown", layers.into()) {
+            let mut found = BTreeMap::new();
+            walk(&mounted.path(""), Path::new(""), &mut found);
+            prop_assert!(found == expected, "{:?}", taken);
+        }
+    }
+}
+
+/// A name that a layer may have, and that hides nothing.
+fn name() -> impl Strategy<Value = Vec<u8>> {
+    let bytes = prop_oneof![
+        prop::collection::vec(any::<u8>(), 1..4),
+        prop::collection::vec(any::<u8>(), 1..256),
+        prop::collection::vec(0x2c_u8..0x30, 1..4),
+    ];
+    bytes.prop_filter("no name", |it| {
+        !it.iter().any(|it| matches!(it, b'/' | 0))
+            && !matches!(&it[..], b"." | b"..")
+            && !it.starts_with(b".wh.")
+    })
+}
+
+#[test]
 fn sparse_files_have_their_holes() {
     let mut layer = LayerText::default();
     let (a, b, c) = (noise(4096, 1), noise(1024, 2), noise(1000, 3));
