@@ -37,9 +37,9 @@ class InKernel(Case):
         if erofs_is_missing():
             self.skipTest(erofs_is_missing())
 
-    def node(self, name="a", **sections) -> trio.Trio:
+    def node(self, name="a", cache_dir=None, **sections) -> trio.Trio:
         sections["node"] = {"kernel_mounts": "whole", "idle_source_seconds": 0, **sections.get("node", {})}
-        return self.trio(name, self.config(f"{name}.toml", **sections))
+        return self.trio(name, self.config(f"{name}.toml", **sections), cache_dir=cache_dir)
 
     def file_system(self, directory) -> str:
         """What is mounted at a directory."""
@@ -86,6 +86,31 @@ for _name in IMAGES:
     setattr(Trees, f"test_{_name.replace('-', '_')}", lambda self, name=_name: self.check(name))
 for _name in UNFIT:
     setattr(Trees, f"test_{_name.replace('-', '_')}_is_served", lambda self, name=_name: self.check_unfit(name))
+
+
+class Elsewhere(InKernel):
+    """A cache on other file systems. Over overlayfs, what can be written would be one file system too many for the kernel: there the server serves."""
+
+    def check(self, expected: str, *mount) -> None:
+        cache = self.work / "cache"
+        cache.mkdir()
+        process.run("mount", *mount, cache)
+        node = self.node(cache_dir=cache, node={"max_writable_bytes": 64 << 20})
+        for volume, words in (("v", ()), ("w", ("--writable",))):
+            node.must_publish(volume, self.env.push("small"), *words, **({"writable": "true", "writableSize": "8Mi"} if words else {}))
+            self.assert_tree("small", node.target(volume))
+        self.assertEqual(self.file_system(node.target("v")), expected)
+        for volume in ("v", "w"):
+            node.must_unpublish(volume)
+        self.gone(node)
+
+    def test_tmpfs(self):
+        self.check("erofs", "-t", "tmpfs", "tmpfs")
+
+    def test_overlayfs(self):
+        for name in ("lower", "upper", "scratch"):
+            (self.work / name).mkdir()
+        self.check("fuse.clip", "-t", "overlay", "overlay", "-o", f"lowerdir={self.work}/lower,upperdir={self.work}/upper,workdir={self.work}/scratch")
 
 
 class Views(InKernel):
