@@ -271,6 +271,25 @@ mod tests {
     }
 
     #[test]
+    fn a_layer_is_mounted_by_many_or_taken_away_by_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("mounted");
+        let taken = try_unmounted(&path).unwrap();
+        assert!(taken.is_some() && try_mount(&path).unwrap().is_none());
+        assert!(try_unmounted(&path).unwrap().is_none());
+        drop(taken);
+        let mounts = [try_mount(&path).unwrap(), try_mount(&path).unwrap()];
+        assert!(mounts.iter().all(Option::is_some));
+        assert!(try_unmounted(&path).unwrap().is_none());
+        // As the kernel has it open, which takes no lock.
+        let kernel = File::open(&path).unwrap();
+        drop(mounts);
+        assert!(try_unmounted(&path).unwrap().is_none());
+        drop(kernel);
+        assert!(try_unmounted(&path).unwrap().is_some());
+    }
+
+    #[test]
     fn pins_are_shared_and_exclude_a_claim() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("data");

@@ -559,6 +559,39 @@ fn an_index_that_is_cut_short_is_refused() {
     }
 }
 
+#[test]
+fn directories_that_make_no_tree_are_refused() {
+    let mut layer = LayerText::default();
+    for path in ["a", "a/inner", "b"] {
+        layer.push(path, TarKind::Directory);
+    }
+    layer.file("c", b"c");
+    let good = build(padded(vec![layer])).0;
+    // The native section begins at 4096, its list of tables at 96 (docs/INDEX_FORMAT.md): names are the second,
+    // in the order of directories, of 12 bytes each, of which the last four are a node.
+    let table = good[4096 + 96 + 16..].first_chunk().unwrap();
+    let names = 4096 + usize::try_from(u64::from_le_bytes(*table)).unwrap();
+    let node_of = |bytes: &[u8], at: usize| {
+        let node = bytes[names + 12 * at + 8..].first_chunk().unwrap();
+        u32::from_le_bytes(*node)
+    };
+    let nodes: Vec<_> = (0..4).map(|it| node_of(&good, it)).collect();
+    assert_eq!(nodes, [1, 2, 3, 4], "a, b, c and a/inner");
+    assert!(write(good.clone()));
+    // `b` is `a`, or what is in it; what is in `a` is `b`, `a` itself, or the root.
+    for (at, node) in [(1, 1), (1, 4), (3, 2), (3, 1), (3, 0)] {
+        let mut bytes = good.clone();
+        bytes[names + 12 * at + 8..][..4].copy_from_slice(&u32::to_le_bytes(node));
+        let index = ImageIndex::open(bytes).unwrap();
+        let refused = erofs::write(&index, &tempfile::tempfile().unwrap()).unwrap_err();
+        let what = "a directory with two places";
+        assert!(
+            matches!(refused, ErofsError::Damaged { what: found, .. } if found == what),
+            "{at} {node}: {refused}"
+        );
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(2000))]
 
