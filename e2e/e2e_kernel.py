@@ -11,7 +11,7 @@ import tree
 from bench import node_cache
 from e2e_crash import KILLED, at
 from e2e_memory import N_FILES, many_files
-from harness import driver, oci, process, reading, trio
+from harness import driver, oci, paths, process, reading, trio
 from harness.environment import Case
 
 IMAGES = ["small", "debian-python", "nasty-kernel", "nasty-root", "nasty-extra", "zstd", "docker", "multi-arch", "demo5"]
@@ -28,7 +28,13 @@ def erofs_is_missing() -> str:
     """Why the kernel cannot; empty if it can."""
     release = tuple(int(it) for it in os.uname().release.split("-")[0].split(".")[:2])
     known = pathlib.Path("/proc/filesystems").read_text().split()
-    return "" if "erofs" in known and (6, 12) <= release else "this kernel has no EROFS of files"
+    if "erofs" not in known or release < (6, 12):
+        return "this kernel has no EROFS of files"
+    if "selinuxfs" in known:
+        return "this machine has SELinux, with which no image is mounted so"
+    if process.run("stat", "--file-system", "--format=%T", paths.scratch().parent).stdout.strip() == "overlayfs":
+        return f"{paths.scratch()} is on overlayfs, over which no image is mounted so"
+    return ""
 
 
 class InKernel(Case):
