@@ -46,8 +46,7 @@ pub trait ImageMounter: Send + Sync + fmt::Debug {
     fn mount(&self, image: &PreparedImage, dir: &Path) -> io::Result<Box<dyn SourceMount>>;
 
     /// Mounts a prepared image that is whole on disk at `dir`, read-only, with a file system of the kernel's
-    /// own, so that it is served as long as it is there. Mountinfo shows [`super::KERNEL_FS_TYPE`], and as the
-    /// source a path to [`super::SOURCE_NAME`].
+    /// own ([`erofs`](crate::erofs)), so that it is served as long as it is there.
     ///
     /// # Errors
     /// `Unsupported` if there are no such mounts here, or those of the system; then nothing is mounted.

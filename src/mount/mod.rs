@@ -69,9 +69,6 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 /// The `fsname` that source mounts carry: how a mount is known as the driver's without a record.
 pub const SOURCE_NAME: &str = "clip-csi";
 
-/// The file system type of source mounts that the kernel serves.
-pub const KERNEL_FS_TYPE: &str = "erofs";
-
 /// Locks, also after another holder panicked: every critical section here leaves a whole state.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)

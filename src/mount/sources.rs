@@ -20,11 +20,13 @@ use prometheus::IntGauge;
 use tracing::{info, warn};
 
 use super::{
-    Device, ImageMounter, KERNEL_FS_TYPE, MountError, MountInfo, PreparedImage, SourceMount,
-    Survivor, bind, lock,
+    Device, ImageMounter, MountError, MountInfo, PreparedImage, SourceMount, Survivor, bind, lock,
     target::{PublicationId, remove},
 };
-use crate::digest::{self, ManifestDigest};
+use crate::{
+    digest::{self, ManifestDigest},
+    erofs,
+};
 
 /// Who serves a source.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -423,7 +425,7 @@ fn remove_source_dir(dir: &Path) -> io::Result<()> {
 fn kernel_mounts(dir: &Path, info: &MountInfo) -> Vec<Survivor> {
     let found = info.below(dir).filter_map(|entry| {
         let (image, name) = (entry.mount_point.parent()?, entry.mount_point.file_name()?);
-        let is_ours = entry.fs_type == KERNEL_FS_TYPE
+        let is_ours = entry.fs_type == erofs::FS_TYPE
             && name == Kind::Kernel.mount_point()
             && image.parent() == Some(dir);
         let manifest = digest::from_hex(image.file_name()?.to_str()?)?;

@@ -13,8 +13,8 @@ use prometheus::IntGauge;
 use tracing::{info, warn};
 
 use super::{
-    ImageMounter, ImageRequest, KERNEL_FS_TYPE, MountEntry, MountError, MountInfo, PreparedImage,
-    SOURCE_NAME, Sharing, TargetPath, View, VolumeId, VolumeRecord, bind,
+    ImageMounter, ImageRequest, MountEntry, MountError, MountInfo, PreparedImage, SOURCE_NAME,
+    Sharing, TargetPath, View, VolumeId, VolumeRecord, bind,
     dead::DeadVolumes,
     lock,
     operations::Operations,
@@ -27,7 +27,7 @@ use super::{
     target::{self, PublicationId, TargetDir},
     view, writable,
 };
-use crate::{digest::ManifestDigest, failpoint};
+use crate::{digest::ManifestDigest, erofs, failpoint};
 
 /// How a mount table works.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -528,7 +528,8 @@ impl Inner {
 /// Whether a mount carries the name that this driver gives to what it mounts.
 fn is_source(entry: &MountEntry) -> bool {
     entry.source == SOURCE_NAME && entry.fs_type.starts_with("fuse")
-        || entry.fs_type == KERNEL_FS_TYPE && Path::new(&entry.source).ends_with(SOURCE_NAME)
+        || entry.fs_type == erofs::FS_TYPE
+            && Path::new(&entry.source).ends_with(erofs::METADATA_NAME)
         || writable::is_writable(entry)
 }
 

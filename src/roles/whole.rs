@@ -27,7 +27,7 @@ use crate::{
 /// How long the agent may take for each answer: it looks at some files.
 const ANSWER: Duration = Duration::from_secs(5);
 
-/// Largest index that is copied: three times what the most inodes of such a mount take.
+/// Largest index that is copied: twice what the most inodes of such a mount take.
 const MAX_INDEX_BYTES: u64 = 256 << 20;
 
 /// Most layers that are taken from the agent: four times as many as container runtimes do.

@@ -28,7 +28,7 @@ use rustix::{
     mount::{UnmountFlags, unmount},
 };
 
-use crate::fuse_fakes::{LayerText, build, noise};
+use crate::fuse_fakes::{LayerText, build, large_directory, noise};
 
 /// As setcap(8) writes it: the kernel looks at it.
 const CAPABILITY: [u8; 20] = [1, 0, 0, 2, 0, 4, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
@@ -231,13 +231,7 @@ fn the_kernel_shows_the_image() {
 
 #[test]
 fn directories_of_any_size_list_every_name_once_and_find_it() {
-    let mut layer = LayerText::default();
-    let mut expected = BTreeMap::new();
-    for at in 0..5000 {
-        let name = format!("name-{at}-{}", "x".repeat(at % 200));
-        layer.file(&format!("d/{name}"), &noise(at % 7, 1));
-        expected.insert(name, (at % 7) as u64);
-    }
+    let (layer, expected) = large_directory();
     let Some(mounted) = mount("directories_of_any_size", vec![layer]) else {
         return;
     };

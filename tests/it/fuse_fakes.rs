@@ -3,7 +3,7 @@
 #![expect(clippy::unwrap_used, reason = "helpers of tests fail the test")]
 
 use std::{
-    collections::{BTreeSet, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     io,
     ops::Range,
     sync::{
@@ -96,6 +96,17 @@ impl LayerText {
         }
         self.push(path, TarKind::File { size, extents })
     }
+}
+
+/// A layer with many names of many lengths in its directory `d`, and the sizes of what they name.
+pub(crate) fn large_directory() -> (LayerText, BTreeMap<String, u64>) {
+    let (mut layer, mut sizes) = (LayerText::default(), BTreeMap::new());
+    for at in 0..5000 {
+        let name = format!("name-{at}-{}", "x".repeat(at % 200));
+        layer.file(&format!("d/{name}"), &noise(at % 7, 1));
+        sizes.insert(name, (at % 7) as u64);
+    }
+    (layer, sizes)
 }
 
 /// How a layer behaves.

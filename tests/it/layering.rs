@@ -124,6 +124,7 @@ const MODULES: &[(&str, &[&str])] = &[
         &[
             "digest",
             "disk",
+            "erofs",
             "failpoint",
             "metrics",
             "registry",

@@ -16,7 +16,7 @@ use clip_csi::{chunk::CHUNK_BYTES, sys::MappedFile, tar::TarKind};
 use rustix::fs::{XattrFlags, lgetxattr, llistxattr, lsetxattr};
 
 use super::{big_file, errno};
-use crate::fuse_fakes::{LayerText, mount_image, noise};
+use crate::fuse_fakes::{LayerText, large_directory, mount_image, noise};
 
 #[test]
 fn the_tree_is_what_the_image_says() {
@@ -141,13 +141,7 @@ fn the_tree_is_what_the_image_says() {
 
 #[test]
 fn a_large_directory_lists_every_name_once() {
-    let mut layer = LayerText::default();
-    let mut expected = BTreeMap::new();
-    for at in 0..5000 {
-        let name = format!("name-{at}-{}", "x".repeat(at % 200));
-        layer.file(&format!("d/{name}"), &noise(at % 7, 1));
-        expected.insert(name, (at % 7) as u64);
-    }
+    let (layer, expected) = large_directory();
     let Some(mounted) = mount_image("a_large_directory_lists_every_name_once", vec![layer]) else {
         return;
     };
