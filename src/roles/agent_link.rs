@@ -195,8 +195,9 @@ impl AgentLink {
 
     /// Has the agent be ready for the mount's layers, now and after each of its restarts.
     pub(super) fn adopt(&self, device: MountKey, manifest: ManifestDigest, request: ImageRequest) {
-        self.state().mounts.insert(device, (manifest, request));
-        self.tell(Outgoing::Adopt(device));
+        let mut state = self.state();
+        state.mounts.insert(device, (manifest, request));
+        self.tell_if_connected(state, Outgoing::Adopt(device));
     }
 
     /// Has the agent told what is read of the layer from now on, for as long as it is open.
@@ -233,8 +234,9 @@ impl AgentLink {
 
     /// Tells the agent that the mount is gone.
     pub(super) fn release(&self, device: MountKey) {
-        self.state().mounts.remove(&device);
-        self.tell(Outgoing::Release(device));
+        let mut state = self.state();
+        state.mounts.remove(&device);
+        self.tell_if_connected(state, Outgoing::Release(device));
     }
 
     fn receive_for_ever(&self, path: PathBuf) {
@@ -406,8 +408,16 @@ impl AgentLink {
             wanted,
         };
         state.pending.insert(ticket, pending);
+        self.tell_if_connected(state, Outgoing::Present(ticket));
+    }
+
+    /// Has it sent, unless there is no agent: the next one is told all that `state` has, once.
+    fn tell_if_connected(&self, state: MutexGuard<'_, State>, message: Outgoing) {
+        let is_connected = state.channel.is_some();
         drop(state);
-        self.tell(Outgoing::Present(ticket));
+        if is_connected {
+            self.tell(message);
+        }
     }
 
     fn tell(&self, message: Outgoing) {
