@@ -44,7 +44,7 @@ class InKernel(Case):
             self.skipTest(erofs_is_missing())
 
     def node(self, name="a", cache_dir=None, **sections) -> trio.Trio:
-        sections["node"] = {"kernel_mounts": "whole", "idle_source_seconds": 0, **sections.get("node", {})}
+        sections["node"] = {"kernel_mounts": "whole-on-any-kernel", "idle_source_seconds": 0, **sections.get("node", {})}
         return self.trio(name, self.config(f"{name}.toml", **sections), cache_dir=cache_dir)
 
     def file_system(self, directory) -> str:
@@ -86,6 +86,14 @@ class Trees(InKernel):
         self.assert_tree(name, node.target("v"))
         node.must_unpublish("v")
         self.gone(node)
+
+
+    def test_a_kernel_that_is_not_known_to_be_sound_gets_none(self):
+        """Unless the operator says that it is, as all other cases here do."""
+        node = self.node(node={"kernel_mounts": "whole"})
+        node.must_publish("v", self.env.push("small"))
+        distrusts = "is not known to have the fix" in node.log_of("node").read_text()
+        self.assertEqual(self.file_system(node.target("v")), "fuse.clip" if distrusts else "erofs")
 
 
 for _name in IMAGES:

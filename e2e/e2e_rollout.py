@@ -145,7 +145,7 @@ class Restart(UnderReaders):
 class NoDriver(UnderReaders):
     """Where the kernel serves an image, its pods need nothing of the driver."""
 
-    VALUES = {"node": {"kernelMounts": "whole"}}
+    VALUES = {"node": {"kernelMounts": "whole-on-any-kernel"}}
 
     def setUp(self):
         super().setUp()

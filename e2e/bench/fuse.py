@@ -100,7 +100,7 @@ class Trees:
 @contextlib.contextmanager
 def in_kernel(work: pathlib.Path, host: str, reference: str):
     """The image as the kernel serves it on another node, or nothing where it cannot."""
-    config = driver.write_config(work / "kernel.toml", plain_http=[host], node={"kernel_mounts": "whole"})
+    config = driver.write_config(work / "kernel.toml", plain_http=[host], node={"kernel_mounts": "whole-on-any-kernel"})
     other = trio.Trio(work / "kernel", config, paths.install(work / "bin"))
     try:
         other.must_publish("v", reference)

@@ -4,7 +4,7 @@
 //! The metadata is made here, out of an image's index; the data are the layers as they lie in the
 //! cache, each a device of the file system. That works because the content of a tar's files begins at
 //! multiples of 512 bytes, which the file system has as the size of its blocks: Linux 6.12 and later can
-//! mount files, without loop devices.
+//! mount files, without loop devices; [`unavailable`] says of which that is sound.
 //!
 //! - [`write`](fn@write) makes the metadata: what the kernel parses, it wrote, and checked what it wrote it from.
 //! - [`mount`](fn@mount) mounts it.
@@ -16,13 +16,15 @@
 
 mod directory;
 mod format;
+mod kernel;
 mod mount;
 mod plan;
 mod write;
 
 use crate::index::image::Ino;
 
-pub use mount::{FS_TYPE, LayerFiles, METADATA_NAME, mount, unavailable};
+pub use kernel::unavailable;
+pub use mount::{FS_TYPE, LayerFiles, METADATA_NAME, mount};
 pub use write::write;
 
 /// Most inodes of an image that is mounted so: the metadata are written anew for each mount.

@@ -38,15 +38,6 @@ pub struct LayerFiles {
     pub mounted: OwnedFd,
 }
 
-/// Why this machine has no such mounts; `None` as far as it is known before one is tried.
-///
-/// With SELinux, what has no label of its own could not be read by pods.
-pub fn unavailable() -> Option<&'static str> {
-    let known = std::fs::read_to_string("/proc/filesystems").unwrap_or_default();
-    let has_selinux = known.split_whitespace().any(|it| it == "selinuxfs");
-    has_selinux.then_some("this machine has SELinux, by whose policy pods could not read them")
-}
-
 /// Mounts the file system with this metadata, as [`write`](fn@super::write) makes it, and these layers at
 /// `dir`, read-only.
 ///

@@ -16,6 +16,10 @@ use crate::index::{
     source::IndexBytes,
 };
 
+/// The file is made a multiple of the largest pages that Linux has: kernels from 7 on have an error for metadata
+/// whose page the file does not fill.
+const PAGE_BYTES: u64 = 64 << 10;
+
 /// How much is written at once.
 const PIECE_BYTES: usize = 64 << 10;
 
@@ -77,6 +81,7 @@ pub fn write<B: IndexBytes>(index: &ImageIndex<B>, file: &File) -> Result<(), Er
     inodes.flush()?;
     let n_blocks = data.block(Ino::ROOT)?;
     data.flush()?;
+    file.set_len(data.end().next_multiple_of(PAGE_BYTES))?;
     put_head(&plan, n_blocks, file)
 }
 

@@ -76,12 +76,14 @@ pub trait ImageMounter: Send + Sync + fmt::Debug {
 
 /// Which images the kernel serves by itself.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[serde(rename_all = "kebab-case")]
 pub enum KernelMounts {
     /// None.
     Never,
-    /// Those of which all is on disk when they are mounted.
+    /// Those of which all is on disk when they are mounted, if the kernel is known to be sound.
     Whole,
+    /// The same, and whoever says so knows of the kernel that it is.
+    WholeOnAnyKernel,
 }
 
 /// A source mount that outlived the process that mounted it.

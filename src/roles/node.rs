@@ -66,10 +66,11 @@ impl NodeMounter {
         kernel_mounts: KernelMounts,
     ) -> Self {
         let refused = match kernel_mounts {
-            KernelMounts::Never => Some("they are switched off"),
-            KernelMounts::Whole => erofs::unavailable(),
+            KernelMounts::Never => Some("they are switched off".to_owned()),
+            KernelMounts::Whole => erofs::unavailable(false),
+            KernelMounts::WholeOnAnyKernel => erofs::unavailable(true),
         };
-        if let Some(reason) = refused {
+        if let Some(reason) = &refused {
             info!(reason, "no image is mounted in the kernel");
         }
         Self {

@@ -2,6 +2,8 @@
 
 #![expect(clippy::unwrap_used, reason = "helpers of tests fail the test")]
 
+#[path = "erofs/killed.rs"]
+mod killed;
 #[path = "erofs/refused.rs"]
 mod refused;
 
@@ -62,12 +64,12 @@ impl Drop for Mounted {
     }
 }
 
-/// Layers as they are in an archive, which ends with whole blocks.
+/// Layers as they are in an archive, which ends with a whole block: the shortest that is mounted.
 fn padded(mut layers: Vec<LayerText>) -> Vec<LayerText> {
     for layer in &mut layers {
         layer
             .bytes
-            .resize(layer.bytes.len().next_multiple_of(512) + 1024, 0);
+            .resize(layer.bytes.len().next_multiple_of(512), 0);
     }
     layers
 }
@@ -96,22 +98,48 @@ fn layer_files(layers: &[Vec<u8>], dir: &Path) -> Vec<LayerFiles> {
 /// # Errors
 /// As the kernel says.
 pub(crate) fn mount_at(mnt: &Path, dir: &Path, layers: Vec<LayerText>) -> io::Result<()> {
+    mount_files(mnt, dir, layers, |layers, dir| Ok(layer_files(layers, dir)))
+}
+
+/// The same, out of layers that `open` opens.
+fn mount_files(
+    mnt: &Path,
+    dir: &Path,
+    layers: Vec<LayerText>,
+    open: impl FnOnce(&[Vec<u8>], &Path) -> io::Result<Vec<LayerFiles>>,
+) -> io::Result<()> {
     let (index, layers) = build(padded(layers));
     let index = ImageIndex::open(index).unwrap();
     let metadata = dir.join(METADATA_NAME);
     erofs::write(&index, &File::create_new(&metadata).unwrap()).unwrap();
+    // No page is cut, or some kernels would not read it.
+    assert!(
+        fs::metadata(&metadata)
+            .unwrap()
+            .len()
+            .is_multiple_of(64 << 10)
+    );
     let bytes: Vec<_> = layers.iter().map(|it| it.bytes().to_vec()).collect();
-    let mounted = erofs::mount(&metadata, &layer_files(&bytes, dir), mnt);
+    let mounted = open(&bytes, dir).and_then(|files| erofs::mount(&metadata, &files, mnt));
     fs::remove_file(metadata).unwrap();
     mounted
 }
 
 /// Mounts an image; `None`, with a word of why, where that cannot be.
 fn mount(test: &str, layers: Vec<LayerText>) -> Option<Mounted> {
+    mount_opened(test, layers, |layers, dir| Ok(layer_files(layers, dir)))
+}
+
+/// The same, out of layers that `open` opens.
+fn mount_opened(
+    test: &str,
+    layers: Vec<LayerText>,
+    open: impl FnOnce(&[Vec<u8>], &Path) -> io::Result<Vec<LayerFiles>>,
+) -> Option<Mounted> {
     let dir = tempfile::tempdir().unwrap();
     let mnt = dir.path().join("mnt");
     fs::create_dir(&mnt).unwrap();
-    match mount_at(&mnt, dir.path(), layers) {
+    match mount_files(&mnt, dir.path(), layers, open) {
         Ok(()) => Some(Mounted {
             dir,
             is_mounted: true,
