@@ -200,12 +200,12 @@ impl Channel {
     /// Sends a message, with `fd` if one is given.
     ///
     /// # Errors
-    /// `InvalidInput` if it is too long, or those of sendmsg(2): the peer is gone, or hangs.
+    /// `ArgumentListTooLong` if it is too long, or those of sendmsg(2): the peer is gone, or hangs.
     pub fn send(&self, message: &impl Serialize, fd: Option<BorrowedFd<'_>>) -> io::Result<()> {
         let bytes = serde_json::to_vec(message)?;
         if MAX_MESSAGE_BYTES < bytes.len() {
             return Err(io::Error::new(
-                io::ErrorKind::InvalidInput,
+                io::ErrorKind::ArgumentListTooLong,
                 format!(
                     "a message of {} bytes is too long: {MAX_MESSAGE_BYTES} is the limit; is the pull secret that large?",
                     bytes.len()
@@ -351,7 +351,7 @@ mod tests {
                 channel.send(&"first", None).unwrap();
                 channel.send(&"second", Some(file.as_fd())).unwrap();
                 let long = channel.send(&"x".repeat(MAX_MESSAGE_BYTES), None);
-                assert_eq!(long.unwrap_err().kind(), io::ErrorKind::InvalidInput);
+                assert_eq!(long.unwrap_err().kind(), io::ErrorKind::ArgumentListTooLong);
             }
         });
         let channel = listener.accept().unwrap();

@@ -97,8 +97,9 @@ const MAX_PLATFORM_BYTES: usize = 128;
 /// Longest digest: `sha256:` and 64 digits; a longer one of another algorithm is not supported anyway.
 const MAX_DIGEST_BYTES: usize = 256;
 
-/// Longest secret value: Kubernetes takes secrets up to 1 MiB.
-const MAX_SECRET_BYTES: usize = 1 << 20;
+/// Most bytes of all secret values, as JSON has them: half of a message between the roles of a node, in which they
+/// go on. Kubernetes takes secrets up to 1 MiB; who logs in to one registry has some hundred bytes.
+const MAX_SECRETS_BYTES: usize = 64 << 10;
 
 /// How much of a key that somebody made up is repeated in a message.
 const MAX_SHOWN_CHARS: usize = 64;
@@ -289,13 +290,17 @@ pub fn credentials(secrets: &BTreeMap<String, String>) -> Result<PullCredentials
     let mut username = None;
     let mut password = None;
     let mut docker_config = None;
+    let encoded = serde_json::to_vec(&secrets.values().collect::<Vec<_>>()).unwrap_or_default();
+    if MAX_SECRETS_BYTES < encoded.len() {
+        return Err(invalid(
+            "secrets",
+            format!(
+                "have {} bytes, {MAX_SECRETS_BYTES} are allowed: leave out the registries that the image does not come from",
+                encoded.len()
+            ),
+        ));
+    }
     for (key, value) in secrets {
-        if MAX_SECRET_BYTES < value.len() {
-            return Err(invalid(
-                "secrets",
-                format!("the value of {:?} is too long", shown(key)),
-            ));
-        }
         match key.as_str() {
             USERNAME => username = Some(value),
             PASSWORD => password = Some(value),
@@ -318,9 +323,9 @@ pub fn credentials(secrets: &BTreeMap<String, String>) -> Result<PullCredentials
             username: username.clone(),
             password: Secret::new(password.clone()),
         }),
-        (None, None, Some(config)) => Ok(PullCredentials::DockerConfig(Secret::new(
-            config.clone().into_bytes(),
-        ))),
+        (None, None, Some(config)) => {
+            Ok(PullCredentials::DockerConfig(Secret::new(config.clone())))
+        }
         (Some(_), None, None) | (None, Some(_), None) => Err(invalid(
             "secrets",
             format!("{USERNAME} and {PASSWORD} belong together: give both"),
@@ -547,13 +552,15 @@ mod tests {
                 ("csi.storage.k8s.io/serviceAccount.tokens", "{}"),
             ]))
             .unwrap(),
-            PullCredentials::DockerConfig(Secret::new(b"{}".to_vec()))
+            PullCredentials::DockerConfig(Secret::new("{}".to_owned()))
         );
     }
 
     #[test]
     fn wrong_secrets_are_named_without_their_values() {
-        let long = "hunter2".repeat(MAX_SECRET_BYTES / 7 + 1);
+        let long = "hunter2".repeat(MAX_SECRETS_BYTES / 7 + 1);
+        // Six bytes of a message each.
+        let escaped = "\u{1}".repeat(MAX_SECRETS_BYTES / 6);
         for (pairs, want) in [
             (&[("username", "hunter2")][..], "belong together"),
             (&[("password", "hunter2")], "belong together"),
@@ -573,7 +580,8 @@ mod tests {
                 &[("username", "hunter2"), (".dockerconfigjson", "hunter2")],
                 "not both",
             ),
-            (&[("password", &long)], "too long"),
+            (&[("password", &long)], "bytes, 65536 are allowed"),
+            (&[("password", &escaped)], "bytes, 65536 are allowed"),
         ] {
             let err = credentials(&map(pairs)).unwrap_err();
             let debug = format!("{err:?} {err}");

@@ -24,7 +24,7 @@ mod write;
 use crate::index::image::Ino;
 
 pub use kernel::unavailable;
-pub use mount::{FS_TYPE, LayerFiles, METADATA_NAME, mount};
+pub use mount::{FS_TYPE, LayerFiles, METADATA_NAME, check_file, mount};
 pub use write::write;
 
 /// Most inodes of an image that is mounted so: the metadata are written anew for each mount.

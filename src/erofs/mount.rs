@@ -48,10 +48,10 @@ pub struct LayerFiles {
 /// `Unsupported` if this kernel has no such file system, or not for files that are where these are; those of
 /// the system.
 pub fn mount(metadata: &Path, layers: &[LayerFiles], dir: &Path) -> io::Result<()> {
-    check(File::open(metadata)?.as_fd())?;
+    check_file(File::open(metadata)?.as_fd())?;
     for LayerFiles { data, mounted } in layers {
-        check(data.as_fd())?;
-        check(mounted.as_fd())?;
+        check_file(data.as_fd())?;
+        check_file(mounted.as_fd())?;
     }
     let fs = fsopen(FS_TYPE, FsOpenFlags::FSOPEN_CLOEXEC).map_err(|err| match err {
         Errno::NODEV => unsupported("this kernel has no EROFS"),
@@ -85,7 +85,10 @@ fn configure(fs: BorrowedFd<'_>, metadata: &Path, layers: &[LayerFiles]) -> Resu
 
 /// Checks that a descriptor is one of a file that whoever opened it may read, on a file system that can be
 /// below this one.
-fn check(file: BorrowedFd<'_>) -> io::Result<()> {
+///
+/// # Errors
+/// `EBADF` if it is of something else, `Unsupported` on overlayfs; those of the system.
+pub fn check_file(file: BorrowedFd<'_>) -> io::Result<()> {
     let flags = fcntl_getfl(file)?;
     let is_regular = FileType::from_raw_mode(fstat(file)?.st_mode) == FileType::RegularFile;
     if !is_regular || flags.contains(OFlags::PATH) || flags.contains(OFlags::WRONLY) {

@@ -15,7 +15,10 @@ use std::{
 };
 
 use fuser::{Filesystem, Session, SessionACL};
-use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    net::{AddressFamily, SocketFlags, SocketType, socketpair},
+};
 use serde::{Deserialize, Serialize};
 
 use crate::sys;
@@ -38,6 +41,19 @@ const FUSE_NOTIFY_RESEND: u32 = 7;
 
 /// Bytes of `struct fuse_in_header` and `struct fuse_init_in`.
 const INIT_BYTES: u32 = 40 + 64;
+
+/// Whether the kernel has ended the connection: it was unmounted or aborted (`fuse_dev_poll`).
+///
+/// It has before the number of the file system is free for another one.
+pub fn has_ended(device: &OwnedFd) -> bool {
+    let mut fds = [PollFd::new(device, PollFlags::empty())];
+    let now = Timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    let polled = poll(&mut fds, Some(&now));
+    polled.is_ok() && fds[0].revents().contains(PollFlags::ERR)
+}
 
 /// Makes a session of the connection `device`, without a word to the kernel.
 ///

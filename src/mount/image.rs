@@ -221,7 +221,7 @@ pub enum PullCredentials {
         password: Secret<String>,
     },
     /// With what a docker `config.json` says for the image.
-    DockerConfig(#[serde(with = "exposed")] Secret<Vec<u8>>),
+    DockerConfig(#[serde(with = "exposed")] Secret<String>),
 }
 
 impl ImageRequest {
@@ -266,7 +266,7 @@ impl ImageRequest {
             }
             PullCredentials::DockerConfig(config) => {
                 field(&mut hash, b"docker");
-                field(&mut hash, config.expose());
+                field(&mut hash, config.expose().as_bytes());
             }
         }
         // Its rights are those of its service account, whichever pod it is.
@@ -439,7 +439,7 @@ mod tests {
             request(
                 "a",
                 None,
-                PullCredentials::DockerConfig(Secret::new(b"{}".to_vec())),
+                PullCredentials::DockerConfig(Secret::new("{}".to_owned())),
             ),
             of_pod("n", "s", ""),
             of_pod("m", "s", ""),

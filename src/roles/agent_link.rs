@@ -29,7 +29,7 @@ use crate::{
     tier::{Chunk, LendCallback, MakePresent, PresentCallback, PresentError, lent::LentChunk},
 };
 
-/// How long a reader waits for an agent that does not answer or does not know the layer: a restart
+/// How long a reader waits for an agent that is away or does not know the layer: a restart
 /// takes seconds, an upgrade with a new image to pull minutes.
 const PATIENCE: Duration = Duration::from_secs(120);
 
@@ -73,8 +73,30 @@ struct State {
 #[derive(Debug)]
 struct Pending {
     since: Instant,
+    agent: Agent,
     mount: MountKey,
     wanted: Wanted,
+}
+
+/// What the agent makes of a request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Agent {
+    /// There was none to ask since then.
+    Away(Instant),
+    /// It was told, and has bounds of its own for how long work may take that goes on.
+    AtWork,
+    /// It does not know the layer since then.
+    Ignorant(Instant),
+}
+
+impl Pending {
+    /// Since when nobody does anything for it.
+    fn idle_since(&self) -> Option<Instant> {
+        match self.agent {
+            Agent::Away(since) | Agent::Ignorant(since) => Some(since),
+            Agent::AtWork => None,
+        }
+    }
 }
 
 /// The agent, as the readers of one mount see it.
@@ -249,7 +271,7 @@ impl AgentLink {
                     let channel = Arc::new(channel);
                     self.greet(&channel);
                     let ended = self.receive_all(&channel);
-                    self.state().channel = None;
+                    self.disconnected();
                     warn!(reason = %ended, "the agent is gone: what is not on disk has to wait for it");
                 }
                 Err(err) if !is_missed => {
@@ -259,6 +281,16 @@ impl AgentLink {
                 Err(_) => {}
             }
             thread::sleep(RECONNECT);
+        }
+    }
+
+    fn disconnected(&self) {
+        let mut state = self.state();
+        state.channel = None;
+        for it in state.pending.values_mut() {
+            if it.agent == Agent::AtWork {
+                it.agent = Agent::Away(Instant::now());
+            }
         }
     }
 
@@ -296,10 +328,13 @@ impl AgentLink {
     fn answer(&self, ticket: u64, outcome: Result<(), PresentError>, fd: Option<OwnedFd>) {
         // It has just been restarted, and is not that far.
         if matches!(outcome, Err(PresentError::Unknown { .. })) {
-            return self.tell(Outgoing::PresentLater(
-                ticket,
-                Instant::now() + UNKNOWN_RETRY,
-            ));
+            let now = Instant::now();
+            if let Some(it) = self.state().pending.get_mut(&ticket)
+                && !matches!(it.agent, Agent::Ignorant(_))
+            {
+                it.agent = Agent::Ignorant(now);
+            }
+            return self.tell(Outgoing::PresentLater(ticket, now + UNKNOWN_RETRY));
         }
         let pending = self.state().pending.remove(&ticket);
         if let Some(pending) = pending {
@@ -343,7 +378,7 @@ impl AgentLink {
     /// Sends what is still wanted; what cannot be sent is sent at the next connection.
     fn send(&self, message: &Outgoing) {
         let (channel, request) = {
-            let state = self.state();
+            let mut state = self.state();
             let Some(channel) = state.channel.clone() else {
                 return;
             };
@@ -360,24 +395,35 @@ impl AgentLink {
                 }
                 Outgoing::Release(device) => Some(AgentRequest::Release { device: *device }),
                 Outgoing::Present(ticket) | Outgoing::PresentLater(ticket, _) => {
-                    let pending = state.pending.get(ticket);
-                    pending.map(|it| it.wanted.request(*ticket, it.mount))
+                    let pending = state.pending.get_mut(ticket);
+                    pending.map(|it| {
+                        if let Agent::Away(_) = it.agent {
+                            it.agent = Agent::AtWork;
+                        }
+                        it.wanted.request(*ticket, it.mount)
+                    })
                 }
             };
             (channel, request)
         };
-        if let Some(request) = request
-            && channel.send(&request, None).is_err()
-        {
+        match request.map_or(Ok(()), |it| channel.send(&it, None)) {
+            Ok(()) => {}
+            // What a new connection would not have either; others have their turn.
+            Err(err) if err.kind() == io::ErrorKind::ArgumentListTooLong => {
+                warn!(error = %err, "the agent is not told of a mount");
+            }
             // It is gone, or hangs: then it is asked by a new connection.
-            channel.close();
+            Err(_) => channel.close(),
         }
     }
 
-    /// Fails the readers who have waited too long.
+    /// Fails the readers for whom nobody did anything for too long.
     fn give_up(&self, now: Instant) {
         let mut state = self.state();
-        let is_late = |it: &Pending| PATIENCE < now.duration_since(it.since);
+        let is_late = |it: &Pending| {
+            it.idle_since()
+                .is_some_and(|since| PATIENCE < now.duration_since(since))
+        };
         let late: Vec<u64> = state
             .pending
             .iter()
@@ -404,6 +450,7 @@ impl AgentLink {
         let since = Instant::now();
         let pending = Pending {
             since,
+            agent: Agent::Away(since),
             mount,
             wanted,
         };
@@ -452,142 +499,4 @@ impl MakePresent for OfMount {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::os::fd::AsFd;
-
-    use super::*;
-    use crate::ipc::Listener;
-
-    /// Longer than anything here takes, on any machine.
-    const DEADLINE: Duration = Duration::from_secs(20);
-
-    fn received(agent: &Channel) -> AgentRequest {
-        agent.receive().unwrap().unwrap().0
-    }
-
-    #[test]
-    fn what_was_not_answered_is_asked_of_the_next_agent() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("agent.sock");
-        let link = AgentLink::start(path.clone()).unwrap();
-        let (layer, manifest) = (DiffId::of(b"layer"), ManifestDigest::of(b"image"));
-        let request = ImageRequest {
-            image: "r.x/app".to_owned(),
-            platform: None,
-            index_digest: None,
-            prefetch: None,
-            pull_policy: None,
-            insecure: false,
-            credentials: crate::mount::PullCredentials::None,
-            pod: None,
-        };
-        link.adopt((0, 7), manifest, request);
-        let (sender, outcome) = mpsc::channel();
-        let done = Box::new(move |it: Result<(), PresentError>| sender.send(it.is_ok()).unwrap());
-        // Nobody listens yet.
-        link.of_mount((0, 7)).make_present(layer, 2..4, done);
-        let unknown = |ticket| AgentReply::Present {
-            ticket,
-            outcome: Err(PresentError::Unknown { layer }),
-        };
-        // The first one dies without a word, the second one does not know the layer at first.
-        for is_last in [false, true] {
-            let listener = Listener::bind(&path).unwrap();
-            let agent = listener.accept().unwrap();
-            agent.set_receive_timeout(Some(DEADLINE)).unwrap();
-            let adopted = received(&agent);
-            assert!(
-                matches!(&adopted, AgentRequest::Adopt { device: (0, 7), manifest: it, .. } if *it == manifest),
-                "{adopted:?}"
-            );
-            let AgentRequest::Present {
-                ticket,
-                chunks,
-                mount,
-                ..
-            } = received(&agent)
-            else {
-                panic!("chunks are asked for");
-            };
-            assert_eq!((chunks, mount), (2..4, Some((0, 7))));
-            if !is_last {
-                continue;
-            }
-            agent.send(&unknown(ticket), None).unwrap();
-            assert!(
-                matches!(received(&agent), AgentRequest::Present { ticket: it, .. } if it == ticket)
-            );
-            let present = AgentReply::Present {
-                ticket,
-                outcome: Ok(()),
-            };
-            agent.send(&present, None).unwrap();
-            assert!(outcome.recv_timeout(DEADLINE).unwrap());
-            link.release((0, 7));
-            assert!(matches!(
-                received(&agent),
-                AgentRequest::Release { device: (0, 7) }
-            ));
-        }
-    }
-
-    #[test]
-    fn what_the_agent_lends_is_taken_only_if_it_is_the_chunk_and_sealed() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("agent.sock");
-        let listener = Listener::bind(&path).unwrap();
-        let link = AgentLink::start(path).unwrap();
-        let agent = listener.accept().unwrap();
-        agent.set_receive_timeout(Some(DEADLINE)).unwrap();
-        let layer = DiffId::of(b"layer");
-        let chunk = Chunk {
-            layer,
-            number: 7,
-            bytes: 10,
-        };
-        let sealed = |bytes: &[u8]| {
-            let lent = LentChunk::seal(layer, 7, bytes).unwrap();
-            lent.as_fd().try_clone_to_owned().unwrap()
-        };
-        let on_disk = tempfile::tempfile().unwrap();
-        on_disk.set_len(10).unwrap();
-        let full = PresentError::NoSpace { path: "/c".into() };
-        for (fd, outcome, expected) in [
-            (Some(sealed(b"0123456789")), Ok(()), "0123456789"),
-            (
-                Some(sealed(b"012345678")),
-                Ok(()),
-                "9 bytes, the chunk has 10",
-            ),
-            (Some(on_disk.into()), Ok(()), "it can still be changed"),
-            (None, Ok(()), "no descriptor came"),
-            (None, Err(full), "cache disk /c is full"),
-        ] {
-            let (sender, lent) = mpsc::channel();
-            let of_mount = link.of_mount((0, 8));
-            of_mount.lend(chunk, Box::new(move |it| sender.send(it).unwrap()));
-            let AgentRequest::Lend {
-                ticket,
-                wanted,
-                mount,
-            } = received(&agent)
-            else {
-                panic!("a chunk is asked for");
-            };
-            assert_eq!((wanted, mount), (chunk, Some((0, 8))));
-            let fd: Option<OwnedFd> = fd;
-            let reply = AgentReply::Lent { ticket, outcome };
-            agent.send(&reply, fd.as_ref().map(AsFd::as_fd)).unwrap();
-            let found = match lent.recv_timeout(DEADLINE).unwrap() {
-                Ok(lent) => {
-                    assert!(lent.is(layer, 7));
-                    let mut bytes = [0; 10];
-                    lent.read_at(&mut bytes, 0).unwrap();
-                    String::from_utf8(bytes.to_vec()).unwrap()
-                }
-                Err(err) => err.to_string(),
-            };
-            assert!(found.contains(expected), "{found}");
-        }
-    }
-}
+mod tests;

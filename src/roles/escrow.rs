@@ -14,10 +14,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use rustix::{
-    event::{PollFd, PollFlags, Timespec, poll},
-    mount::UnmountFlags,
-};
+use rustix::mount::UnmountFlags;
 use tracing::{error, info, warn};
 
 use super::{
@@ -28,7 +25,10 @@ use super::{
 use crate::{
     digest::ManifestDigest,
     failpoint,
-    fuse::session::{make_mount, set_read_ahead},
+    fuse::{
+        session::{make_mount, set_read_ahead},
+        takeover,
+    },
     ipc::{Channel, RunDir},
     metrics::Metrics,
     mount::{Device, ImageRequest, SOURCE_NAME, SourceMount, Survivor},
@@ -215,11 +215,7 @@ impl Escrow {
     }
 
     /// Gives the server one connection. A refusal is `InvalidInput`.
-    fn give(
-        &self,
-        channel: &Channel,
-        held: &Held,
-    ) -> io::Result<crate::fuse::takeover::KernelOffer> {
+    fn give(&self, channel: &Channel, held: &Held) -> io::Result<takeover::KernelOffer> {
         channel.set_receive_timeout(Some(ANSWER))?;
         let request = ServeRequest::Serve(held.mount.clone());
         channel.send(&request, Some(held.fuse.as_fd()))?;
@@ -251,7 +247,7 @@ impl Escrow {
 
     /// Lets the connections go that have ended.
     fn let_go(&self) {
-        self.held().retain(|_, it| !has_ended(&it.fuse));
+        self.held().retain(|_, it| !takeover::has_ended(&it.fuse));
     }
 
     /// Closes all connections, which aborts them: nobody else has them.
@@ -313,10 +309,11 @@ impl Escrow {
                 }
                 // A mount that was given to a server which died may be half initialised.
                 Err(err) => {
+                    // While the number is still this one's.
+                    self.held().remove(&device);
                     if let Err(left) = detach(&dir) {
                         warn!(path = %dir.display(), error = %left, "a mount that nobody serves stays");
                     }
-                    self.held().remove(&device);
                     if err.kind() == io::ErrorKind::InvalidInput || give_up < Instant::now() {
                         return Err(err);
                     }
@@ -415,7 +412,9 @@ pub(super) struct HeldMount {
 
 impl SourceMount for HeldMount {
     fn is_alive(&self) -> bool {
-        self.fuse.upgrade().is_some_and(|it| !has_ended(&it))
+        self.fuse
+            .upgrade()
+            .is_some_and(|it| !takeover::has_ended(&it))
     }
 
     fn unmount(self: Box<Self>, dir: &Path) -> io::Result<()> {
@@ -428,17 +427,6 @@ impl SourceMount for HeldMount {
         self.escrow.let_go();
         Ok(())
     }
-}
-
-/// Whether the kernel has ended the connection: it was unmounted or aborted (`fuse_dev_poll`).
-fn has_ended(fuse: &OwnedFd) -> bool {
-    let mut fds = [PollFd::new(fuse, PollFlags::empty())];
-    let now = Timespec {
-        tv_sec: 0,
-        tv_nsec: 0,
-    };
-    let polled = poll(&mut fds, Some(&now));
-    polled.is_ok() && fds[0].revents().contains(PollFlags::ERR)
 }
 
 fn detach(dir: &Path) -> io::Result<()> {

@@ -109,7 +109,8 @@ impl NodeMounter {
                 Err(err) => err,
             };
             let since = *gone_since.get_or_insert_with(Instant::now);
-            if AGENT_PATIENCE < since.elapsed() || err.kind() == io::ErrorKind::InvalidInput {
+            if AGENT_PATIENCE < since.elapsed() || err.kind() == io::ErrorKind::ArgumentListTooLong
+            {
                 return Err(PrepareError::Away {
                     reason: format!(
                         "no agent at {}: {err}: it is asked again; is clip-csi agent running?",

@@ -8,7 +8,7 @@
 use std::{
     collections::HashMap,
     fs::{File, OpenOptions},
-    io,
+    io, mem,
     os::{
         fd::{AsFd, OwnedFd},
         unix::fs::OpenOptionsExt,
@@ -48,6 +48,9 @@ pub const HANDED_OVER: i32 = 75;
 
 /// How long a predecessor may take to hand over, and then to die.
 const PREDECESSOR: Duration = Duration::from_secs(30);
+
+/// How long one takes to die of which nothing is heard any more.
+const DYING: Duration = Duration::from_secs(2);
 
 /// How often the lock of a dying predecessor is tried.
 const LOCK_POLL: Duration = Duration::from_millis(1);
@@ -141,9 +144,14 @@ impl Server {
         let lock = open_lock(&run.serve_lock())?;
         // A process that waits for its end, or one that is gone and left its socket: no predecessor.
         if let Ok(predecessor) = Channel::connect(&run.serve()) {
-            self.take_over(&predecessor)?;
+            let taken = self.take_over(&predecessor, &lock);
+            // Open until this process is gone, and with it all threads that could still read requests: only then
+            // are those sent again that it has read.
+            mem::forget(predecessor);
+            taken?;
+        } else {
+            wait_for_lock(&lock, PREDECESSOR)?;
         }
-        wait_for_lock(&lock)?;
         // Nobody else answers what was read before any more.
         let n_taken = self.resend_all();
         if 0 < n_taken {
@@ -175,12 +183,12 @@ impl Server {
         }
     }
 
-    /// Serves what a living predecessor serves, beside it, and has it end.
-    fn take_over(self: &Arc<Self>, predecessor: &Channel) -> io::Result<()> {
+    /// Serves what a living predecessor serves, beside it, and waits for its end.
+    fn take_over(self: &Arc<Self>, predecessor: &Channel, lock: &File) -> io::Result<()> {
         predecessor.set_receive_timeout(Some(PREDECESSOR))?;
         if predecessor.send(&ServeRequest::HandOver, None).is_err() {
             // It died meanwhile: the node service gives what it had.
-            return Ok(());
+            return wait_for_lock(lock, PREDECESSOR);
         }
         let mut n_mounts = 0;
         loop {
@@ -191,7 +199,7 @@ impl Server {
                 }
                 Some((ServeReply::End, _)) => break,
                 // It died: what it has not given, the node service gives.
-                None => return Ok(()),
+                None => return wait_for_lock(lock, DYING),
                 Some(_) => return Err(io::Error::other("a predecessor that speaks otherwise")),
             }
         }
@@ -199,9 +207,12 @@ impl Server {
             mounts = n_mounts,
             "serving beside the predecessor, which is to end now"
         );
-        // One that has died meanwhile is as good as one that ends now.
-        let _ = predecessor.send(&ServeRequest::Quit, None);
-        Ok(())
+        let patience = match predecessor.send(&ServeRequest::Quit, None) {
+            Ok(()) => PREDECESSOR,
+            // It has died meanwhile, which is as good, or has given up waiting and serves: then not both.
+            Err(_) => DYING,
+        };
+        wait_for_lock(lock, patience)
     }
 
     fn converse(self: &Arc<Self>, channel: &Channel) -> io::Result<()> {
@@ -258,11 +269,13 @@ impl Server {
                     .unwrap_or_else(PoisonError::into_inner);
             }
             if let Some(served) = mounts.served.get(&mount.device)
-                && !served.session.has_ended()
+                && !takeover::has_ended(&served.fuse)
                 && let Some(offer) = served.mount.offer
             {
                 return Ok(offer);
             }
+            // The kernel gives the number of a mount that has ended to the next one before its session has noticed.
+            self.forget(&mut mounts, mount.device);
         }
         let (offer, fuse) = self.begin(mount, fuse)?;
         if is_resumed {
@@ -423,8 +436,14 @@ impl Server {
         warn!("the successor gave up: going on");
         self.mounts().is_handing_over = false;
         self.resumed.notify_all();
-        // It may have read some requests.
+        // It may have read some requests,
         self.resend_all();
+        // and may read more until it is gone, which closes the connection.
+        if outcome.is_err() {
+            channel.set_receive_timeout(None)?;
+            while let Ok(Some(_)) = channel.receive::<ServeRequest>() {}
+            self.resend_all();
+        }
         outcome.map(|_| ())
     }
 
@@ -441,15 +460,16 @@ impl Server {
 
     /// A new mount may have the device number of one that has ended: that one stays.
     fn forget_if_ended(&self, device: MountKey) {
-        let gone = {
-            let mut mounts = self.mounts();
-            let has_ended = |it: &Served| it.session.has_ended();
-            if !mounts.served.get(&device).is_some_and(has_ended) {
-                return;
-            }
-            mounts.served.remove(&device)
-        };
-        if let Some(gone) = gone {
+        let mut mounts = self.mounts();
+        let has_ended = |it: &Served| it.session.has_ended();
+        if mounts.served.get(&device).is_some_and(has_ended) {
+            self.forget(&mut mounts, device);
+        }
+    }
+
+    /// Forgets a mount that has ended, and has the agent forget it before it is told of another one of that number.
+    fn forget(&self, mounts: &mut Mounts, device: MountKey) {
+        if let Some(gone) = mounts.served.remove(&device) {
             info!(image.manifest = %gone.mount.manifest, device.minor = device.1, "a mount ended");
             self.agent.release(device);
         }
@@ -496,15 +516,15 @@ fn open_lock(path: &Path) -> io::Result<File> {
 }
 
 /// Waits until no other server's process lives.
-fn wait_for_lock(lock: &File) -> io::Result<()> {
-    let deadline = Instant::now() + PREDECESSOR;
+fn wait_for_lock(lock: &File, patience: Duration) -> io::Result<()> {
+    let deadline = Instant::now() + patience;
     while let Err(err) = flock(lock, FlockOperation::NonBlockingLockExclusive) {
         if err != rustix::io::Errno::WOULDBLOCK {
             return Err(err.into());
         }
         if deadline < Instant::now() {
             return Err(io::Error::other(format!(
-                "another server lives and does not hand over within {PREDECESSOR:?}: end it"
+                "another server lives and does not hand over within {patience:?}: end it"
             )));
         }
         thread::sleep(LOCK_POLL);

@@ -7,9 +7,9 @@
 use std::{
     fs::{File, remove_file},
     io::{self, Read as _},
-    os::fd::OwnedFd,
+    os::fd::{AsFd, OwnedFd},
     path::Path,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use tracing::warn;
@@ -24,8 +24,8 @@ use crate::{
     sys::{self, MappedFile},
 };
 
-/// How long the agent may take for each answer: it looks at some files.
-const ANSWER: Duration = Duration::from_secs(5);
+/// How long the agent may take for all answers: it looks at some files.
+const ANSWERS: Duration = Duration::from_secs(10);
 
 /// Largest index that is copied: twice what the most inodes of such a mount take.
 const MAX_INDEX_BYTES: u64 = 256 << 20;
@@ -72,18 +72,25 @@ pub(super) fn mount(agent: &Channel, dir: &Path) -> io::Result<()> {
 
 /// Asks for the image's index and its layers.
 fn ask(agent: &Channel) -> io::Result<(File, Vec<LayerFiles>)> {
-    agent.set_receive_timeout(Some(ANSWER))?;
+    let deadline = Instant::now() + ANSWERS;
     agent.send(&AgentRequest::Files, None)?;
     let (mut index, mut data, mut layers) = (None, None, Vec::new());
     loop {
         let unexpected = || io::Error::other("the agent gave files in another order");
+        let left = deadline.checked_duration_since(Instant::now());
+        let left = left.filter(|it| !it.is_zero());
+        agent.set_receive_timeout(Some(left.ok_or(io::ErrorKind::TimedOut)?))?;
         let (reply, file): (AgentReply, Option<OwnedFd>) = match agent.receive()? {
             Some(received) => received,
             None => return Err(io::ErrorKind::ConnectionReset.into()),
         };
         match (reply, file) {
-            (AgentReply::File(ImageFile::Index), Some(file)) => index = Some(file.into()),
-            (AgentReply::File(ImageFile::Data), Some(file)) => data = Some(file),
+            (AgentReply::File(ImageFile::Index), Some(file)) if index.is_none() => {
+                // Before it is read: whoever reads a pipe waits.
+                erofs::check_file(file.as_fd())?;
+                index = Some(file.into());
+            }
+            (AgentReply::File(ImageFile::Data), Some(file)) if data.is_none() => data = Some(file),
             (AgentReply::File(ImageFile::Mounted), Some(mounted)) => {
                 if layers.len() == MAX_LAYERS {
                     return Err(io::Error::other("the agent gave too many files"));
@@ -131,7 +138,7 @@ fn check(index: &ImageIndex<MappedFile>, layers: &[LayerFiles]) -> io::Result<()
 
 #[cfg(test)]
 mod tests {
-    use std::{fs, os::fd::AsFd as _, thread};
+    use std::{fs, thread};
 
     use super::*;
     use crate::{
@@ -205,6 +212,8 @@ mod tests {
             (vec![layer, marker], order),
             (vec![index, marker], order),
             (vec![index, layer], others),
+            (vec![index, index], order),
+            (vec![index, layer, layer], order),
             (vec![index], others),
             (vec![index, layer, marker, layer, marker], others),
             (vec![index, (Data, b"short"), marker], others),
@@ -223,6 +232,21 @@ mod tests {
         let reason = "a layer is not whole any more";
         let err = mounted(&[index], Err(reason.to_owned())).unwrap_err();
         assert_eq!(err.to_string(), reason);
+    }
+
+    #[test]
+    fn what_is_no_file_is_not_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let listener = Listener::bind(&dir.path().join("agent.sock")).unwrap();
+        let agent = Channel::connect(&dir.path().join("agent.sock")).unwrap();
+        let node = listener.accept().unwrap();
+        // Whoever reads it waits for as long as there is somebody to write.
+        let (pipe, _writer) = io::pipe().unwrap();
+        node.send(&AgentReply::File(ImageFile::Index), Some(pipe.as_fd()))
+            .unwrap();
+        node.send(&AgentReply::FilesEnd(Ok(())), None).unwrap();
+        let err = mount(&agent, &dir.path().join("own/kernel")).unwrap_err();
+        assert_eq!(err.raw_os_error(), Some(libc::EBADF), "{err}");
     }
 
     #[test]

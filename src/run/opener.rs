@@ -220,7 +220,7 @@ fn wanted(request: &ImageRequest) -> Result<Wanted, PrepareError> {
             }))
         }
         PullCredentials::DockerConfig(config) => {
-            let config = DockerConfig::parse(config.expose())
+            let config = DockerConfig::parse(config.expose().as_bytes())
                 .map_err(|err| invalid("nodePublishSecretRef", err.to_string()))?;
             Some(VolumeSecret::DockerConfig(config))
         }

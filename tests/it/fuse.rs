@@ -19,14 +19,15 @@ use std::{
 use clip_csi::{
     fuse::{
         pool::{PoolConfig, ReadPool},
-        session::{FuseMount, Unmounted},
+        session::{FuseMount, Unmounted, make_mount},
+        takeover,
     },
     index::image::ImageIndex,
     metrics::Metrics,
     sys::{self, MappedFile},
     tar::TarKind,
 };
-use rustix::fs::lgetxattr;
+use rustix::{fs::lgetxattr, mount::UnmountFlags};
 
 use crate::fuse_fakes::{
     DEADLINE, LayerText, Mode, Mounted, build, mount_image, mount_index, noise, within_deadline,
@@ -236,6 +237,28 @@ fn an_unmount_lets_pending_reads_finish() {
     // The session drops its file system, which drops the layer.
     eventually("the session ended", || Arc::strong_count(&layers[0]) == 1);
     drop(dir);
+}
+
+#[test]
+fn the_kernel_says_that_a_mount_has_ended_before_it_gives_its_number_to_another() {
+    let dir = tempfile::tempdir().unwrap();
+    // Others that the tests mount meanwhile may be given the number first.
+    let is_given_again = (0..100).any(|_| {
+        let (place, first, device) = match make_mount(dir.path(), "clip-csi") {
+            Ok(made) => made,
+            Err(err) => {
+                eprintln!("SKIP the_kernel_says_that_a_mount_has_ended: {err}");
+                return true;
+            }
+        };
+        assert!(!takeover::has_ended(&first));
+        rustix::mount::unmount(&place, UnmountFlags::DETACH).unwrap();
+        let (place, second, of_second) = make_mount(&place, "clip-csi").unwrap();
+        assert!(takeover::has_ended(&first) && !takeover::has_ended(&second));
+        rustix::mount::unmount(&place, UnmountFlags::DETACH).unwrap();
+        device == of_second
+    });
+    assert!(is_given_again, "no number was given twice");
 }
 
 #[test]

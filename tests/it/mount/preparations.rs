@@ -29,7 +29,7 @@ async fn slow_work_is_detached_from_the_call_and_the_next_call_joins_it() {
         .await
         .unwrap();
     let mut request = publish_request("x", &world.scratch.target("third"), "slow");
-    request.image.credentials = PullCredentials::DockerConfig(Secret::new(b"{}".to_vec()));
+    request.image.credentials = PullCredentials::DockerConfig(Secret::new("{}".to_owned()));
     let err = world.table.publish(request).await.unwrap_err();
     assert!(matches!(err, MountError::Preparing { .. }), "{err:?}");
     assert_eq!(world.mounter.n_prepared(), 3);
