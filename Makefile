@@ -17,7 +17,7 @@ export KUBERNETES ?= yes
 say = @printf '\n==> %s\n' "$(1)"
 
 .DEFAULT_GOAL := help
-.PHONY: help install build check unit sanity storage e2e kubernetes builds test ci demo bench
+.PHONY: help install build check unit sanity storage kernels e2e kubernetes builds test ci demo bench
 
 help: ## List these commands
 	@grep -hE '^[a-z0-9]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9]+):.*## /\1\t/' | while IFS=$$'\t' read -r name text; do printf '  make %-8s %s\n' "$$name" "$$text"; done
@@ -86,6 +86,10 @@ sanity: ## csi-sanity, unfiltered, on real mounts; also while agent and serve ar
 storage: install ## Kubernetes' own end-to-end tests of CSI drivers on the cluster (root; not part of ci, because it takes minutes to build)
 	@./e2e/tools.sh kubernetes >/dev/null
 	python3 e2e/storage_suite.py
+
+kernels: ## The tests of images in the kernel, on the kernels of distributions, in virtual machines (root; not part of ci, because it fetches them; KERNELS="NAME NAME" picks)
+	@./e2e/install.sh kernels
+	python3 e2e/kernels.py $(KERNELS)
 
 e2e: ## End-to-end tests alone, all of them (root; CASES=name,name or E2E="-k NAME" picks some; 15 to 35 minutes, the longer the first time)
 	@trap 'wait' EXIT

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Installs what the demo or the tests need and this machine lacks: Debian or Ubuntu, as root.
-# usage: install.sh [demo|test]
+# usage: install.sh [demo|test|kernels]
 # A second run finds everything and changes nothing. No service is started, nothing is upgraded.
 set -euo pipefail
 . "$(dirname "$0")/paths.sh"
 
 what="${1:-test}"
-case "$what" in demo | test) ;; *) die "usage: install.sh [demo|test]" ;; esac
+case "$what" in demo | test | kernels) ;; *) die "usage: install.sh [demo|test|kernels]" ;; esac
 [ "$(id -u)" = 0 ] || die "run as root: mounting, device nodes and packages need it"
 command -v apt-get >/dev/null || die "no apt-get here: this script knows Debian and Ubuntu; e2e/README.md lists what to install by hand"
 
@@ -25,6 +25,11 @@ if [ "$what" = test ]; then
         containerd:containerd runc:runc buildah:buildah busybox:busybox-static etcd:etcd-server
         ip:iproute2 nsenter:util-linux promtool:prometheus
     )
+fi
+
+if [ "$what" = kernels ]; then
+    # A virtual machine, and what its kernel and its disk are made with.
+    needs+=(qemu-system-x86_64:qemu-system-x86 busybox:busybox-static cpio:cpio mkfs.ext4:e2fsprogs modinfo:kmod xz:xz-utils)
 fi
 
 missing=()

@@ -66,6 +66,13 @@ pub trait ImageMounter: Send + Sync + fmt::Debug {
         request: &'a ImageRequest,
     ) -> BoxFuture<'a, Result<(), PrepareError>>;
 
+    /// Has what a mount lacks be fetched with the rights of another volume that uses it, too: those were found good
+    /// when `image` was prepared, and whose it was may be gone.
+    ///
+    /// # Blocking
+    /// Waits for the socket.
+    fn share(&self, image: &PreparedImage);
+
     /// The source mounts that outlived the process that mounted them, because another one serves
     /// them. Asked once, at start.
     ///

@@ -250,6 +250,7 @@ impl Sources {
                 }
                 SlotState::Mounted(_) | SlotState::Vacant => {}
             }
+            let is_shared = matches!(&*state, SlotState::Mounted(_));
             let outcome = self.mounted(id, image, &mut state).and_then(|source| {
                 if let Some(bind) = bind.take() {
                     bind(&self.mount_point(id), source.device)?;
@@ -258,8 +259,13 @@ impl Sources {
                 source.idle_since = None;
                 Ok(())
             });
-            if outcome.is_err() {
-                self.retire_unused(id, &mut state);
+            match &outcome {
+                Ok(()) if is_shared && id.kind == Kind::Served => {
+                    drop(state);
+                    self.mounter.share(image);
+                }
+                Ok(()) => {}
+                Err(_) => self.retire_unused(id, &mut state),
             }
             return outcome;
         }

@@ -335,7 +335,8 @@ impl Escrow {
         let devices: Vec<_> = {
             let mut held = self.held();
             let of_image = held.values_mut();
-            let of_image = of_image.filter(|it| it.mount.manifest == manifest);
+            let of_image =
+                of_image.filter(|it| it.mount.manifest == manifest && it.mount.request != *request);
             of_image
                 .map(|it| {
                     it.mount.request = request.clone();

@@ -208,6 +208,14 @@ impl ImageMounter for NodeMounter {
         })
     }
 
+    fn share(&self, image: &PreparedImage) {
+        let shared = prepared(image).and_then(|it| self.escrow.renew(image.manifest, &it.request));
+        if let Err(err) = shared {
+            // Those of the volumes before hold, and the next server is told.
+            info!(image.manifest = %image.manifest, error = %err, "clip-csi serve was not told of another volume's credentials");
+        }
+    }
+
     fn survivors(&self) -> Vec<Survivor> {
         self.escrow.survivors()
     }

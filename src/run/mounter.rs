@@ -151,6 +151,10 @@ impl ImageMounter for InProcess {
         Box::pin(async move { self.opener.open_known(manifest, request).await.map(drop) })
     }
 
+    fn share(&self, _: &PreparedImage) {
+        // The layers that are open were given the source when the image was prepared.
+    }
+
     fn survivors(&self) -> Vec<Survivor> {
         // What this process serves ends with it.
         Vec::new()

@@ -211,6 +211,9 @@ async fn targets_of_one_image_share_a_source_and_the_last_one_takes_it_with_it()
         .await
         .unwrap();
     assert_eq!(world.mounter.n_mounts(), 2);
+    // With the rights of each that came later, too, what it lacks is fetched.
+    let shared = world.mounter.shared.lock().unwrap().clone();
+    assert_eq!(shared, [manifest("app"); 2]);
     assert_eq!(
         (world.metrics.mounts.get(), world.metrics.volumes.get()),
         (2, 4)

@@ -134,6 +134,8 @@ pub(crate) struct FakeMounter {
     pub(crate) prepared: Mutex<Vec<ImageRequest>>,
     /// Whose rights mounted images were to be read with.
     pub(crate) renewed: Mutex<Vec<(ManifestDigest, ImageRequest)>>,
+    /// Images whose mount another volume was given, too.
+    pub(crate) shared: Mutex<Vec<ManifestDigest>>,
     /// How often something was mounted.
     pub(crate) n_mounts: AtomicUsize,
     /// What fails, by image.
@@ -159,6 +161,7 @@ impl FakeMounter {
         Arc::new(Self {
             prepared: Mutex::default(),
             renewed: Mutex::default(),
+            shared: Mutex::default(),
             n_mounts: AtomicUsize::new(0),
             failures: Mutex::default(),
             gate: Semaphore::new(0),
@@ -266,6 +269,10 @@ impl ImageMounter for FakeMounter {
             let failures = self.failures.lock().unwrap();
             failures.get(&request.image).cloned().map_or(Ok(()), Err)
         })
+    }
+
+    fn share(&self, image: &PreparedImage) {
+        self.shared.lock().unwrap().push(image.manifest);
     }
 
     fn survivors(&self) -> Vec<Survivor> {
