@@ -41,6 +41,9 @@ const MAX_FILE_BYTES: u64 = 1 << 20;
 /// Most hosts of a file: each one is asked for what the others do not give.
 const MAX_HOSTS: usize = 16;
 
+/// Stands for the name of a registry without `server`.
+const NO_SERVER: &str = "https://registry.invalid";
+
 /// What a directory says of registries.
 #[derive(Debug, Default)]
 pub(crate) struct HostsDir {
@@ -52,11 +55,18 @@ pub(crate) struct HostsDir {
 #[derive(Debug, Clone)]
 struct Registry {
     mirrors: Vec<EndpointSettings>,
-    /// Where the registry is said to be.
-    server: Option<EndpointSettings>,
-    /// What holds for it where it is not said.
-    own: HostFormat,
-    dir: PathBuf,
+    /// The registry itself, at [`NO_SERVER`] if it is where its name says.
+    origin: EndpointSettings,
+    place: Place,
+}
+
+/// Where a registry is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Place {
+    /// Where `server` says.
+    Said,
+    /// Where its name says, which for the default is not known yet.
+    ByName,
 }
 
 #[derive(Debug, Deserialize)]
@@ -80,7 +90,7 @@ struct FileFormat {
     dial_timeout: Option<String>,
 }
 
-#[derive(Debug, Clone, Default, Deserialize)]
+#[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 struct HostFormat {
     capabilities: Option<Vec<Capability>>,
@@ -171,24 +181,20 @@ impl HostsDir {
     /// What it says of a registry, if anything.
     pub(crate) fn endpoints(&self, registry: &str) -> Option<RegistryEndpoints> {
         let found = self.by_registry.get(registry).or(self.default.as_ref())?;
-        let origin = match &found.server {
-            Some(server) => EndpointSettings {
-                // Errors and credentials are about the registry, wherever it is.
-                host: registry.to_owned(),
-                ..server.clone()
-            },
-            None => {
-                let name = if registry == DOCKER_HUB {
-                    "registry-1.docker.io"
-                } else {
-                    registry
-                };
-                let mut origin =
-                    endpoint(&format!("https://{name}"), &found.own, &found.dir).ok()?;
-                registry.clone_into(&mut origin.host);
-                origin
-            }
+        let mut origin = EndpointSettings {
+            // Errors and credentials are about the registry, wherever it is.
+            host: registry.to_owned(),
+            ..found.origin.clone()
         };
+        if found.place == Place::ByName {
+            let name = if registry == DOCKER_HUB {
+                "registry-1.docker.io"
+            } else {
+                registry
+            };
+            let path = origin.base.as_ref().map_or("/v2/", Url::path);
+            origin.base = Url::parse(&format!("https://{name}{path}")).ok();
+        }
         let mirrors = found.mirrors.iter();
         Some(RegistryEndpoints {
             // The default file may name the registry itself.
@@ -204,7 +210,7 @@ impl HostsDir {
     /// Files that connections need.
     pub(crate) fn files(&self) -> impl Iterator<Item = &Files> {
         let registries = self.by_registry.values().chain(&self.default);
-        let endpoints = registries.flat_map(|it| it.mirrors.iter().chain(&it.server));
+        let endpoints = registries.flat_map(|it| it.mirrors.iter().chain([&it.origin]));
         endpoints.filter_map(|it| match &it.trust {
             Trust::Files(files) => Some(files),
             Trust::None | Trust::System => None,
@@ -258,16 +264,14 @@ fn parse(text: &str, dir: &Path, skip_verify: SkipVerify) -> Result<Registry, St
     }
     let mirrors = hosts.iter();
     let mirrors = mirrors.map(|(url, it)| endpoint(url, it.get_ref(), dir));
-    // Checked also where it stands for a registry that is not known yet.
-    endpoint("https://registry.invalid", &own, dir)?;
+    let (server, place) = match &file.server {
+        Some(url) => (url.as_str(), Place::Said),
+        None => (NO_SERVER, Place::ByName),
+    };
     Ok(Registry {
         mirrors: mirrors.collect::<Result<_, _>>()?,
-        server: match &file.server {
-            Some(url) => Some(endpoint(url, &own, dir)?),
-            None => None,
-        },
-        own,
-        dir: dir.to_owned(),
+        origin: endpoint(server, &own, dir)?,
+        place,
     })
 }
 
@@ -481,6 +485,36 @@ server = "https://registry-1.docker.io"
             found.endpoints("default").unwrap().mirrors.is_empty(),
             "no mirror of itself"
         );
+    }
+
+    #[test]
+    fn what_stands_at_the_top_is_about_the_registry_itself_also_without_server() {
+        let dir = tempfile::tempdir().unwrap();
+        let text = "ca = \"ca.crt\"\nclient = \"client.pem\"\nheader = {x-one = \"1\"}\n";
+        for name in ["r.x", DEFAULT] {
+            write(dir.path(), name, text);
+        }
+        write(dir.path(), "s.x", "override_path = true");
+        let found = HostsDir::read(dir.path(), SkipVerify::Refused).unwrap();
+        assert_eq!(found.files().count(), 2);
+        for (registry, directory, base) in [
+            ("r.x", "r.x", "https://r.x/v2/"),
+            ("o.x:5000", DEFAULT, "https://o.x:5000/v2/"),
+        ] {
+            let origin = found.endpoints(registry).unwrap().origin;
+            assert_eq!(origin.host, registry);
+            assert_eq!(origin.base.unwrap().as_str(), base);
+            assert_eq!(origin.headers["x-one"], "1");
+            let Trust::Files(files) = origin.trust else {
+                panic!("{:?}", origin.trust);
+            };
+            let at = |file: &str| dir.path().join(directory).join(file);
+            assert_eq!(files.authorities, [at("ca.crt")]);
+            assert_eq!(files.client, Some((at("client.pem"), at("client.pem"))));
+            assert!(found.files().any(|it| *it == files), "they are not read");
+        }
+        let origin = found.endpoints("s.x").unwrap().origin;
+        assert_eq!(origin.base.unwrap().as_str(), "https://s.x/");
     }
 
     #[test]

@@ -417,7 +417,11 @@ impl Transport {
             return Ok(client);
         }
         let loaded = match &trust {
-            Trust::Files(files) => self.files.get(files).cloned().unwrap_or_default(),
+            // Never without them: that would be another trust than was asked for.
+            Trust::Files(files) => self.files.get(files).cloned().ok_or_else(|| {
+                let reason = "its CA and certificate were not read at the start";
+                unavailable(&host, reason.to_owned())
+            })?,
             Trust::System | Trust::None => Loaded::default(),
         };
         let connect_timeout = self.config.connect_timeout();

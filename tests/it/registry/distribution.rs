@@ -252,6 +252,35 @@ async fn images_are_read_over_tls_with_a_ca_and_a_password() {
 }
 
 #[tokio::test]
+async fn a_ca_at_the_top_of_a_hosts_toml_is_trusted_also_without_server() {
+    let name = "a_ca_at_the_top_of_a_hosts_toml_is_trusted_also_without_server";
+    if !has(name, &[REGISTRY, OPENSSL]) {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path();
+    make_certificates(path);
+    let image = Image::new();
+    {
+        let plain = Distribution::start(path, "", "").await;
+        push(&plain.host, &image).await;
+    }
+    let at = path.display();
+    let tls = format!(", tls: {{certificate: {at}/srv.crt, key: {at}/srv.key}}");
+    let registry = Distribution::start(path, &tls, "").await;
+    let hosts = path.join("certs.d");
+    std::fs::create_dir_all(hosts.join(&registry.host)).unwrap();
+    let file = hosts.join(&registry.host).join("hosts.toml");
+    write(&file, b"ca = \"../../ca.crt\"\n");
+    let mut trusting = config(&[]);
+    trusting.hosts_dir = Some(hosts);
+    trusting.connect_timeout_seconds = 5;
+    let client = RegistryClient::new(trusting, Metrics::new()).unwrap();
+    let resolved = resolve(&client, &registry.host, &Credentials::Anonymous).await;
+    assert_eq!(resolved.unwrap(), image.resolved());
+}
+
+#[tokio::test]
 async fn images_are_read_with_a_token_that_docker_registry_verifies() {
     let name = "images_are_read_with_a_token_that_docker_registry_verifies";
     if !has(name, &[REGISTRY, OPENSSL]) {

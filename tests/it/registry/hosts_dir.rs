@@ -169,6 +169,8 @@ fn a_file_that_cannot_be_used_is_named_at_the_start() {
             "client = \"missing.pem\"\nserver = \"https://r.x\"",
             "client",
         ),
+        ("ca = \"missing.crt\"", "missing.crt"),
+        ("client = \"missing.pem\"", "missing.pem"),
         ("[header]\nx = \"hunter2\"\nserver 5", "line 3"),
     ] {
         write(dir.path(), "r.x", text);
