@@ -91,7 +91,9 @@ impl ClusterServiceAccounts {
         let secrets: Api<ClusterSecret> = Api::namespaced(self.client.clone(), &name.namespace);
         let mut pull_secrets = Vec::new();
         let named = account.image_pull_secrets.unwrap_or_default();
-        for secret in named.into_iter().take(MAX_SECRETS) {
+        // As kubelet: an entry without a name, which the API allows, is none.
+        let named = named.into_iter().filter(|it| !it.name.is_empty());
+        for secret in named.take(MAX_SECRETS) {
             let config = match secrets.get(&secret.name).await {
                 Ok(found) => docker_config(&found),
                 // As kubelet: one that is missing is passed over.
@@ -235,12 +237,9 @@ async fn read_secret(
         Err(kube::Error::Api(status)) if matches!(status.code, 401 | 403) => {
             Err(PullSecretError::Forbidden { namespace, value })
         }
-        Err(err) => Err(PullSecretError::Unavailable {
-            reason: match explain(&err, "secrets") {
-                ServiceAccountError::Unavailable(reason) | ServiceAccountError::Refused(reason) => {
-                    reason
-                }
-            },
+        Err(err) => Err(match explain(&err, "secrets") {
+            ServiceAccountError::Unavailable(reason) => PullSecretError::Unavailable { reason },
+            ServiceAccountError::Refused(reason) => PullSecretError::Invalid { name, reason },
         }),
     }
 }
@@ -295,6 +294,10 @@ fn explain(err: &kube::Error, resource: &str) -> ServiceAccountError {
         }
         kube::Error::Api(status) => {
             ServiceAccountError::Unavailable(format!("HTTP {}", status.code))
+        }
+        // However often it is asked.
+        kube::Error::BuildRequest(_) | kube::Error::HttpError(_) => {
+            ServiceAccountError::Refused("its name is not one that can be asked for".to_owned())
         }
         // It may quote what it could not read.
         kube::Error::SerdeError(_) => {

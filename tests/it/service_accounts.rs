@@ -147,6 +147,33 @@ async fn pull_secrets_are_read_by_name_in_their_order() {
 }
 
 #[tokio::test]
+async fn a_pull_secret_whose_name_is_none_does_not_keep_the_others_from_being_read() {
+    let config = r#"{"auths": {"r.x": {"username": "me", "password": "hunter2"}}}"#;
+    let good = secret(
+        "kubernetes.io/dockerconfigjson",
+        ".dockerconfigjson",
+        config,
+    );
+    // More without a name than secrets are read of one account.
+    let names = [&[""; 20][..], &["a b", "good"]].concat();
+    let objects = vec![
+        (DRIVER.to_owned(), driver(true)),
+        (ACCOUNT.to_owned(), account(&names)),
+        (format!("{SECRETS}good"), good),
+    ];
+    let (found, asked) = read(objects).await;
+    let found = found.unwrap().pull_secrets;
+    let told: Vec<_> = found.iter().map(|it| it.name.as_str()).collect();
+    assert_eq!(told, ["a b", "good"]);
+    assert_eq!(
+        found[0].config,
+        Err("its name is not one that can be asked for".to_owned())
+    );
+    assert!(found[1].config.is_ok(), "{found:?}");
+    assert_eq!(asked[2..], [format!("{SECRETS}good")]);
+}
+
+#[tokio::test]
 async fn nobody_is_believed_to_be_whose_pod_they_say_unless_kubelet_vouches() {
     for pod_info in [driver(false), json!(403), json!(404)] {
         let objects = vec![
