@@ -9,13 +9,16 @@ use std::{fmt, str::FromStr};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
+/// Characters of what is no digest that an error quotes: a digest has 71, and the text may be of any length.
+const MAX_QUOTED_CHARS: usize = 100;
+
 /// Says why a text is not a digest.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum DigestError {
     /// The algorithm is one that this driver does not verify.
     #[error("digest {text:?} is not supported: only sha256 digests are")]
     Algorithm {
-        /// The text as it came.
+        /// The text as it came, cut if it is very long.
         text: String,
     },
     /// The hexadecimal part is malformed.
@@ -23,7 +26,7 @@ pub enum DigestError {
         "digest {text:?} is malformed: 64 lower-case hexadecimal digits must follow \"sha256:\""
     )]
     Hex {
-        /// The text as it came.
+        /// The text as it came, cut likewise.
         text: String,
     },
 }
@@ -54,6 +57,14 @@ pub fn from_hex(text: &str) -> Option<[u8; 32]> {
         *byte = nibble(pair[0])? << 4 | nibble(pair[1])?;
     }
     Some(bytes)
+}
+
+/// As much of a text as an error quotes.
+fn quoted(text: &str) -> String {
+    match text.char_indices().nth(MAX_QUOTED_CHARS) {
+        Some((end, _)) => format!("{}…", &text[..end]),
+        None => text.to_owned(),
+    }
 }
 
 macro_rules! sha256_digest {
@@ -103,9 +114,9 @@ macro_rules! sha256_digest {
             /// Parses `sha256:<64 hex>` (OCI image-spec v1.1, descriptor.md, "Digests").
             fn from_str(text: &str) -> Result<Self, DigestError> {
                 let Some(hex) = text.strip_prefix("sha256:") else {
-                    return Err(DigestError::Algorithm { text: text.to_owned() });
+                    return Err(DigestError::Algorithm { text: quoted(text) });
                 };
-                let bytes = from_hex(hex).ok_or_else(|| DigestError::Hex { text: text.to_owned() })?;
+                let bytes = from_hex(hex).ok_or_else(|| DigestError::Hex { text: quoted(text) })?;
                 Ok(Self(bytes))
             }
         }
@@ -197,5 +208,18 @@ mod tests {
                 "{text:?} was taken for a digest"
             );
         }
+    }
+
+    #[test]
+    fn an_error_quotes_no_more_than_a_person_reads() {
+        let cut = format!("{}…", "ä".repeat(MAX_QUOTED_CHARS));
+        let text = "ä".repeat(MAX_QUOTED_CHARS + 1);
+        let err = text.parse::<DiffId>().unwrap_err();
+        assert_eq!(err, DigestError::Algorithm { text: cut });
+        let whole = format!("sha256:{}", "0".repeat(MAX_QUOTED_CHARS - 7));
+        let err = whole.parse::<DiffId>().unwrap_err();
+        assert_eq!(err, DigestError::Hex { text: whole });
+        let err = format!("sha256:{}", "0".repeat(200 << 10)).parse::<DiffId>();
+        assert!(err.unwrap_err().to_string().len() < 300);
     }
 }

@@ -29,6 +29,18 @@ use serde::{Deserialize, Serialize};
 use self::lent::LentChunk;
 use crate::digest::{BlobDigest, DiffId};
 
+/// Longest text in an error: what a registry says may be of any length, and people read no more. All
+/// texts of an error fit into a message between the roles of a node (`ipc`) many times.
+const MAX_TEXT_BYTES: usize = 1024;
+
+/// Cuts a text for people to a length that can be passed on, and marks that.
+pub(crate) fn shorten(text: &mut String) {
+    if MAX_TEXT_BYTES < text.len() {
+        text.truncate(text.floor_char_boundary(MAX_TEXT_BYTES));
+        text.push('…');
+    }
+}
+
 /// A boxed future, as object-safe async traits need it.
 pub type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
 
@@ -214,6 +226,30 @@ impl PresentError {
             | Self::Unknown { .. } => false,
         }
     }
+
+    /// The same, with no text longer than can be passed on.
+    #[must_use]
+    pub fn shortened(self) -> Self {
+        match self {
+            Self::Origin { layer, source } => Self::Origin {
+                layer,
+                source: source.shortened(),
+            },
+            Self::Refused { layer, mut reason } => {
+                shorten(&mut reason);
+                Self::Refused { layer, reason }
+            }
+            Self::Disk { mut reason } => {
+                shorten(&mut reason);
+                Self::Disk { reason }
+            }
+            Self::NoSpace { .. }
+            | Self::CacheFull { .. }
+            | Self::Limit { .. }
+            | Self::Timeout { .. }
+            | Self::Unknown { .. } => self,
+        }
+    }
 }
 
 /// Reads blobs of one repository, with the credentials of one image.
@@ -384,11 +420,103 @@ impl SourceError {
             | Self::Unsupported { .. } => false,
         }
     }
+
+    /// The same, with no text longer than can be passed on: whoever makes one of what a registry said
+    /// has it shortened there.
+    #[must_use]
+    pub fn shortened(mut self) -> Self {
+        match &mut self {
+            Self::NotFound { what, registry } | Self::Forbidden { what, registry } => {
+                [what, registry].into_iter().for_each(shorten)
+            }
+            Self::WrongPlatform {
+                image,
+                wanted,
+                available,
+            } => [image, wanted, available].into_iter().for_each(shorten),
+            Self::Unauthorized {
+                what,
+                registry,
+                hint,
+            } => [what, registry, hint].into_iter().for_each(shorten),
+            Self::RateLimited { registry, .. } => shorten(registry),
+            Self::Unavailable { registry, reason } | Self::Protocol { registry, reason } => {
+                [registry, reason].into_iter().for_each(shorten)
+            }
+            Self::Unsupported { what, reason } => [what, reason].into_iter().for_each(shorten),
+        }
+        self
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn no_text_of_an_error_is_long_and_its_kind_stays() {
+        let long = || "x…".repeat(200 << 10);
+        let (what, registry, reason) = (long, long, long);
+        let errors = [
+            SourceError::NotFound {
+                what: what(),
+                registry: registry(),
+            },
+            SourceError::WrongPlatform {
+                image: what(),
+                wanted: long(),
+                available: long(),
+            },
+            SourceError::Unauthorized {
+                what: what(),
+                registry: registry(),
+                hint: long(),
+            },
+            SourceError::Forbidden {
+                what: what(),
+                registry: registry(),
+            },
+            SourceError::RateLimited {
+                registry: registry(),
+                retry_after: None,
+            },
+            SourceError::Unavailable {
+                registry: registry(),
+                reason: reason(),
+            },
+            SourceError::Protocol {
+                registry: registry(),
+                reason: reason(),
+            },
+            SourceError::Unsupported {
+                what: what(),
+                reason: reason(),
+            },
+        ];
+        let layer = DiffId::of(b"layer");
+        let errors = errors.map(|source| PresentError::Origin { layer, source });
+        let others = [
+            PresentError::Refused {
+                layer,
+                reason: reason(),
+            },
+            PresentError::Disk { reason: reason() },
+        ];
+        for err in errors.into_iter().chain(others) {
+            let short = err.clone().shortened();
+            let source = |it: &PresentError| match it {
+                PresentError::Origin { source, .. } => Some(std::mem::discriminant(source)),
+                _ => None,
+            };
+            assert_eq!(source(&short), source(&err));
+            assert_eq!(std::mem::discriminant(&short), std::mem::discriminant(&err));
+            let sent = serde_json::to_string(&short).unwrap();
+            assert!(sent.contains('…') && sent.len() < 4096, "{}", sent.len());
+        }
+        let mut text = "x…".repeat(256);
+        shorten(&mut text);
+        assert_eq!(text, "x…".repeat(256), "what just fits is not touched");
+    }
 
     #[test]
     fn prefetches_have_one_name_everywhere_and_an_order() {

@@ -381,6 +381,7 @@ impl Authorizer {
             registry: self.chain.host.clone(),
             hint,
         }
+        .shortened()
     }
 
     /// Makes a header of credentials, or of nobody's.
@@ -521,7 +522,11 @@ pub(crate) fn status_failure(host: &str, what: &str, response: &Response) -> Fai
         408 | 425 | 500..=599 => unavailable(host, format!("HTTP {status} for {what}")),
         _ => protocol(host, format!("HTTP {status} for {what}")),
     };
-    Failure { error, retry_after }
+    Failure {
+        // It may be a host that was redirected to.
+        error: error.shortened(),
+        retry_after,
+    }
 }
 
 fn sensitive(text: &str) -> Option<HeaderValue> {

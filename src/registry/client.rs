@@ -22,7 +22,7 @@ use super::{
     reference::ImageRef,
     requester::{Requester, ServiceAccounts},
     session::{Document, Form, Object, Route, Session},
-    transport::{Op, Transport, protocol},
+    transport::{Op, Transport, protocol, unsupported},
 };
 use crate::{
     digest::{BlobDigest, ManifestDigest},
@@ -514,10 +514,7 @@ impl Resolving<'_> {
 
     fn error(&self, fault: Fault) -> SourceError {
         match fault {
-            Fault::Unsupported(reason) => SourceError::Unsupported {
-                what: format!("image {}", self.image),
-                reason,
-            },
+            Fault::Unsupported(reason) => unsupported(format!("image {}", self.image), reason),
             Fault::Wrong(reason) => protocol(
                 &self.session.registry,
                 format!("image {}: {reason}", self.image),
@@ -542,5 +539,6 @@ impl Resolving<'_> {
             wanted: self.platform.to_string(),
             available,
         }
+        .shortened()
     }
 }

@@ -12,7 +12,7 @@ use super::{
 };
 use crate::{
     digest::{BlobDigest, ManifestDigest},
-    tier::BoxFuture,
+    tier::{BoxFuture, shorten},
 };
 
 /// What an image is made of, byte for byte as its registry gave it.
@@ -102,7 +102,10 @@ fn image_manifest(bytes: &[u8]) -> Result<Box<OciImageManifest>, DocumentError> 
 impl From<Fault> for DocumentError {
     fn from(fault: Fault) -> Self {
         match fault {
-            Fault::Unsupported(reason) | Fault::Wrong(reason) => Self(reason),
+            Fault::Unsupported(mut reason) | Fault::Wrong(mut reason) => {
+                shorten(&mut reason);
+                Self(reason)
+            }
         }
     }
 }

@@ -17,7 +17,7 @@ use super::{
     manifest::{self, Fault, Manifest},
     retry::{Failure, Retry},
     session::{Document, Endpoint, Form, Object, Route, Session},
-    transport::{Answer, Ask, Op, Verb, protocol},
+    transport::{Answer, Ask, Op, Verb, protocol, unsupported},
 };
 use crate::{
     digest::{BlobDigest, DiffId, ManifestDigest},
@@ -331,10 +331,7 @@ impl Push<'_> {
             let with_it = artifact::with_referrer(listed.as_deref(), manifest);
             let with_it = with_it.map_err(|fault| {
                 let (Fault::Unsupported(reason) | Fault::Wrong(reason)) = fault;
-                SourceError::Unsupported {
-                    what: what.clone(),
-                    reason,
-                }
+                unsupported(what.clone(), reason)
             })?;
             let Some(index) = with_it else {
                 return Ok(());

@@ -18,7 +18,7 @@ use super::{
     blob::BlobReader,
     manifest::{self, Fault, Manifest},
     session::{Document, Form, Object, Route, Session},
-    transport::{Op, protocol, unavailable},
+    transport::{Op, protocol, unavailable, unsupported},
     unpack::Unpack,
 };
 use crate::{
@@ -219,10 +219,7 @@ impl ImageIndexes {
             max_len: session.transport.config.max_manifest_len(),
         };
         let error = |host: &str, fault| match fault {
-            Fault::Unsupported(reason) => SourceError::Unsupported {
-                what: object.what.clone(),
-                reason,
-            },
+            Fault::Unsupported(reason) => unsupported(object.what.clone(), reason),
             Fault::Wrong(reason) => protocol(host, format!("{}: {reason}", object.what)),
         };
         let check = |document: Document| {

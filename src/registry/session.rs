@@ -424,10 +424,10 @@ impl Endpoint {
 /// no way to it, the mirror's word is what a person needs.
 fn after_mirror(error: SourceError, mirror: Option<SourceError>) -> SourceError {
     match (error, mirror) {
-        (SourceError::Unavailable { registry, reason }, Some(mirror)) => SourceError::Unavailable {
-            registry,
-            reason: format!("{reason} (and from its mirror: {mirror})"),
-        },
+        (SourceError::Unavailable { registry, reason }, Some(mirror)) => unavailable(
+            &registry,
+            format!("{reason} (and from its mirror: {mirror})"),
+        ),
         (error, _) => error,
     }
 }

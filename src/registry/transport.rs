@@ -470,6 +470,7 @@ pub(crate) fn unavailable(registry: &str, reason: String) -> SourceError {
         registry: registry.to_owned(),
         reason,
     }
+    .shortened()
 }
 
 pub(crate) fn protocol(registry: &str, reason: String) -> SourceError {
@@ -477,6 +478,11 @@ pub(crate) fn protocol(registry: &str, reason: String) -> SourceError {
         registry: registry.to_owned(),
         reason,
     }
+    .shortened()
+}
+
+pub(crate) fn unsupported(what: String, reason: String) -> SourceError {
+    SourceError::Unsupported { what, reason }.shortened()
 }
 
 /// Returns how long an answer asks to wait.

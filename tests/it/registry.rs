@@ -15,6 +15,8 @@ mod faults;
 mod hosts_dir;
 #[path = "registry/kept.rs"]
 mod kept;
+#[path = "registry/long_texts.rs"]
+mod long_texts;
 #[path = "registry/memory.rs"]
 mod memory;
 #[path = "registry/mirrors.rs"]
