@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     digest::ManifestDigest,
-    tier::{PresentError, SourceError},
+    tier::{PresentError, SourceError, shorten},
 };
 
 /// Says why an image could not be made ready.
@@ -59,6 +59,23 @@ pub enum PrepareError {
         /// What failed.
         reason: String,
     },
+}
+
+impl PrepareError {
+    /// The same, with no text longer than can be passed on.
+    #[must_use]
+    pub fn shortened(mut self) -> Self {
+        match &mut self {
+            Self::Source(source) => return Self::Source(source.clone().shortened()),
+            Self::Present(present) => return Self::Present(present.clone().shortened()),
+            Self::Invalid { reason, .. }
+            | Self::Refused { reason }
+            | Self::Away { reason }
+            | Self::Internal { reason } => shorten(reason),
+            Self::NotPresent | Self::Limit { .. } => {}
+        }
+        self
+    }
 }
 
 /// Says why a volume could not be published or unpublished.

@@ -206,7 +206,8 @@ impl Agent {
         // The process ends if the work does not answer: its task was dropped.
         let (held, answer) = match outcome.recv().ok()? {
             Ok((ready, held)) => (held, Ok(ready)),
-            Err(err) => (Held::default(), Err(err)),
+            // One that is too long to be sent would be an agent that is away, which is asked again.
+            Err(err) => (Held::default(), Err(err.shortened())),
         };
         channel.send(&AgentReply::Prepared(answer), None).ok()?;
         Some(held)
@@ -254,6 +255,7 @@ impl Agent {
                     if connections.is_stopping.load(Ordering::SeqCst) {
                         return;
                     }
+                    let outcome = outcome.map_err(PresentError::shortened);
                     // If the server is gone, its successor asks again.
                     let _ = channel.send(&AgentReply::Present { ticket, outcome }, None);
                 };
@@ -274,7 +276,7 @@ impl Agent {
                     }
                     let (lent, outcome) = match outcome {
                         Ok(lent) => (Some(lent), Ok(())),
-                        Err(err) => (None, Err(err)),
+                        Err(err) => (None, Err(err.shortened())),
                     };
                     let fd = lent.as_ref().map(AsFd::as_fd);
                     // As above.

@@ -10,6 +10,7 @@
 )]
 
 mod admin;
+mod agent;
 mod by_toc;
 mod by_toc_remote;
 mod checkpoints;
