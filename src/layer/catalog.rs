@@ -212,14 +212,16 @@ pub fn remove(paths: &CachePaths, layer: DiffId) -> io::Result<Removed> {
 ///
 /// # Errors
 /// Those of the file system.
-pub(super) fn remove_image(paths: &CachePaths, image: ManifestDigest) -> io::Result<()> {
+pub(super) fn remove_image(paths: &CachePaths, image: ManifestDigest) -> io::Result<Removed> {
     let path = paths.image(image);
-    if let Some(file) = found(File::open(&path))?
-        && lock::try_claim(&file)?
-    {
-        found(fs::remove_file(path))?;
+    let Some(file) = found(File::open(&path))? else {
+        return Ok(Removed::Absent);
+    };
+    if !lock::try_claim(&file)? {
+        return Ok(Removed::InUse);
     }
-    Ok(())
+    let removed = found(fs::remove_file(path))?;
+    Ok(removed.map_or(Removed::Absent, |()| Removed::Yes))
 }
 
 /// Removes the image indexes of which a layer is gone: the image has to be opened layer by layer

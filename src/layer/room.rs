@@ -378,9 +378,7 @@ impl Room {
     fn remove(&self, item: &Item, reason: Bound) -> Removal {
         let removed = match item.id {
             ItemId::Layer(layer) => catalog::remove(&self.paths, layer),
-            ItemId::Image(image) => {
-                catalog::remove_image(&self.paths, image).map(|()| Removed::Yes)
-            }
+            ItemId::Image(image) => catalog::remove_image(&self.paths, image),
         };
         match (removed, item.id) {
             (Ok(Removed::Yes), ItemId::Layer(layer)) => {
@@ -481,3 +479,6 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 fn gauge(value: u64) -> i64 {
     i64::try_from(value).unwrap_or(i64::MAX)
 }
+
+#[cfg(test)]
+mod tests;
