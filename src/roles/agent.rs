@@ -97,7 +97,55 @@ struct Connections {
 }
 
 /// The mounts of one connection, whose layers are kept.
-type Adopted = Arc<Mutex<HashMap<MountKey, Held>>>;
+type Adopted = Arc<Mutex<Adoptions>>;
+
+/// What is held for mounts, and which adoption of one has the last word: they end in any order, and the
+/// key of a mount that is gone is given to another one.
+#[derive(Debug, Default)]
+struct Adoptions {
+    n_begun: u64,
+    mounts: HashMap<MountKey, Place>,
+}
+
+/// What is held for a mount.
+#[derive(Debug)]
+struct Place {
+    /// The last adoption that has nothing to say here any more.
+    outdated: u64,
+    held: Held,
+}
+
+impl Adoptions {
+    /// Makes a place for what an adoption will hold, unless there is one, and gives the adoption its number.
+    ///
+    /// What is held of a mount that is adopted again, with other rights, is so until those have been
+    /// found good.
+    fn begin(&mut self, device: MountKey) -> u64 {
+        let outdated = self.n_begun;
+        self.n_begun += 1;
+        self.mounts.entry(device).or_insert_with(|| Place {
+            outdated,
+            held: Held::default(),
+        });
+        self.n_begun
+    }
+
+    /// Puts there what an adoption holds; returns what is not held any more: that of an older one, or its own if
+    /// the mount was released since, or a newer one has ended already.
+    fn end(&mut self, device: MountKey, number: u64, held: Held) -> Held {
+        match self.mounts.get_mut(&device) {
+            Some(place) if place.outdated < number => {
+                place.outdated = number;
+                std::mem::replace(&mut place.held, held)
+            }
+            Some(_) | None => held,
+        }
+    }
+
+    fn release(&mut self, device: MountKey) -> Option<Held> {
+        self.mounts.remove(&device).map(|it| it.held)
+    }
+}
 
 impl Agent {
     /// Makes an agent that works on `runtime`.
@@ -222,16 +270,14 @@ impl Agent {
                 request,
             } => {
                 let (images, adopted) = (Arc::clone(&self.images), Arc::clone(adopted));
-                // Known from now on, so that a release is not overtaken. What is held of a mount that is
-                // adopted again, with other rights, is so until those have been found good.
-                lock(&adopted).entry(device).or_default();
+                // Known from now on, so that a release is not overtaken.
+                let number = lock(&adopted).begin(device);
                 self.runtime.spawn(async move {
                     match images.adopt(manifest, &request).await {
                         Ok(held) => {
                             info!(image.manifest = %manifest, layers = held.layers.len(), "ready for the chunks of a mount");
-                            if let Some(place) = lock(&adopted).get_mut(&device) {
-                                *place = held;
-                            }
+                            let outdated = lock(&adopted).end(device, number, held);
+                            drop(outdated);
                         }
                         Err(err) => {
                             warn!(image.manifest = %manifest, error = error_chain(&err),
@@ -241,7 +287,7 @@ impl Agent {
                 });
             }
             AgentRequest::Release { device } => {
-                let held = lock(adopted).remove(&device);
+                let held = lock(adopted).release(device);
                 drop(held);
             }
             AgentRequest::Present {
@@ -312,6 +358,9 @@ fn claimant(mount: Option<MountKey>) -> Claimant {
 }
 
 /// std Mutex: held for a map operation, never across an await.
-fn lock(adopted: &Adopted) -> std::sync::MutexGuard<'_, HashMap<MountKey, Held>> {
+fn lock(adopted: &Adopted) -> std::sync::MutexGuard<'_, Adoptions> {
     adopted.lock().unwrap_or_else(PoisonError::into_inner)
 }
+
+#[cfg(test)]
+mod tests;
