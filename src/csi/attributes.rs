@@ -20,7 +20,7 @@ use std::collections::BTreeMap;
 use super::quantity;
 use crate::{
     digest::ManifestDigest,
-    mount::{MountError, PullCredentials, PullPolicy, SubPath},
+    mount::{MountError, PullCredentials, PullPolicy, SubPath, Writable},
     secret::Secret,
     tier::Prefetch,
 };
@@ -216,12 +216,12 @@ impl Attributes {
         })
     }
 
-    /// How many bytes may be written to the volume, of `max_bytes` that the node allows; `None` if it is
-    /// read-only.
+    /// What may be written over the image on a node that allows `max_bytes`, which a volume that is there
+    /// already may exceed; `None` if the volume is read-only.
     ///
     /// # Errors
-    /// [`MountError::Invalid`] if it cannot be written to, or not as much.
-    pub fn writable_bytes(&self, max_bytes: u64) -> Result<Option<u64>, MountError> {
+    /// [`MountError::Invalid`] if it cannot be written to on any node.
+    pub fn written_over(&self, max_bytes: u64) -> Result<Option<Writable>, MountError> {
         if !self.writable {
             return Ok(None);
         }
@@ -231,19 +231,10 @@ impl Attributes {
                 "is for inline volumes of pods, because what is written ends with the pod",
             ));
         }
-        if max_bytes == 0 {
-            return Err(invalid(
-                WRITABLE,
-                "is not allowed on this node: its operator sets node.max_writable_bytes",
-            ));
-        }
-        match self.writable_size_bytes {
-            Some(bytes) if max_bytes < bytes => Err(invalid(
-                WRITABLE_SIZE,
-                format!("is {bytes} bytes, this node allows {max_bytes} (node.max_writable_bytes)"),
-            )),
-            size => Ok(Some(size.unwrap_or(max_bytes))),
-        }
+        Ok(Some(Writable {
+            size_bytes: self.writable_size_bytes,
+            max_bytes,
+        }))
     }
 
     /// Checks that a volume with these attributes may outlive the pods that use it.
@@ -252,7 +243,7 @@ impl Attributes {
     /// [`MountError::Invalid`] if not.
     pub(super) fn check_persistent(&self) -> Result<(), MountError> {
         // Whatever nodes allow.
-        self.writable_bytes(u64::MAX).map(drop)
+        self.written_over(u64::MAX).map(drop)
     }
 }
 
@@ -504,8 +495,9 @@ mod tests {
         let bytes = |pairs: &[(&str, &str)], max_bytes| {
             let all: Vec<_> = [&[("image", "a")], pairs].concat();
             let parsed = Attributes::parse(&map(&all)).unwrap();
-            parsed
-                .writable_bytes(max_bytes)
+            let writable = parsed.written_over(max_bytes);
+            writable
+                .and_then(|it| it.map(Writable::bytes).transpose())
                 .map_err(|err| err.to_string())
         };
         assert_eq!(bytes(&[], 0), Ok(None));
@@ -522,6 +514,14 @@ mod tests {
             bytes(&four, 0).unwrap_err(),
             "writable: is not allowed on this node: its operator sets node.max_writable_bytes"
         );
+        // Whether it was allowed when it was made is for whoever knows if it is there.
+        let all = [("image", "a"), four[0], four[1], inline];
+        let parsed = Attributes::parse(&map(&all)).unwrap();
+        let want = Writable {
+            size_bytes: Some(4),
+            max_bytes: 0,
+        };
+        assert_eq!(parsed.written_over(0).unwrap(), Some(want));
         for persistent in [
             &[("writable", "true")][..],
             &[

@@ -88,8 +88,8 @@ fn parse_publish(
     let target = TargetPath::parse(&request.target_path)?;
     let sharing = capability::check(request.volume_capability.as_ref())?;
     let attributes = Attributes::parse(&request.volume_context)?;
-    let writable_bytes = attributes.writable_bytes(limits.max_writable_bytes)?;
-    if writable_bytes.is_some() && request.readonly {
+    let writable = attributes.written_over(limits.max_writable_bytes)?;
+    if writable.is_some() && request.readonly {
         return Err(invalid(
             "writable",
             "the pod says readOnly: true: leave one of the two out",
@@ -120,10 +120,7 @@ fn parse_publish(
             credentials,
             pod: pod.map(Box::new),
         },
-        view: View {
-            path,
-            writable_bytes,
-        },
+        view: View { path, writable },
         sharing,
     })
 }

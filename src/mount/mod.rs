@@ -62,7 +62,7 @@ pub use recover::Recovered;
 pub use stats::{Space, VolumeStats};
 pub use table::{MountTable, MountTableConfig, PublishRequest, UnpublishRequest};
 pub use target::{TargetPath, VolumeId};
-pub use view::{Sharing, SubPath, View};
+pub use view::{Sharing, SubPath, View, Writable};
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 

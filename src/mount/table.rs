@@ -221,8 +221,9 @@ impl MountTable {
             written_over: None,
             pod: image.pod.as_deref().map(PodRef::from),
         };
-        let (inner, wanted) = (Arc::clone(&self.inner), record.clone());
-        match on_blocking_pool(move || inner.examine(&wanted, sharing)).await? {
+        let former = image.attributes(&view.former());
+        let (inner, wanted, seen) = (Arc::clone(&self.inner), record.clone(), view.clone());
+        match on_blocking_pool(move || inner.examine(&wanted, former, &seen, sharing)).await? {
             Found::Live => {
                 let inner = &self.inner;
                 published::renew(&inner.published, &inner.preparations, &record, &image).await;
@@ -293,18 +294,26 @@ impl MountTable {
 }
 
 impl Inner {
-    /// Looks, before the long work, at what is there.
+    /// Looks, before the long work, at what is there. `former` are the attributes as an earlier release
+    /// would have written them.
     ///
     /// # Errors
     /// Whatever will not be better once the image is ready.
-    fn examine(&self, wanted: &VolumeRecord, sharing: Sharing) -> Result<Found, MountError> {
+    fn examine(
+        &self,
+        wanted: &VolumeRecord,
+        former: [u8; 32],
+        view: &View,
+        sharing: Sharing,
+    ) -> Result<Found, MountError> {
         let id = wanted.id();
         let path = resolve_for_publish(&wanted.target)?;
         let record = self.records.load(id)?;
-        if record
+        let is_other = record
             .as_ref()
-            .is_some_and(|it| it.attributes != wanted.attributes)
-        {
+            .is_some_and(|it| ![wanted.attributes, former].contains(&it.attributes));
+        // A record without a mount, as a reboot leaves it, is written over.
+        if is_other && mounts()?.at(&path).next().is_some() {
             return Err(MountError::AlreadyExists {
                 volume: wanted.volume.to_string(),
                 path,
@@ -322,6 +331,11 @@ impl Inner {
             });
         }
         self.check_target(id, &path, record.is_some())?;
+        // Only now: a volume that is there keeps what it was allowed.
+        if let Err(err) = view.writable_bytes() {
+            self.drop_dead(wanted);
+            return Err(err);
+        }
         Ok(Found::NotLive)
     }
 
@@ -353,7 +367,7 @@ impl Inner {
         // Where a former life of the volume left a record, the directory is from it too.
         let ours = target::make(&path)? == TargetDir::Absent || has_record;
         let attached = self.sources.attach(image, id, |source, device| {
-            record.written_over = view.writable_bytes.map(|_| device.into());
+            record.written_over = view.writable.map(|_| device.into());
             self.records.store(&record)?;
             failpoint::reached("publish:recorded");
             self.show(id, view, source, &path)?;
@@ -394,7 +408,7 @@ impl Inner {
         source: &Path,
         target: &Path,
     ) -> Result<(), MountError> {
-        let bound = match (&view.path, view.writable_bytes) {
+        let bound = match (&view.path, view.writable_bytes()?) {
             (None, None) => bind::bind_read_only(source, target),
             (Some(_), None) => bind::bind_read_only(&view::path_of(&view.open(source)?), target),
             (_, Some(bytes)) => {

@@ -32,9 +32,40 @@ pub enum Sharing {
 pub struct View {
     /// The directory of the image that is seen, instead of all of it.
     pub path: Option<SubPath>,
-    /// How many bytes may be written over the image, in a layer that ends with the volume; read-only
-    /// if absent.
-    pub writable_bytes: Option<u64>,
+    /// What may be written over the image, in a layer that ends with the volume; read-only if absent.
+    pub writable: Option<Writable>,
+}
+
+/// How much may be written over an image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Writable {
+    /// How many bytes the volume asks for; as many as the node allows if absent.
+    pub size_bytes: Option<u64>,
+    /// How many bytes the node allows; 0 if none. A volume that is there keeps what it was allowed.
+    pub max_bytes: u64,
+}
+
+impl Writable {
+    /// How many bytes a layer that is made now may have.
+    ///
+    /// # Errors
+    /// [`MountError::Invalid`] if the node allows none, or not as many.
+    pub fn bytes(self) -> Result<u64, MountError> {
+        let max_bytes = self.max_bytes;
+        if max_bytes == 0 {
+            return Err(invalid(
+                "writable",
+                "is not allowed on this node: its operator sets node.max_writable_bytes".to_owned(),
+            ));
+        }
+        match self.size_bytes {
+            Some(bytes) if max_bytes < bytes => Err(invalid(
+                "writableSize",
+                format!("is {bytes} bytes, this node allows {max_bytes} (node.max_writable_bytes)"),
+            )),
+            size_bytes => Ok(size_bytes.unwrap_or(max_bytes)),
+        }
+    }
 }
 
 /// Names a directory inside an image: a relative path without `.` and `..`.
@@ -58,7 +89,7 @@ impl SubPath {
         } else {
             return Ok(Self(text.to_owned()));
         };
-        Err(invalid(reason))
+        Err(invalid("path", reason))
     }
 }
 
@@ -76,10 +107,30 @@ impl View {
             field(hash, b"path");
             field(hash, path.0.as_bytes());
         }
-        if let Some(bytes) = self.writable_bytes {
+        if let Some(writable) = self.writable {
             field(hash, b"writable");
-            field(hash, &bytes.to_le_bytes());
+            // What is asked for: the operator may change what the node allows while the volume is there.
+            let size_bytes = writable.size_bytes.map(u64::to_le_bytes);
+            field(hash, size_bytes.as_ref().map_or(&[], |it| it.as_slice()));
         }
+    }
+
+    /// The view by which an earlier release told a volume apart: one that asks for no size was taken for one
+    /// that asks for as much as the node allows.
+    pub(super) fn former(&self) -> Self {
+        let sized = |it: Writable| Writable {
+            size_bytes: it.size_bytes.or(Some(it.max_bytes)),
+            ..it
+        };
+        Self {
+            path: self.path.clone(),
+            writable: self.writable.map(sized),
+        }
+    }
+
+    /// As [`Writable::bytes`]; `None` if it is read-only.
+    pub(super) fn writable_bytes(&self) -> Result<Option<u64>, MountError> {
+        self.writable.map(Writable::bytes).transpose()
     }
 
     /// Opens the directory that is seen of the image that is mounted at `source`.
@@ -103,16 +154,22 @@ impl View {
             | ResolveFlags::NO_MAGICLINKS
             | ResolveFlags::NO_XDEV;
         openat2(&root, &path.0, directory, Mode::empty(), beneath).map_err(|err| match err {
-            Errno::NOENT => invalid(format!("the image has no directory {:?}", path.0)),
-            Errno::NOTDIR => invalid(format!(
-                "{:?} is not a directory of the image: to see a file, use the container's subPath",
-                path.0
-            )),
-            Errno::LOOP => invalid(format!(
-                "{:?} leads through a symbolic link of the image, which is not followed: give the \
-                 path that it leads to",
-                path.0
-            )),
+            Errno::NOENT => invalid("path", format!("the image has no directory {:?}", path.0)),
+            Errno::NOTDIR => invalid(
+                "path",
+                format!(
+                    "{:?} is not a directory of the image: to see a file, use the container's subPath",
+                    path.0
+                ),
+            ),
+            Errno::LOOP => invalid(
+                "path",
+                format!(
+                    "{:?} leads through a symbolic link of the image, which is not followed: give \
+                     the path that it leads to",
+                    path.0
+                ),
+            ),
             err => failed(err),
         })
     }
@@ -129,9 +186,9 @@ pub(super) fn open_own(dir: &Path) -> io::Result<OwnedFd> {
     Ok(rustix::fs::openat(CWD, dir, flags, Mode::empty())?)
 }
 
-fn invalid(reason: String) -> MountError {
+fn invalid(field: &'static str, reason: String) -> MountError {
     MountError::Invalid {
-        field: "path".into(),
+        field: field.into(),
         reason,
     }
 }
@@ -184,7 +241,7 @@ mod tests {
         let open = |path: &str| {
             let view = View {
                 path: Some(SubPath::parse(path).unwrap()),
-                writable_bytes: None,
+                writable: None,
             };
             view.open(&image)
         };
@@ -234,17 +291,22 @@ mod tests {
             view.hash(&mut hash);
             hash.finalize()
         };
-        let view = |path: Option<&str>, writable_bytes| View {
+        let view = |path: Option<&str>, size_bytes: Option<Option<u64>>| View {
             path: path.map(|it| SubPath::parse(it).unwrap()),
-            writable_bytes,
+            writable: size_bytes.map(|size_bytes| Writable {
+                size_bytes,
+                max_bytes: 2,
+            }),
         };
         let views = [
             view(None, None),
             view(Some("a"), None),
             view(Some("b"), None),
-            view(None, Some(1)),
-            view(None, Some(2)),
-            view(Some("a"), Some(1)),
+            view(None, Some(None)),
+            view(None, Some(Some(1))),
+            view(None, Some(Some(2))),
+            view(Some("a"), Some(None)),
+            view(Some("a"), Some(Some(1))),
         ];
         for (at, one) in views.iter().enumerate() {
             for (other_at, other) in views.iter().enumerate() {
@@ -252,5 +314,28 @@ mod tests {
             }
         }
         assert_eq!(digest(&views[0]), Sha256::new().finalize());
+        // An earlier release knew no difference between these two.
+        assert_eq!(views[3].former(), views[5]);
+        for same in [0, 1, 2, 4, 5, 7] {
+            assert_eq!(views[same].former(), views[same]);
+        }
+    }
+
+    #[test]
+    fn what_the_node_allows_is_no_part_of_what_is_asked_for() {
+        let digest = |size_bytes, max_bytes| {
+            let mut hash = Sha256::new();
+            let writable = Some(Writable {
+                size_bytes,
+                max_bytes,
+            });
+            let path = None;
+            View { path, writable }.hash(&mut hash);
+            hash.finalize()
+        };
+        for size_bytes in [None, Some(1)] {
+            assert_eq!(digest(size_bytes, 1), digest(size_bytes, 2));
+            assert_eq!(digest(size_bytes, 1), digest(size_bytes, 0));
+        }
     }
 }

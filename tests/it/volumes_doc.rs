@@ -65,7 +65,7 @@ fn what_is_a_parameter_is_what_a_volume_that_outlives_its_pods_can_have() {
             wanted.insert("writable".to_owned(), "true".to_owned());
         }
         let parsed = Attributes::parse(&wanted).unwrap();
-        let is_parameter = parsed.writable_bytes(u64::MAX).is_ok();
+        let is_parameter = parsed.written_over(u64::MAX).is_ok();
         assert_eq!(
             row[3],
             if is_parameter { "yes" } else { "no" },

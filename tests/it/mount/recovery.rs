@@ -234,6 +234,33 @@ async fn a_dead_volume_that_cannot_be_mounted_anew_is_kept_or_undone_as_the_erro
 }
 
 #[tokio::test]
+async fn a_record_without_a_mount_gives_way_to_whatever_is_published_there() {
+    skip_without_mounts!("mount: stale record");
+    let world = World::new();
+    let target = world.scratch.target("pod");
+    world.publish("v", &target, "app").await.unwrap();
+    // One that is dead is still there, and its pod may have it open.
+    let (world, _) = world.crash_and_recover();
+    let err = world.publish("v", &target, "other").await.unwrap_err();
+    assert!(matches!(err, MountError::AlreadyExists { .. }), "{err:?}");
+    // As a reboot leaves it.
+    unmount(&target, UnmountFlags::DETACH).unwrap();
+    let (world, recovered) = world.crash_and_recover();
+    assert_eq!((recovered.volumes, recovered.dead_volumes), (1, 0));
+    world.mounter.fail("other", unavailable());
+    let err = world.publish("v", &target, "other").await.unwrap_err();
+    assert!(matches!(err, MountError::Unavailable { .. }), "{err:?}");
+    world.mounter.failures.lock().unwrap().clear();
+    for _ in 0..2 {
+        world.publish("v", &target, "other").await.unwrap();
+    }
+    assert_eq!(image_at(&target), "other");
+    assert_eq!(world.scratch.names("volumes").len(), 1);
+    world.unpublish("v", &target).await;
+    world.assert_nothing_is_left(&target);
+}
+
+#[tokio::test]
 async fn a_record_that_went_bad_while_running_is_put_aside() {
     skip_without_mounts!("mount: bad record");
     let world = World::new();

@@ -7,7 +7,7 @@ use std::{
 };
 
 use clip_csi::mount::{
-    MountError, MountInfo, PublishRequest, Sharing, Space, SubPath, View, VolumeStats,
+    MountError, MountInfo, PublishRequest, Sharing, Space, SubPath, View, VolumeStats, Writable,
 };
 
 use super::World;
@@ -19,17 +19,25 @@ fn seen(volume: &str, target: &Path, path: &str) -> PublishRequest {
     PublishRequest {
         view: View {
             path: Some(SubPath::parse(path).unwrap()),
-            writable_bytes: None,
+            writable: None,
         },
         ..publish_request(volume, target, "app")
     }
 }
 
 fn written(volume: &str, target: &Path, bytes: u64) -> PublishRequest {
+    allowed(volume, target, Some(bytes), bytes)
+}
+
+/// On a node that allows so much.
+fn allowed(volume: &str, target: &Path, size_bytes: Option<u64>, max_bytes: u64) -> PublishRequest {
     PublishRequest {
         view: View {
             path: None,
-            writable_bytes: Some(bytes),
+            writable: Some(Writable {
+                size_bytes,
+                max_bytes,
+            }),
         },
         ..publish_request(volume, target, "app")
     }
@@ -174,6 +182,50 @@ async fn no_more_is_written_than_the_volume_allows() {
     assert_eq!((stats.inodes.total, stats.inodes.available), (1024, 0));
     world.unpublish("v", &target).await;
     world.assert_nothing_is_left(&target);
+}
+
+#[tokio::test]
+async fn a_volume_that_is_there_keeps_what_it_was_allowed_whatever_the_node_allows_now() {
+    skip_without_mounts!("mount: another node.max_writable_bytes");
+    let world = World::new();
+    let target = world.scratch.target("pod");
+    for size_bytes in [None, Some(MIB)] {
+        let request = |max_bytes| allowed("v", &target, size_bytes, max_bytes);
+        world.table.publish(request(MIB)).await.unwrap();
+        write(&target.join("new"), b"new").unwrap();
+        for max_bytes in [2 * MIB, MIB / 2, 0] {
+            world.table.publish(request(max_bytes)).await.unwrap();
+            let stats = world.stats("v", &target).await.unwrap();
+            assert_eq!(stats.bytes.total, MIB);
+            assert!(target.join("new").exists());
+        }
+        // One that has died is made anew, and only as the node allows it now.
+        world.mounter.alive.store(false, Ordering::SeqCst);
+        let err = world.table.publish(request(0)).await.unwrap_err();
+        let want =
+            "writable: is not allowed on this node: its operator sets node.max_writable_bytes";
+        assert_eq!(err.to_string(), want);
+        world.mounter.alive.store(true, Ordering::SeqCst);
+        world.assert_nothing_is_left(&target);
+    }
+}
+
+#[tokio::test]
+async fn a_writable_volume_that_an_earlier_release_published_is_known() {
+    skip_without_mounts!("mount: a writable volume's old record");
+    let world = World::new();
+    let target = world.scratch.target("pod");
+    // It wrote down what the node allowed as if it had been asked for.
+    let former = allowed("v", &target, Some(MIB), MIB);
+    world.table.publish(former).await.unwrap();
+    let n_prepared = world.mounter.n_prepared();
+    let same = allowed("v", &target, None, MIB);
+    world.table.publish(same).await.unwrap();
+    assert_eq!(world.mounter.n_prepared(), n_prepared);
+    let other = allowed("v", &target, Some(MIB / 2), MIB);
+    let err = world.table.publish(other).await.unwrap_err();
+    assert!(matches!(err, MountError::AlreadyExists { .. }), "{err}");
+    world.unpublish("v", &target).await;
 }
 
 #[tokio::test]
