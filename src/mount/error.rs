@@ -62,6 +62,23 @@ pub enum PrepareError {
 }
 
 impl PrepareError {
+    /// Whether the same may succeed later.
+    pub fn is_transient(&self) -> bool {
+        match self {
+            Self::Source(source) => source.is_transient(),
+            Self::Present(PresentError::Origin { source, .. }) => source.is_transient(),
+            Self::Present(present) => {
+                present.is_of_disk() || matches!(present, PresentError::Timeout { .. })
+            }
+            Self::Away { .. } => true,
+            Self::Invalid { .. }
+            | Self::Refused { .. }
+            | Self::NotPresent
+            | Self::Limit { .. }
+            | Self::Internal { .. } => false,
+        }
+    }
+
     /// The same, with no text longer than can be passed on.
     #[must_use]
     pub fn shortened(mut self) -> Self {

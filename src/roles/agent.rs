@@ -7,7 +7,7 @@ use std::{
     collections::HashMap,
     fmt,
     fs::File,
-    os::fd::AsFd,
+    os::fd::{AsFd, BorrowedFd},
     sync::{
         Arc, Mutex, PoisonError, Weak,
         atomic::{AtomicBool, Ordering},
@@ -36,6 +36,10 @@ use crate::{
 
 /// How often who waits for an image hears how far it is.
 const PROGRESS: Duration = Duration::from_millis(500);
+
+/// How long it takes until a mount is tried again whose image could not be opened; longer each time.
+const ADOPT_RETRY: Duration = Duration::from_millis(500);
+const ADOPT_RETRY_MOST: Duration = Duration::from_secs(30);
 
 /// Stack of a connection's thread, which also runs the start of a preparation.
 const STACK_BYTES: usize = 256 << 10;
@@ -112,6 +116,8 @@ struct Adoptions {
 struct Place {
     /// The last adoption that has nothing to say here any more.
     outdated: u64,
+    /// The last one that was begun.
+    newest: u64,
     held: Held,
 }
 
@@ -123,10 +129,12 @@ impl Adoptions {
     fn begin(&mut self, device: MountKey) -> u64 {
         let outdated = self.n_begun;
         self.n_begun += 1;
-        self.mounts.entry(device).or_insert_with(|| Place {
+        let place = self.mounts.entry(device).or_insert_with(|| Place {
             outdated,
+            newest: 0,
             held: Held::default(),
         });
+        place.newest = self.n_begun;
         self.n_begun
     }
 
@@ -140,6 +148,13 @@ impl Adoptions {
             }
             Some(_) | None => held,
         }
+    }
+
+    /// Whether an adoption that failed is to be tried again: the mount is there, and no later one is under way.
+    fn is_wanted(&self, device: MountKey, number: u64) -> bool {
+        self.mounts
+            .get(&device)
+            .is_some_and(|it| it.newest == number)
     }
 
     fn release(&mut self, device: MountKey) -> Option<Held> {
@@ -273,15 +288,25 @@ impl Agent {
                 // Known from now on, so that a release is not overtaken.
                 let number = lock(&adopted).begin(device);
                 self.runtime.spawn(async move {
-                    match images.adopt(manifest, &request).await {
-                        Ok(held) => {
-                            info!(image.manifest = %manifest, layers = held.layers.len(), "ready for the chunks of a mount");
-                            let outdated = lock(&adopted).end(device, number, held);
-                            drop(outdated);
+                    let mut pause = ADOPT_RETRY;
+                    loop {
+                        let err = match images.adopt(manifest, &request).await {
+                            Ok(held) => {
+                                info!(image.manifest = %manifest, layers = held.layers.len(), "ready for the chunks of a mount");
+                                let outdated = lock(&adopted).end(device, number, held);
+                                return drop(outdated);
+                            }
+                            Err(err) => err,
+                        };
+                        warn!(image.manifest = %manifest, error = error_chain(&err),
+                            "what a mount lacks on disk cannot be fetched");
+                        if !err.is_transient() {
+                            return;
                         }
-                        Err(err) => {
-                            warn!(image.manifest = %manifest, error = error_chain(&err),
-                                "what a mount lacks on disk cannot be fetched");
+                        tokio::time::sleep(pause).await;
+                        pause = (2 * pause).min(ADOPT_RETRY_MOST);
+                        if !lock(&adopted).is_wanted(device, number) {
+                            return;
                         }
                     }
                 });
@@ -302,8 +327,8 @@ impl Agent {
                         return;
                     }
                     let outcome = outcome.map_err(PresentError::shortened);
-                    // If the server is gone, its successor asks again.
-                    let _ = channel.send(&AgentReply::Present { ticket, outcome }, None);
+                    let reply = AgentReply::Present { ticket, outcome };
+                    answer(&channel, &reply, None);
                 };
                 let done = Box::new(done);
                 self.store
@@ -325,8 +350,7 @@ impl Agent {
                         Err(err) => (None, Err(err.shortened())),
                     };
                     let fd = lent.as_ref().map(AsFd::as_fd);
-                    // As above.
-                    let _ = channel.send(&AgentReply::Lent { ticket, outcome }, fd);
+                    answer(&channel, &AgentReply::Lent { ticket, outcome }, fd);
                 };
                 self.store.lend_to(claimant(mount), wanted, Box::new(done));
             }
@@ -352,6 +376,14 @@ fn give_files(channel: &Channel, held: &Held) -> Result<(), String> {
 }
 
 /// Whose turn it takes; mounts of a server that does not tell them apart share one.
+/// Answers the server. One that cannot be told asks anew, by another connection, and so does its successor if it
+/// is gone.
+fn answer(channel: &Channel, reply: &AgentReply, fd: Option<BorrowedFd<'_>>) {
+    if channel.send(reply, fd).is_err() {
+        channel.close();
+    }
+}
+
 fn claimant(mount: Option<MountKey>) -> Claimant {
     let (major, minor) = mount.unwrap_or_default();
     Claimant::Mount(u64::from(major) << 32 | u64::from(minor))

@@ -1,4 +1,7 @@
-use std::io::{Read, Seek, Write};
+use std::{
+    collections::VecDeque,
+    io::{Read, Seek, Write},
+};
 
 use tokio::sync::oneshot;
 
@@ -10,7 +13,17 @@ const DEVICE: MountKey = (0, 7);
 /// Opens an image when it is told to, by the name that it was asked for with.
 #[derive(Debug, Default)]
 struct Gated {
-    gates: Mutex<HashMap<String, oneshot::Receiver<Result<(), PrepareError>>>>,
+    gates: Mutex<HashMap<String, VecDeque<oneshot::Receiver<Result<(), PrepareError>>>>>,
+}
+
+impl Gated {
+    /// Has the image opened once more, when the result says so.
+    fn gate(&self, image: &str) -> oneshot::Sender<Result<(), PrepareError>> {
+        let (sender, gate) = oneshot::channel();
+        let mut gates = self.gates.lock().unwrap();
+        gates.entry(image.to_owned()).or_default().push_back(gate);
+        sender
+    }
 }
 
 impl Images for Gated {
@@ -27,7 +40,8 @@ impl Images for Gated {
         _: ManifestDigest,
         request: &'a ImageRequest,
     ) -> BoxFuture<'a, Result<Held, PrepareError>> {
-        let gate = self.gates.lock().unwrap().remove(&request.image).unwrap();
+        let mut gates = self.gates.lock().unwrap();
+        let gate = gates.get_mut(&request.image).unwrap().pop_front().unwrap();
         Box::pin(async move {
             gate.await.unwrap()?;
             let mut index = tempfile::tempfile().unwrap();
@@ -76,12 +90,7 @@ impl World {
 
     /// Has the image adopted, which lasts until the result says how it ends.
     fn adopt(&self, image: &str) -> oneshot::Sender<Result<(), PrepareError>> {
-        let (sender, gate) = oneshot::channel();
-        self.images
-            .gates
-            .lock()
-            .unwrap()
-            .insert(image.to_owned(), gate);
+        let sender = self.images.gate(image);
         self.ask(AgentRequest::Adopt {
             device: DEVICE,
             manifest: ManifestDigest::of(image.as_bytes()),
@@ -146,6 +155,30 @@ async fn a_late_adoption_is_not_for_the_next_mount_with_its_number() {
     assert_eq!(world.held(), None);
     world.end(now, Err(refused()), 0).await;
     assert_eq!(world.held(), None);
+}
+
+#[tokio::test]
+async fn what_may_succeed_later_is_tried_again_while_the_mount_is_there() {
+    let away = || PrepareError::Away {
+        reason: String::new(),
+    };
+    let world = World::new();
+    let first = world.adopt("app");
+    let again = world.images.gate("app");
+    first.send(Err(away())).unwrap();
+    again.send(Ok(())).unwrap();
+    while world.held().as_deref() != Some("app") {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    // Once it is gone, nobody does: there is nothing to be opened with that name.
+    let last = world.adopt("gone");
+    world.ask(AgentRequest::Release { device: DEVICE });
+    world.end(last, Err(away()), 0).await;
+    // Nor with rights that others have taken the place of.
+    let (old, new) = (world.adopt("old"), world.adopt("new"));
+    world.end(old, Err(away()), 1).await;
+    world.end(new, Ok(()), 0).await;
+    assert_eq!(world.held().as_deref(), Some("new"));
 }
 
 #[tokio::test]
