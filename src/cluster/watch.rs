@@ -12,7 +12,7 @@ use kube::{
     api::{ListParams, WatchEvent, WatchParams},
 };
 use serde::de::DeserializeOwned;
-use tokio::time::{Instant, sleep, timeout};
+use tokio::time::{Instant, sleep, timeout, timeout_at};
 use tracing::{debug, warn};
 
 use crate::telemetry::error_chain;
@@ -20,8 +20,12 @@ use crate::telemetry::error_chain;
 /// Objects of one page.
 const PAGE: u32 = 50;
 
-/// How long one watch goes on; also how long a connection that died without a word is not noticed.
+/// How long one watch goes on: the API server is asked to end it then.
 const WATCH_SECONDS: u32 = 240;
+
+/// How long a watch is waited on in all. One that the API server has not ended half a minute late has a connection that
+/// died without a word: nothing would ever come, for no read of it has a deadline of its own.
+const WATCH_TIMEOUT: Duration = Duration::from_secs(WATCH_SECONDS as u64 + 30);
 
 /// How long a page, or the begin of a watch, may take: an API server gives a request a minute.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(65);
@@ -97,7 +101,8 @@ where
             }),
             Some(from) => {
                 let mut at = from.clone();
-                let step = follow(&api, &selector, &mut at, &mut see).await;
+                let end = begin + WATCH_TIMEOUT;
+                let step = follow(&api, &selector, &mut at, end, &mut see).await;
                 version = Some(at);
                 step
             }
@@ -174,11 +179,12 @@ where
     }
 }
 
-/// Tells of changes from `version` on, which goes on with them, until the watch ends.
+/// Tells of changes from `version` on, which goes on with them, until the watch ends; at `end` if nothing comes any more.
 async fn follow<K>(
     api: &Api<K>,
     selector: &Selector,
     version: &mut String,
+    end: Instant,
     see: &mut impl AsyncFnMut(Seen<K>),
 ) -> kube::Result<Next>
 where
@@ -196,8 +202,19 @@ where
         Err(err) => return Err(err),
     };
     tokio::pin!(changes);
-    while let Some(change) = changes.next().await {
-        match change? {
+    loop {
+        let change = match timeout_at(end, changes.next()).await {
+            Ok(Some(change)) => change?,
+            Ok(None) => return Ok(Next::Watch),
+            Err(_) => {
+                warn!(
+                    url = api.resource_url(),
+                    "a watch did not end in time, beginning another one"
+                );
+                return Ok(Next::Watch);
+            }
+        };
+        match change {
             WatchEvent::Added(object) | WatchEvent::Modified(object) => {
                 advance(version, &object);
                 see(Seen::Is(Box::new(object))).await;
@@ -215,7 +232,6 @@ where
             WatchEvent::Error(status) => return Err(kube::Error::Api(status)),
         }
     }
-    Ok(Next::Watch)
 }
 
 /// What the API server answers, or that it does not.
@@ -230,5 +246,56 @@ async fn answered<T>(request: impl Future<Output = kube::Result<T>>) -> kube::Re
 fn advance(version: &mut String, object: &impl Resource) {
     if let Some(at) = &object.meta().resource_version {
         version.clone_from(at);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use k8s_openapi::api::core::v1::Node;
+    use kube::Client;
+    use tokio::{
+        io::{AsyncReadExt, AsyncWriteExt},
+        net::TcpListener,
+    };
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_watch_on_a_connection_that_died_without_a_word_ends() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("http://{}", listener.local_addr().unwrap());
+        let serving = async {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            let mut request = [0; 4096];
+            let n_read = stream.read(&mut request).await.unwrap();
+            assert_ne!(n_read, 0);
+            let head = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n";
+            stream.write_all(head).await.unwrap();
+            let object = br#"{"apiVersion":"v1","kind":"Node","metadata":{"name":"a","resourceVersion":"7"}}"#;
+            let change = [br#"{"type":"ADDED","object":"#.as_slice(), object, b"}\n"].concat();
+            let chunk = [
+                format!("{:x}\r\n", change.len()).as_bytes(),
+                &change,
+                b"\r\n",
+            ]
+            .concat();
+            stream.write_all(&chunk).await.unwrap();
+            // Neither a byte nor an end.
+            std::future::pending::<()>().await;
+        };
+        let config = kube::Config::new(url.parse().unwrap());
+        let api: Api<Node> = Api::all(Client::try_from(config).unwrap());
+        let selector = Selector::default();
+        let (mut version, mut n_seen) = ("1".to_owned(), 0);
+        let mut see = async |_| n_seen += 1;
+        let end = Instant::now() + Duration::from_millis(300);
+        let following = follow(&api, &selector, &mut version, end, &mut see);
+        let step = tokio::select! {
+            () = serving => unreachable!("it serves for ever"),
+            step = timeout(Duration::from_secs(20), following) => step,
+        };
+        assert_eq!(step.expect("it ends").unwrap(), Next::Watch);
+        // What came before counts: the next one goes on from there.
+        assert_eq!((version.as_str(), n_seen), ("7", 1));
     }
 }
