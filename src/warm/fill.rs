@@ -172,9 +172,6 @@ impl Filling<'_> {
         let all = || recorded.iter().chain(rest.iter().flatten());
         let wanted_bytes = bytes_of(&mut all());
         let missing_bytes = bytes_of(&mut all().filter(missing));
-        self.progress
-            .expect(u64::try_from(n_layers).unwrap_or(u64::MAX), wanted_bytes);
-        self.progress.bytes_done(wanted_bytes - missing_bytes);
         let reservation = match self.request.what {
             // It was kept before.
             WarmWhat::All => reservation,
@@ -184,6 +181,10 @@ impl Filling<'_> {
                 self.reserve(missing_bytes, total_bytes).await?
             }
         };
+        // There is room for it: one for which there is none wants nothing.
+        self.progress
+            .expect(u64::try_from(n_layers).unwrap_or(u64::MAX), wanted_bytes);
+        self.progress.bytes_done(wanted_bytes - missing_bytes);
         // What opened the layers is not needed for their chunks, which take most of the time and the memory.
         sys::drop_code();
         self.bring(&layers, &recorded, &reservation).await?;

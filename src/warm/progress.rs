@@ -65,7 +65,7 @@ impl WarmProgress {
         self.phase.store(phase as u8, Ordering::Relaxed);
     }
 
-    pub(super) fn expect(&self, layers: u64, bytes: u64) {
+    pub(crate) fn expect(&self, layers: u64, bytes: u64) {
         self.layers_total.store(layers, Ordering::Relaxed);
         self.bytes_total.store(bytes, Ordering::Relaxed);
     }

@@ -186,6 +186,9 @@ struct Work {
 
 impl Work {
     /// Fills one image after the other; those after one that failed as well.
+    ///
+    /// What an image wants counts against the bound, not what came of it now: an attempt that finds the images there which
+    /// the one before has brought would otherwise have room for those that this one had to refuse.
     async fn fill(&self, order: &Order) -> End {
         let mut bytes = 0u64;
         let mut left = order.max_bytes;
@@ -197,10 +200,14 @@ impl Work {
                     let new = filled
                         .bytes_from_remote
                         .saturating_add(filled.bytes_from_registry);
-                    left = left.map(|it| it.saturating_sub(new));
+                    // Layers of which only a part is wanted may have come whole.
+                    left = left.map(|it| it.saturating_sub(filled.bytes_wanted.max(new)));
                     self.count(&filled);
                 }
                 Err((reason, message, is_transient)) => {
+                    // The rest of it comes with the next attempt.
+                    let wanted = progress.snapshot().bytes_total;
+                    left = left.map(|it| it.saturating_sub(wanted));
                     warn!(
                         image.r#ref = image.image,
                         reason,
@@ -262,5 +269,127 @@ impl Work {
         };
         let filled = self.parts.fill(&request, progress).await;
         filled.map_err(|err: WarmError| (err.reason(), err.to_string(), err.is_transient()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+
+    use super::*;
+    use crate::{api::Content, tier::BoxFuture};
+
+    /// Bytes of every image.
+    const IMAGE_BYTES: u64 = 60;
+
+    /// A disk to which images of [`IMAGE_BYTES`] come.
+    #[derive(Debug, Default)]
+    struct Disk {
+        images: Mutex<BTreeMap<ManifestDigest, u64>>,
+        /// One that breaks off half-way.
+        breaks: Option<ManifestDigest>,
+    }
+
+    impl Fills for Disk {
+        fn fill<'a>(
+            &'a self,
+            request: &'a FillRequest,
+            progress: &'a Arc<WarmProgress>,
+        ) -> BoxFuture<'a, Result<Filled, WarmError>> {
+            Box::pin(async {
+                let manifest = request.manifest;
+                let mut images = self.images.lock().unwrap();
+                let there = images.entry(manifest).or_default();
+                let needs_bytes = IMAGE_BYTES - *there;
+                let free_bytes = request.limits.max_new_bytes.unwrap();
+                if free_bytes < needs_bytes {
+                    return Err(WarmError::NoSpace {
+                        manifest,
+                        needs_bytes,
+                        free_bytes,
+                        hint: "",
+                    });
+                }
+                progress.expect(1, IMAGE_BYTES);
+                if self.breaks == Some(manifest) {
+                    *there = IMAGE_BYTES / 2;
+                    return Err(WarmError::NoRemote);
+                }
+                *there = IMAGE_BYTES;
+                Ok(Filled {
+                    n_layers: 1,
+                    bytes_wanted: IMAGE_BYTES,
+                    bytes_present: IMAGE_BYTES - needs_bytes,
+                    bytes_from_remote: needs_bytes,
+                    bytes_from_registry: 0,
+                })
+            })
+        }
+    }
+
+    fn digest(image: &str) -> ManifestDigest {
+        let digit = image.len() % 10;
+        format!("sha256:{}", digit.to_string().repeat(64))
+            .parse()
+            .unwrap()
+    }
+
+    /// Fills these images with room for one of them and a half, and says how many of them are there whole.
+    async fn whole(disk: &Arc<Disk>, images: &[&str]) -> (End, usize) {
+        let order = Order {
+            uid: "u".to_owned(),
+            generation: 1,
+            revision: "r".to_owned(),
+            priority: 0,
+            content: Content::All,
+            images: images
+                .iter()
+                .map(|it| ImageToFill {
+                    image: (*it).to_owned(),
+                    platform: "linux/amd64".to_owned(),
+                    digest: digest(it).to_string(),
+                })
+                .collect(),
+            bytes_per_second: None,
+            max_bytes: Some(IMAGE_BYTES * 3 / 2),
+        };
+        let work = Work {
+            parts: Arc::<Disk>::clone(disk),
+            pace: Arc::new(Pace::new(0)),
+            has_remote: true,
+            evict_unused_for: None,
+            metrics: Metrics::new(),
+            progress: images.iter().map(|_| Arc::default()).collect(),
+        };
+        let end = work.fill(&order).await;
+        let there = disk.images.lock().unwrap();
+        let n_whole = there.values().filter(|it| **it == IMAGE_BYTES).count();
+        (end, n_whole)
+    }
+
+    fn reason(end: &End) -> &'static str {
+        match end {
+            End::Ready { .. } => "",
+            End::Failed { reason, .. } => reason,
+        }
+    }
+
+    #[tokio::test]
+    async fn a_bound_of_bytes_holds_however_often_it_is_tried() {
+        let disk = Arc::<Disk>::default();
+        for _ in 0..3 {
+            let (end, n_whole) = whole(&disk, &["a", "bb"]).await;
+            assert_eq!((reason(&end), n_whole), ("NoSpace", 1));
+        }
+    }
+
+    #[tokio::test]
+    async fn an_image_that_broke_off_keeps_room_for_its_rest() {
+        let disk = Arc::new(Disk {
+            breaks: Some(digest("a")),
+            ..Disk::default()
+        });
+        let (end, n_whole) = whole(&disk, &["a", "bb"]).await;
+        assert_eq!((reason(&end), n_whole), ("NoRemote", 0));
     }
 }

@@ -39,6 +39,19 @@ async fn what_is_wanted_comes_and_no_more() {
     let profile = profile::encode(node.manifest, &profile).unwrap();
     let remote = node.store.remote().unwrap();
     assert!(remote.put_profile(&node.manifest, &profile).await);
+    // One that has no room for it counts nothing as wanted, or others would have to leave room for it.
+    let small = world.node("small");
+    let request = FillRequest {
+        limits: FillLimits {
+            max_new_bytes: Some(2 * CHUNK_BYTES),
+            ..limits()
+        },
+        ..small.fill_request(WarmWhat::Recorded)
+    };
+    let progress = Arc::default();
+    let refused = small.warmer().fill(&request, &progress).await;
+    assert_eq!(reason(refused).0, "NoSpace");
+    assert_eq!(progress.snapshot().bytes_total, 0);
     for name in ["index", "recorded"] {
         let node = world.node(name);
         let filled = node.fill(WarmWhat::Recorded).await.unwrap();
