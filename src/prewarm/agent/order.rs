@@ -1,8 +1,11 @@
 //! Reads out of an ImagePrewarm what is to be done for it on one node. Pure.
 
+use std::collections::HashSet;
+
 use crate::{
-    api::{Content, ImagePrewarm, ImagePrewarmSpec, ImagePrewarmStatus},
+    api::{Content, ImagePrewarm, ImagePrewarmSpec, ImagePrewarmStatus, ImageStatus},
     prewarm::{nodes::NodeFacts, rollout::uid as uid_of},
+    registry::Platform,
 };
 
 /// What is to be done for an ImagePrewarm on this node.
@@ -47,15 +50,15 @@ pub(super) fn of(
     if spec.suspend || status.revision.is_empty() || !facts.is_wanted(spec) {
         return None;
     }
-    let images = status.images.iter().filter(|it| it.platform == platform);
-    let images = images.filter_map(|it| {
-        Some(ImageToFill {
-            image: it.image.clone(),
-            platform: it.platform.clone(),
-            digest: it.manifest_digest.clone()?,
-        })
+    let platform: Platform = platform.parse().ok()?;
+    let mut seen = HashSet::new();
+    let images = status.images.iter().filter(|it| {
+        let fits = platform_of(it).is_some_and(|it| platform.fit(&it).is_some());
+        // A platform may be written in several ways.
+        fits && seen.insert((&it.image, &it.manifest_digest))
     });
-    Some(order(spec, status, uid, generation, images.collect()))
+    let images = images.filter_map(to_fill).collect();
+    Some(order(spec, status, uid, generation, images))
 }
 
 /// What is to be done for a pod that wants `image` for `platform` here; `None` if `object` does not offer that.
@@ -72,14 +75,24 @@ pub(super) fn for_pod(
     if uid_of(object) != uid || object.metadata.deletion_timestamp.is_some() || spec.suspend {
         return None;
     }
-    let mut images = status.images.iter();
-    let found = images.find(|it| it.image == image && it.platform == platform)?;
-    let filled = ImageToFill {
-        image: found.image.clone(),
-        platform: found.platform.clone(),
-        digest: found.manifest_digest.clone()?,
-    };
-    Some(order(spec, status, uid, generation, vec![filled]))
+    let platform: Platform = platform.parse().ok()?;
+    let images = status.images.iter().filter(|it| it.image == image);
+    let images = images.filter_map(|it| Some((platform.fit(&platform_of(it)?)?, it)));
+    let (_, best) = images.min_by_key(|(fit, _)| *fit)?;
+    Some(order(spec, status, uid, generation, vec![to_fill(best)?]))
+}
+
+/// What it is for; `None` where the text is no platform, which its condition says.
+fn platform_of(image: &ImageStatus) -> Option<Platform> {
+    image.platform.parse().ok()
+}
+
+fn to_fill(image: &ImageStatus) -> Option<ImageToFill> {
+    Some(ImageToFill {
+        image: image.image.clone(),
+        platform: image.platform.clone(),
+        digest: image.manifest_digest.clone()?,
+    })
 }
 
 fn order(
@@ -148,6 +161,45 @@ mod tests {
             max_bytes: Some(100),
         };
         assert_eq!(of_object(|_| {}), Some(expected));
+    }
+
+    #[test]
+    fn a_platform_may_be_written_in_any_way_that_names_the_nodes() {
+        let entry = |platform: &str, digest: &str| json!({"image": "r/a:1", "platform": platform, "manifestDigest": digest});
+        for (node, offered, filled) in [
+            ("linux/arm64", vec!["linux/arm64/v8"], vec!["0"]),
+            (
+                "linux/arm64",
+                vec!["linux/amd64", "linux/aarch64"],
+                vec!["1"],
+            ),
+            ("linux/amd64", vec!["linux/x86_64"], vec!["0"]),
+            ("linux/arm", vec!["linux/arm/v7"], vec!["0"]),
+            ("linux/arm64", vec!["linux/arm/v7", "none"], vec![]),
+            (
+                "linux/amd64",
+                vec!["linux/amd64", "linux/amd64/v3"],
+                vec!["0", "1"],
+            ),
+        ] {
+            let entries = offered.iter().enumerate();
+            let entries: Vec<_> = entries.map(|(at, it)| entry(it, &at.to_string())).collect();
+            let object = object(|it| it["status"]["images"] = json!(entries));
+            let order = of(&object, "u", node, &NodeFacts::default()).unwrap();
+            let digests: Vec<_> = order.images.iter().map(|it| &it.digest).collect();
+            assert_eq!(digests, filled, "{node} {offered:?}");
+            // A pod's own is the best of them.
+            let of_pod = for_pod(&object, "u", "r/a:1", node).map(|it| it.images[0].digest.clone());
+            assert_eq!(
+                of_pod.as_deref(),
+                filled.first().copied(),
+                "{node} {offered:?}"
+            );
+        }
+        // The same under two names is filled once.
+        let twice = [entry("linux/amd64", "0"), entry("linux/x86_64", "0")];
+        let order = of_object(|it| it["status"]["images"] = json!(twice)).unwrap();
+        assert_eq!(order.images.len(), 1);
     }
 
     #[test]
