@@ -287,8 +287,8 @@ impl Queue {
         let item = self.items.get_mut(uid)?;
         let order = item.read.as_ref()?.order.clone()?;
         item.running = Some((order.generation, order.revision.clone()));
-        item.tell(&order, WarmupPhase::Warming);
-        self.news = self.news.max(News::Begun);
+        let news = item.tell(&order, WarmupPhase::Warming);
+        self.news = self.news.max(news);
         Some(order)
     }
 
@@ -327,10 +327,7 @@ impl Queue {
         let news = match &order {
             // A task that runs for the same goes on.
             Some(_) if item.running.is_some() => News::None,
-            Some(order) => {
-                item.tell(order, WarmupPhase::Pending);
-                News::Begun
-            }
+            Some(order) => item.tell(order, WarmupPhase::Pending),
             None => {
                 item.told = None;
                 News::Step
@@ -441,16 +438,18 @@ impl Queue {
 }
 
 impl Item {
-    /// Says that it is in another phase, which it has just begun to be.
-    fn tell(&mut self, order: &Order, phase: WarmupPhase) {
+    /// Says that it is in another phase, which it has just begun to be; returns what is new about that.
+    fn tell(&mut self, order: &Order, phase: WarmupPhase) -> News {
         let before = self
             .told
             .as_ref()
             .filter(|it| it.revision == order.revision);
-        // A failure is told of until it is made good.
-        let failure = before.filter(|_| phase == WarmupPhase::Pending);
-        if failure.is_some_and(|it| it.phase == WarmupPhase::Failed) {
-            return;
+        // A failure is told of until it is made good, also while it is tried again: the object would otherwise be well and
+        // ill in turn, with an Event each time and an alert that never lasts. So that attempt takes no place of
+        // `parallelism`: the node had its turn, attempts are ever fewer, and a share that shrank and grew with each of
+        // them would be a message to every node.
+        if before.is_some_and(|it| it.phase == WarmupPhase::Failed) {
+            return News::None;
         }
         self.told = Some(Warmup {
             uid: order.uid.clone(),
@@ -469,3 +468,4 @@ impl Item {
 
 #[cfg(test)]
 mod tests;
+        News::Begun

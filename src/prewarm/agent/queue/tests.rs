@@ -214,6 +214,10 @@ fn a_failure_is_told_of_until_it_is_made_good_and_tried_again_ever_more_seldom()
     ] {
         assert_eq!(case.next(), ["start a r"], "{wait}");
         case.fail("a", "r", is_transient);
+        if wait != 30 {
+            // It is ill while it is tried again, too: an object would otherwise be well with each attempt.
+            assert_eq!(case.phases(), [("a".to_owned(), WarmupPhase::Failed)]);
+        }
         assert_eq!(case.phases(), [("a".to_owned(), WarmupPhase::Failed)]);
         case.now += Duration::from_secs(wait - 1);
         assert_eq!(case.next(), [""; 0], "{wait}");
