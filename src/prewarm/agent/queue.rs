@@ -25,6 +25,14 @@ const FIRST_LONG_WAIT: Duration = Duration::from_secs(300);
 /// Longest wait between two attempts.
 const MAX_WAIT: Duration = Duration::from_secs(1800);
 
+/// How long after the node was told of first it does nothing yet.
+///
+/// Where no node has anything to do, all are admitted; many that join at once would all begin before the controller knows of
+/// the first of them. It sees a NodeImageCache within a moment, and tells of a smaller share within a second or two, or four
+/// where it has just told a thousand nodes of twenty objects. An agent that restarts waits as well: its node may have been
+/// away, and not counted.
+const UNCOUNTED: Duration = Duration::from_secs(5);
+
 /// What is to be done next.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Do {
@@ -87,6 +95,8 @@ pub(super) struct Queue {
     is_listed: bool,
     /// What of that which the node says has changed.
     news: News,
+    /// From when on the controller counts this node.
+    counted_at: Option<Instant>,
 }
 
 /// Whether there is something to tell.
@@ -111,6 +121,7 @@ impl Queue {
             before: BTreeMap::new(),
             is_listed: false,
             news: News::None,
+            counted_at: None,
         }
     }
 
@@ -232,8 +243,12 @@ impl Queue {
         item.is_some_and(|it| it.rollout.generation == generation)
     }
 
-    /// What is to be done now: at most `max_reads` objects to read, and as many tasks as there is room for.
+    /// What is to be done now: at most `max_reads` objects to read, and as many tasks as there is room for. Nothing before
+    /// the controller counts this node.
     pub(super) fn next(&mut self, now: Instant, max_reads: usize) -> Vec<Do> {
+        if self.counted_at.is_none_or(|at| now < at) {
+            return Vec::new();
+        }
         let node = &self.node;
         let mut reads = Vec::new();
         let mut ready: Vec<(Reverse<i32>, Instant, &String)> = Vec::new();
@@ -425,9 +440,10 @@ impl Queue {
         self.news
     }
 
-    /// Notes that all was told.
-    pub(super) fn was_told(&mut self) {
+    /// Notes that all was told, at `now`.
+    pub(super) fn was_told(&mut self, now: Instant) {
         self.news = News::None;
+        self.counted_at.get_or_insert(now + UNCOUNTED);
     }
 
     /// Nodes that the greatest rollout is for.
@@ -463,9 +479,9 @@ impl Item {
             reason: None,
             message: None,
         });
+        News::Begun
     }
 }
 
 #[cfg(test)]
 mod tests;
-        News::Begun

@@ -119,7 +119,7 @@ impl Report {
         }
         match self.put(node_uid, queue.told()).await {
             Ok(()) => {
-                queue.was_told();
+                queue.was_told(now);
                 self.written_at = Some(now);
                 self.news_at = None;
                 self.retry = FIRST_RETRY;

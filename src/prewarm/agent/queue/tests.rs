@@ -16,10 +16,11 @@ impl Case {
         let mut queue = Queue::new(NODE, max_running);
         queue.see(Seen::Listing);
         queue.see(Seen::Listed);
-        queue.was_told();
+        let now = Instant::now();
+        queue.was_told(now);
         Self {
             queue,
-            now: Instant::now(),
+            now: now + UNCOUNTED,
         }
     }
 
@@ -213,11 +214,11 @@ fn a_failure_is_told_of_until_it_is_made_good_and_tried_again_ever_more_seldom()
         (true, 1800),
     ] {
         assert_eq!(case.next(), ["start a r"], "{wait}");
-        case.fail("a", "r", is_transient);
         if wait != 30 {
             // It is ill while it is tried again, too: an object would otherwise be well with each attempt.
             assert_eq!(case.phases(), [("a".to_owned(), WarmupPhase::Failed)]);
         }
+        case.fail("a", "r", is_transient);
         assert_eq!(case.phases(), [("a".to_owned(), WarmupPhase::Failed)]);
         case.now += Duration::from_secs(wait - 1);
         assert_eq!(case.next(), [""; 0], "{wait}");
@@ -308,7 +309,35 @@ fn what_was_told_before_the_agent_restarted_still_holds() {
         expected.map(|(uid, phase)| (uid.to_owned(), phase))
     );
     assert_eq!(case.queue.news(), News::Step);
+    case.queue.was_told(case.now);
+    case.now += UNCOUNTED;
     assert_eq!(case.next(), ["read warming"]);
+}
+
+#[test]
+fn nothing_is_read_or_begun_before_the_controller_counts_the_node() {
+    let mut queue = Queue::new(NODE, 1);
+    queue.see(Seen::Listing);
+    for uid in ["a", "b"] {
+        queue.see(Seen::Is(Box::new(rollout(uid, 1, "r", 1000))));
+    }
+    queue.see(Seen::Listed);
+    let now = Instant::now();
+    let mut case = Case { queue, now };
+    // As long as its object cannot be written nobody knows of it.
+    case.now += Duration::from_secs(600);
+    assert_eq!(case.next(), [""; 0]);
+    case.queue.was_told(case.now);
+    case.now += Duration::from_secs(4);
+    assert_eq!(case.next(), [""; 0]);
+    // It is told of again, and the controller has found that there are many: this one is not among the first.
+    case.queue.was_told(case.now);
+    case.see("b", 1, "r", 0);
+    case.now += Duration::from_secs(1);
+    assert_eq!(case.next(), ["read a"]);
+    // What comes later waits no more.
+    case.see("c", 1, "r", 1000);
+    assert_eq!(case.next(), ["read a", "read c"]);
 }
 
 #[test]
