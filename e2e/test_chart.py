@@ -454,6 +454,12 @@ class Configuration(Charted):
 
     def test_the_program_accepts_it(self):
         if not paths.binary().exists():
+    def test_the_prewarm_controller_waits_for_uploads_as_long_as_its_pod_may(self):
+        for grace, drain in ((None, 25), (600, 595), (6, 1), (1, 1)):
+            values = {"enabled": True} | ({} if grace is None else {"terminationGracePeriodSeconds": grace})
+            prewarm = tomllib.loads(self.files({"prewarm": values})["prewarm.toml"])
+            self.assertEqual(prewarm["node"], {"drain_seconds": drain}, grace)
+
             self.skipTest(f"no {paths.binary()}: run `make build`")
         for text in (*self.files({}).values(), *self.files(EVERYTHING).values()):
             with tempfile.TemporaryDirectory() as scratch:

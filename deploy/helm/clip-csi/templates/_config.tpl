@@ -162,6 +162,10 @@ dir = "/cache"
 
 {{ include "clip-csi.registryConfig" (dict "Values" .Values "onNode" false) }}
 
+[node]
+{{- /* What it does after uploads have ended, or were given up, takes less than five seconds. */}}
+drain_seconds = {{ max 1 (sub (int64 .Values.prewarm.terminationGracePeriodSeconds) 5) }}
+
 [prewarm]
 {{- include "clip-csi.tomlIntegers" (dict "values" .Values.prewarm "keys" (list "parallelImages" "bytesPerSecond")) }}
 {{- end }}
