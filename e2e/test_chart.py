@@ -6,6 +6,7 @@ Needs Helm ($HELM, PATH, or the tests' own, which is built if the cache has none
 
 import functools
 import hashlib
+import http.server
 import itertools
 import json
 import os
@@ -15,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import tomllib
 import unittest
 
@@ -452,14 +454,14 @@ class Configuration(Charted):
         self.assertEqual(prewarm["cache"]["dir"], mounted(container_of(self.objects(EVERYTHING), "prewarm")[1])["cache"]["mountPath"])
         self.assertEqual(set(self.files({})), {"agent.toml", "mounts.toml"})
 
-    def test_the_program_accepts_it(self):
-        if not paths.binary().exists():
     def test_the_prewarm_controller_waits_for_uploads_as_long_as_its_pod_may(self):
         for grace, drain in ((None, 25), (600, 595), (6, 1), (1, 1)):
             values = {"enabled": True} | ({} if grace is None else {"terminationGracePeriodSeconds": grace})
             prewarm = tomllib.loads(self.files({"prewarm": values})["prewarm.toml"])
             self.assertEqual(prewarm["node"], {"drain_seconds": drain}, grace)
 
+    def test_the_program_accepts_it(self):
+        if not paths.binary().exists():
             self.skipTest(f"no {paths.binary()}: run `make build`")
         for text in (*self.files({}).values(), *self.files(EVERYTHING).values()):
             with tempfile.TemporaryDirectory() as scratch:
@@ -609,6 +611,43 @@ class Security(Charted):
         # No Secret is read for it but by its name, and none without prewarm.pullSecrets.namespaces.
         rules = [rule for it in objects if it["kind"] == "ClusterRole" and "prewarm" in it["metadata"]["name"] for rule in it["rules"]]
         self.assertNotIn("secrets", {resource for rule in rules for resource in rule["resources"]})
+
+    def test_a_second_release_that_prewarms_is_refused_where_the_cluster_can_be_asked(self):
+        group = "admissionregistration.k8s.io"
+        owner = {"meta.helm.sh/release-name": "first", "meta.helm.sh/release-namespace": "storage"}
+        answers = {
+            "/version": {"major": "1", "minor": "36", "gitVersion": f"v{NEWEST}"},
+            "/api": {"kind": "APIVersions", "versions": ["v1"]},
+            "/api/v1": {"kind": "APIResourceList", "groupVersion": "v1", "resources": []},
+            "/apis": {"kind": "APIGroupList", "apiVersion": "v1", "groups": [{"name": group, "versions": [{"groupVersion": f"{group}/v1", "version": "v1"}]}]},
+            f"/apis/{group}/v1": {"kind": "APIResourceList", "groupVersion": f"{group}/v1", "resources": [
+                {"name": "validatingadmissionpolicies", "kind": "ValidatingAdmissionPolicy", "namespaced": False, "verbs": ["get", "list"]}]},
+            f"/apis/{group}/v1/validatingadmissionpolicies": {"kind": "ValidatingAdmissionPolicyList", "apiVersion": f"{group}/v1", "items": [
+                {"metadata": {"name": "first-clip-csi-nodeimagecaches", "annotations": owner}}, {"metadata": {"name": "somebody-elses"}}]},
+        }
+
+        class Api(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                answer = answers.get(self.path.partition("?")[0])
+                self.send_response(200 if answer else 404)
+                self.send_header("content-type", "application/json")
+                self.end_headers()
+                self.wfile.write(json.dumps(answer or {"kind": "Status", "code": 404, "reason": "NotFound"}).encode())
+
+            def log_message(self, *_):
+                pass
+
+        with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Api) as server:
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            words = ["--dry-run=server", "--disable-openapi-validation", "--kube-apiserver", f"http://127.0.0.1:{server.server_port}"]
+            for name, namespace, enabled, is_refused in (("first", "storage", True, False), ("second", "storage", True, True), ("first", "other", True, True), ("second", "storage", False, False)):
+                values = merged(IMAGE, {"prewarm": {"enabled": enabled}})
+                done = run_helm("template", name, str(CHART), "--namespace", namespace, *words, values=values)
+                # This cluster knows no other kinds, so that Helm has something to say of those that it would render.
+                says = "prewarm.enabled is for one release of a cluster, and release first in namespace storage has it"
+                self.assertIn(says if is_refused else "no matches for kind", done.stderr, (name, namespace, enabled))
+                self.assertEqual(says in done.stderr, is_refused, (name, namespace, enabled))
+            server.shutdown()
 
     def test_the_prewarm_controller_reads_secrets_of_named_namespaces_alone(self):
         named = lambda values: [(it["kind"], it["metadata"].get("namespace")) for it in self.objects(values) if it["metadata"]["name"] == "clip-csi-prewarm-pull-secrets"]
