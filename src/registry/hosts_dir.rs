@@ -195,13 +195,17 @@ impl HostsDir {
             let path = origin.base.as_ref().map_or("/v2/", Url::path);
             origin.base = Url::parse(&format!("https://{name}{path}")).ok();
         }
-        let mirrors = found.mirrors.iter();
+        // A file may name the registry itself among the hosts: that is no mirror, and what it says of it holds.
+        let is_itself = |it: &&EndpointSettings| it.base == origin.base;
+        let (itself, mirrors): (Vec<_>, Vec<_>) = found.mirrors.iter().partition(is_itself);
+        for it in itself {
+            if let Trust::Files(_) = it.trust {
+                origin.trust = it.trust.clone();
+            }
+            origin.headers.extend(it.headers.clone());
+        }
         Some(RegistryEndpoints {
-            // The default file may name the registry itself.
-            mirrors: mirrors
-                .filter(|it| it.base != origin.base)
-                .cloned()
-                .collect(),
+            mirrors: mirrors.into_iter().cloned().collect(),
             origin,
             always_ask_origin: false,
         })
@@ -513,6 +517,17 @@ server = "https://registry-1.docker.io"
             assert_eq!(files.client, Some((at("client.pem"), at("client.pem"))));
             assert!(found.files().any(|it| *it == files), "they are not read");
         }
+        // So does what stands under its own URL, before that.
+        let text = "ca = \"ca.crt\"\n[host.\"https://t.x\"]\nca = \"own.crt\"\nheader = {x-two = \"2\"}\n[host.\"https://m.x\"]\n";
+        write(dir.path(), "t.x", text);
+        let found = HostsDir::read(dir.path(), SkipVerify::Refused).unwrap();
+        let endpoints = found.endpoints("t.x").unwrap();
+        assert_eq!(endpoints.mirrors.len(), 1);
+        assert_eq!(endpoints.origin.headers["x-two"], "2");
+        let Trust::Files(files) = endpoints.origin.trust else {
+            panic!("{:?}", endpoints.origin.trust);
+        };
+        assert_eq!(files.authorities, [dir.path().join("t.x/own.crt")]);
         let origin = found.endpoints("s.x").unwrap().origin;
         assert_eq!(origin.base.unwrap().as_str(), "https://s.x/");
     }
