@@ -113,14 +113,17 @@ impl<S: Scratch> Merge<S> {
         // The lowest layer has nothing below.
         if 0 < number {
             for entry in entries(layer) {
+                self.tree.look();
                 self.note(&entry?, &mut below)?;
             }
             for entry in entries(layer) {
+                self.tree.look();
                 self.hide(entry?.path, &mut below)?;
             }
         }
         self.parent = None;
         for entry in entries(layer) {
+            self.tree.look();
             self.apply(&entry?, number, &mut below)?;
         }
         self.layers.push(LayerRecord {

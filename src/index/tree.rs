@@ -18,6 +18,24 @@ use super::{
 /// 255 as in the tools that unpack images; Linux itself stops at 40.
 const MAX_SYMLINKS: u32 = 255;
 
+/// How many components one path may lead through, those of the links on its way included.
+///
+/// A path of 4095 bytes has 2048, one that Linux resolves leads through 40 links, and a link of a real image has
+/// less than forty components: even all of these together are half of it. 255 links as long as may be have a
+/// million.
+const MAX_WALKED: usize = 8192;
+
+/// Components that the paths of an image may lead through for each time that an entry is looked at: once in
+/// the lowest layer, three times in others.
+///
+/// Real paths have about ten, also behind links such as `/lib -> usr/lib`, and most are in the directory of the
+/// one before, which is not walked to again. A million entries, each [`MAX_WALKED`] away, would be eight
+/// thousand million look-ups, and merges wait for each other.
+pub(super) const WALKED_PER_LOOK: u64 = 64;
+
+/// Components besides: 128 of the longest ways, so that an image of a few entries may be as odd as it likes.
+const WALKED_AT_LEAST: u64 = 1 << 20;
+
 /// Pages of names that are held: 1 MiB. Those of the directories on the way to where the tar is, and many more.
 const HELD_NAME_PAGES: usize = 256;
 
@@ -89,6 +107,9 @@ pub(super) struct Tree<S> {
     n_nodes: u32,
     n_listings: u32,
     max_nodes: u32,
+    /// How many components paths have led through, and how many they may.
+    pub(super) n_walked: u64,
+    max_walked: u64,
 }
 
 /// Whether missing directories on the way are made.
@@ -111,7 +132,14 @@ impl<S: Scratch> Tree<S> {
             n_nodes: 1,
             n_listings: 1,
             max_nodes,
+            n_walked: 0,
+            max_walked: WALKED_AT_LEAST,
         }
+    }
+
+    /// Lets paths lead further, because an entry is looked at.
+    pub(super) fn look(&mut self) {
+        self.max_walked = self.max_walked.saturating_add(WALKED_PER_LOOK);
     }
 
     /// Another scratch file of the same kind.
@@ -303,13 +331,25 @@ impl<S: Scratch> Tree<S> {
         Ok(listing)
     }
 
+    fn count_walked(&mut self) -> Result<(), IndexError> {
+        self.n_walked += 1;
+        if self.max_walked < self.n_walked {
+            return Err(IndexError::Limit {
+                limit: "path components, those of links included",
+                max: self.max_walked,
+            });
+        }
+        Ok(())
+    }
+
     /// Walks to the directory at `components`, through symbolic links, never above the root.
     ///
     /// This is what unpacking into a root directory does: an entry `lib/x` lands in `usr/lib/x`
     /// where a lower layer has `lib -> usr/lib`.
     ///
     /// # Errors
-    /// If something on the way is neither a directory nor a link to one, or if links form a loop.
+    /// If something on the way is neither a directory nor a link to one, if links form a loop or lead too far,
+    /// or if those of all paths together do.
     pub(super) fn directory(
         &mut self,
         components: &[&[u8]],
@@ -319,8 +359,10 @@ impl<S: Scratch> Tree<S> {
         // The way back for `..`: the directories from the root to where we are.
         let mut trail = vec![Self::ROOT];
         let mut rest: Vec<Box<[u8]>> = components.iter().rev().map(|it| Box::from(*it)).collect();
-        let mut n_symlinks = 0;
+        let (mut n_symlinks, mut n_walked) = (0, 0);
         while let Some(name) = rest.pop() {
+            n_walked += 1;
+            self.count_walked()?;
             match &*name {
                 b"" | b"." => continue,
                 b".." => {
@@ -358,6 +400,10 @@ impl<S: Scratch> Tree<S> {
                         trail.truncate(1);
                     }
                     rest.extend(target.rsplit(|it| *it == b'/').map(Box::from));
+                    if MAX_WALKED < n_walked + rest.len() {
+                        let reason = "links on its way lead through more than 8192 names";
+                        return Err(entry_error(path, reason));
+                    }
                 }
                 Kind::Other if missing == Missing::Leave => return Ok(None),
                 Kind::Other => return Err(entry_error(path, "its parent is not a directory")),

@@ -7,6 +7,7 @@ use crate::{
     index::{
         image::{FileType, ImageIndex, Ino},
         layer_index::LayerIndexBuilder,
+        tree::WALKED_PER_LOOK,
     },
     tar::{TarEntry, TarExtent, TarKind},
 };
@@ -281,6 +282,83 @@ fn entries_that_cannot_be_applied_are_refused() {
             max: 1000
         }
     );
+}
+
+/// Links `s0` to `s<n>`, each of which leads to the next one, and then `n_detours` times into a directory and back.
+fn detours(n_links: usize, n_detours: usize) -> String {
+    let detour = "/d/..".repeat(n_detours);
+    let link = |at| format!("l s{at} s{}{detour}\n", at + 1);
+    let links: String = (0..n_links).map(link).collect();
+    format!("d d \n {links} l s{n_links} d")
+}
+
+#[test]
+fn links_that_lead_one_path_too_far_are_refused() {
+    // s0 | s1 and 1600 names | … | d.
+    let far = format!("{}\n f s0/a 1", detours(5, 800));
+    assert!(list(&merge(&[&far]).unwrap()).contains("; d/a 1; "));
+    let too_far = format!("{}\n f s0/a 1", detours(6, 800));
+    let error = merge(&[&too_far]).unwrap_err().to_string();
+    assert!(error.contains("more than 8192 names"), "{error}");
+    // Also where nothing is made on the way.
+    for upper in ["h b s0/a", "w s0/a"] {
+        let error = merge(&[&detours(6, 800), upper]).unwrap_err().to_string();
+        assert!(error.contains("more than 8192 names"), "{upper}: {error}");
+    }
+}
+
+#[test]
+fn links_that_lead_all_paths_too_far_are_refused() {
+    // By turns, so that no path's directory is that of the path before.
+    let entry = |at| format!("\n f s{}/{at} 1", at % 2);
+    let entries = |n| (0..n).map(entry).collect::<String>();
+    let links = detours(5, 800);
+    assert!(merge(&[&format!("{links}{}", entries(100))]).is_ok());
+    let error = merge(&[&format!("{links}{}", entries(200))]).unwrap_err();
+    let IndexError::Limit { limit, max } = error else {
+        panic!("{error}");
+    };
+    assert_eq!(limit, "path components, those of links included");
+    assert!((1 << 20..(1 << 20) + 300 * 64).contains(&max), "{max}");
+}
+
+#[test]
+fn links_of_real_images_are_far_from_being_refused() {
+    // As Debian has them, with a way of forty links, as long as Linux follows one.
+    let mut lower = "l lib usr/lib \n l bin /usr/bin \n d usr/lib/jvm/java-21 \n \
+        l usr/lib/jvm/default ../../../etc/alternatives/jvm \n l etc/alternatives/jvm /lib/jvm/java-21 \n"
+        .to_owned();
+    let deep = "a/b/c/d/e/f/g/h/i/j/k/l/m/n/o/p";
+    for at in 0..39 {
+        let next = at + 1;
+        lower += &format!("l {deep}/{at} {}{deep}/{next}\n", "../".repeat(16));
+    }
+    lower += &format!("d {deep}/39");
+    let mut upper = format!("f {deep}/0/x 1");
+    for at in 0..200 {
+        upper += &format!(
+            "\n f lib/a{at}/b/c/d 1 \n f usr/lib/jvm/default/lib/{at} 1 \n h bin/{at} lib/a{at}/b/c/d"
+        );
+    }
+    let mut merge = Merge::new(3000);
+    let mut n_looks = 0;
+    for (text, n_looks_each) in [(&lower, 1), (&upper, 3)] {
+        let layer = layer(text);
+        n_looks += n_looks_each * layer.n_entries();
+        merge.add_layer(&layer, BlobDigest::of(b""), 5).unwrap();
+    }
+    let allowed = n_looks * WALKED_PER_LOOK;
+    let walked = merge.tree.n_walked;
+    assert!(walked * 5 < allowed, "{walked} of {allowed}");
+    let index = ImageIndex::open(merge.finish(ManifestDigest::of(b"")).unwrap()).unwrap();
+    let list = list(&index);
+    for path in [
+        format!("; {deep}/39/x 1;"),
+        "; usr/lib/jvm/java-21/lib/7 1;".to_owned(),
+        "; usr/bin/7 1 x2;".to_owned(),
+    ] {
+        assert!(list.contains(&path), "{path}");
+    }
 }
 
 #[test]
