@@ -21,7 +21,8 @@ const AUFS_PREFIX: &[u8] = b".wh..wh.";
 /// lexically and stopped at the root, as if the path began with a slash.
 ///
 /// # Errors
-/// If the path or a component is too long for Linux, or holds a NUL.
+/// If the path or a component is too long for Linux, or holds a NUL. A whiteout, which is no file, may have
+/// a name longer by its prefix: what it hides may have the longest one.
 pub fn components(path: &[u8]) -> Result<Vec<&[u8]>, IndexError> {
     if MAX_PATH_BYTES < path.len() {
         return Err(entry_error(path, "the path is longer than 4095 bytes"));
@@ -33,11 +34,15 @@ pub fn components(path: &[u8]) -> Result<Vec<&[u8]>, IndexError> {
             b".." => {
                 clean.pop();
             }
-            name if MAX_NAME_BYTES < name.len() => {
-                return Err(entry_error(path, "a name is longer than 255 bytes"));
-            }
             name if name.contains(&0) => return Err(entry_error(path, "a name holds a NUL byte")),
             name => clean.push(name),
+        }
+    }
+    for (at, name) in clean.iter().enumerate() {
+        let is_last = at + 1 == clean.len();
+        let hidden = name.strip_prefix(WHITEOUT_PREFIX).filter(|_| is_last);
+        if MAX_NAME_BYTES < hidden.unwrap_or(name).len() {
+            return Err(entry_error(path, "a name is longer than 255 bytes"));
         }
     }
     Ok(clean)
@@ -103,6 +108,12 @@ mod tests {
     fn names_that_linux_cannot_hold_are_refused() {
         assert!(components(&[b'a'; 256]).is_err());
         assert!(components(&[b'a'; 255]).is_ok());
+        // Of a whiteout the name that it hides counts, which is the file's.
+        let whiteout = |len| [&b"d/.wh."[..], &b"a".repeat(len)].concat();
+        assert_eq!(components(&whiteout(255)).unwrap()[1].len(), 259);
+        assert!(components(&whiteout(256)).is_err());
+        assert!(components(&[&whiteout(255)[..], b"/./"].concat()).is_ok());
+        assert!(components(&[&whiteout(255)[..], b"/a"].concat()).is_err());
         assert!(components(&b"a/".repeat(2048)).is_err());
         assert!(components(b"a\0b").is_err());
     }

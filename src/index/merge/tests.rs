@@ -262,6 +262,36 @@ fn layers_merge_as_the_specification_says() {
 }
 
 #[test]
+fn files_with_the_longest_names_are_hidden() {
+    for len in [251, 252, 255] {
+        let name = "n".repeat(len);
+        let lower = format!("f d/{name} 1 \n f d/a 2");
+        let upper = format!("w d/{name}");
+        assert_eq!(
+            list(&merge(&[&lower, &upper]).unwrap()),
+            "d/; d/a 2",
+            "{len}"
+        );
+        // The lowest layer hides nothing, and what is written anew stays.
+        let both = format!("{upper} \n f d/{name} 3");
+        let expected = format!("d/; d/{name} 3");
+        assert_eq!(list(&merge(&[&both]).unwrap()), expected, "{len}");
+    }
+    let name = "n".repeat(256);
+    for text in [
+        format!("f {name} 1"),
+        format!("w {name}"),
+        format!("f .wh..wh.{name} 1"),
+    ] {
+        let error = merge(&["", &text]).unwrap_err().to_string();
+        assert!(error.contains("longer than 255 bytes"), "{text}: {error}");
+    }
+    // As an opaque marker is read by its whole name, a longer one is none.
+    let longer = format!("f d/.wh..wh..opq{} 1", "n".repeat(247));
+    assert_eq!(list(&merge(&["f d/a 1", &longer]).unwrap()), "d/; d/a 1");
+}
+
+#[test]
 fn entries_that_cannot_be_applied_are_refused() {
     for (layers, reason) in [
         (&["f a 1 \n f a/b 1"][..], "parent is not a directory"),
