@@ -30,6 +30,10 @@ use crate::digest::{BlobDigest, DiffId, ManifestDigest};
 /// Pages that are held of each map in [`Below`]: 64 KiB. Few layers need any.
 const HELD_PAGES: usize = 16;
 
+/// Bytes of a path that count as one component where the path is copied and looked up as a whole: a long one is
+/// digested for that.
+const BYTES_PER_COMPONENT: u64 = 64;
+
 /// What the image index records of a layer.
 #[derive(Debug)]
 pub(super) struct LayerRecord {
@@ -181,11 +185,10 @@ impl<S: Scratch> Merge<S> {
         }
         if !below.replaced_links.is_empty() {
             for len in 1..=parents.len() {
-                if below
-                    .replaced_links
-                    .get(&parents[..len].join(&b'/'))?
-                    .is_some()
-                {
+                let link = parents[..len].join(&b'/');
+                let n_bytes = link.len() as u64;
+                self.tree.count_walked(1 + n_bytes / BYTES_PER_COMPONENT)?;
+                if below.replaced_links.get(&link)?.is_some() {
                     return Ok(());
                 }
             }

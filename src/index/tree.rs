@@ -331,8 +331,9 @@ impl<S: Scratch> Tree<S> {
         Ok(listing)
     }
 
-    fn count_walked(&mut self) -> Result<(), IndexError> {
-        self.n_walked += 1;
+    /// Counts components that are walked, or what costs as much.
+    pub(super) fn count_walked(&mut self, n_components: u64) -> Result<(), IndexError> {
+        self.n_walked += n_components;
         if self.max_walked < self.n_walked {
             return Err(IndexError::Limit {
                 limit: "path components, those of links included",
@@ -362,7 +363,7 @@ impl<S: Scratch> Tree<S> {
         let (mut n_symlinks, mut n_walked) = (0, 0);
         while let Some(name) = rest.pop() {
             n_walked += 1;
-            self.count_walked()?;
+            self.count_walked(1)?;
             match &*name {
                 b"" | b"." => continue,
                 b".." => {

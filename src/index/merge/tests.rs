@@ -353,6 +353,22 @@ fn links_that_lead_all_paths_too_far_are_refused() {
 }
 
 #[test]
+fn whiteouts_below_links_that_are_replaced_are_counted_too() {
+    // Each way to a whiteout is compared with the replaced links: all of it, and all that it begins with.
+    let deep = "d/".repeat(2000);
+    let whiteouts = |n| {
+        (0..n)
+            .map(|at| format!("\n w {deep}{at}"))
+            .collect::<String>()
+    };
+    let upper = |n| format!("d link{}", whiteouts(n));
+    assert_eq!(list(&merge(&["l link a", &upper(10)]).unwrap()), "link/");
+    assert_eq!(list(&merge(&["", &upper(30)]).unwrap()), "link/");
+    let error = merge(&["l link a", &upper(30)]).unwrap_err().to_string();
+    assert!(error.contains("path components"), "{error}");
+}
+
+#[test]
 fn links_of_real_images_are_far_from_being_refused() {
     // As Debian has them, with a way of forty links, as long as Linux follows one.
     let mut lower = "l lib usr/lib \n l bin /usr/bin \n d usr/lib/jvm/java-21 \n \
