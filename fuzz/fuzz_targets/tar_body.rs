@@ -1,6 +1,16 @@
-//! What must hold for any bytes: no panic, the same entries however they are cut, sound extents.
+//! What must hold for any bytes: no panic, the same entries however they are cut, sound extents, and an
+//! index that is sound, too, of an image with such a layer.
 
-use clip_csi::tar::{Parser, TarEntry, TarError, TarKind, TarLimits};
+use clip_csi::{
+    chunk::n_chunks,
+    digest::{BlobDigest, ChunkDigest, DiffId, ManifestDigest},
+    index::{
+        image::ImageIndex,
+        layer_index::{LayerIndex, LayerIndexBuilder},
+        merge::Merge,
+    },
+    tar::{Parser, TarEntry, TarError, TarKind, TarLimits},
+};
 
 /// Small enough for inputs of a fuzzer to reach.
 const LIMITS: TarLimits = TarLimits {
@@ -38,7 +48,30 @@ pub(crate) fn run(bytes: &[u8]) -> Option<usize> {
             .windows(2)
             .all(|pair| data_end(&pair[0]) <= data_start(&pair[1]))
     );
+    merge(&entries, len);
     Some(entries.len())
+}
+
+/// Merges the archive with itself, so that its entries meet its links; the image may be refused.
+fn merge(entries: &[TarEntry], layer_bytes: u64) {
+    let mut builder = LayerIndexBuilder::default();
+    for entry in entries {
+        builder.push_entry(entry).expect("it is small");
+    }
+    for _ in 0..n_chunks(layer_bytes) {
+        builder.push_chunk(&ChunkDigest::of(b""));
+    }
+    let index = builder.finish(DiffId::of(b""), layer_bytes);
+    let layer = LayerIndex::decode(index).expect("it was just made");
+    let mut merge = Merge::new(1000);
+    for _ in 0..2 {
+        if merge.add_layer(&layer, BlobDigest::of(b""), 1).is_err() {
+            return;
+        }
+    }
+    let file = merge.finish(ManifestDigest::of(b"")).expect("it is small");
+    let index = ImageIndex::open(file).expect("it was just made");
+    index.verify().expect("it was just made");
 }
 
 fn parse(bytes: &[u8], len: usize) -> (Vec<TarEntry>, Result<(), TarError>) {
