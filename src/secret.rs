@@ -3,7 +3,7 @@
 use std::fmt;
 
 /// A value that must never be printed.
-#[derive(Clone, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq, Hash)]
 pub struct Secret<T>(T);
 
 impl<T> Secret<T> {

@@ -252,6 +252,15 @@ impl PresentError {
     }
 }
 
+/// Whom a source asks, and as whom: of two that are equal, one gives what the other does.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SourceIdentity {
+    /// The registry and the repository there, as logs name them.
+    pub repository: String,
+    /// A number that is the same for the same credentials, and tells nothing of them.
+    pub requester: u64,
+}
+
 /// Reads blobs of one repository, with the credentials of one image.
 ///
 /// An implementation retries and resumes by itself, bounded; what it reports is final.
@@ -267,6 +276,11 @@ pub trait BlobSource: Send + Sync + fmt::Debug {
         blob_bytes: u64,
         range: Range<u64>,
     ) -> BoxFuture<'a, Result<BlobStream, SourceError>>;
+
+    /// Whom it asks, and as whom; `None` if that is like no other source.
+    fn identity(&self) -> Option<SourceIdentity> {
+        None
+    }
 
     /// Says that what came for `blob` was not what its digest names, and returns whether it may
     /// come right when it is opened again, because it may have been somebody else's mistake: a

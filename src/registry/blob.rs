@@ -27,7 +27,7 @@ use super::{
 };
 use crate::{
     digest::{BlobDigest, DiffId},
-    tier::{BlobSource, BlobStream, BoxFuture, KeepPushed, SourceError},
+    tier::{BlobSource, BlobStream, BoxFuture, KeepPushed, SourceError, SourceIdentity},
 };
 
 /// Bytes that count as progress against the stall timeout.
@@ -44,6 +44,7 @@ const MAX_SKIP_BYTES: u64 = 1 << 20;
 #[derive(Debug)]
 pub(crate) struct RepositoryBlobs {
     session: Arc<Session>,
+    identity: SourceIdentity,
     /// Blobs that came wrong: their registry alone is asked for them.
     ///
     /// std Mutex: held for a set lookup, never across an await.
@@ -53,9 +54,14 @@ pub(crate) struct RepositoryBlobs {
 }
 
 impl RepositoryBlobs {
-    pub(crate) fn new(session: Arc<Session>, indexes: Option<ImageIndexes>) -> Self {
+    pub(crate) fn new(
+        session: Arc<Session>,
+        identity: SourceIdentity,
+        indexes: Option<ImageIndexes>,
+    ) -> Self {
         Self {
             session,
+            identity,
             distrusted: Mutex::default(),
             indexes,
         }
@@ -96,6 +102,10 @@ impl BlobSource for RepositoryBlobs {
             });
             Ok(Box::pin(stream) as BlobStream)
         })
+    }
+
+    fn identity(&self) -> Option<SourceIdentity> {
+        Some(self.identity.clone())
     }
 
     fn distrust(&self, blob: &BlobDigest) -> bool {

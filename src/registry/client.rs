@@ -1,6 +1,7 @@
 //! Resolves image references to layers, and hands out their blobs.
 
 use std::{
+    hash::{BuildHasher as _, RandomState},
     sync::{Arc, Mutex},
     time::{Duration, Instant},
 };
@@ -28,7 +29,7 @@ use crate::{
     digest::{BlobDigest, ManifestDigest},
     integrity::IntegrityKey,
     metrics::Metrics,
-    tier::{BlobSource, LayerDesc, SourceError},
+    tier::{BlobSource, LayerDesc, SourceError, SourceIdentity},
 };
 
 /// Sessions that are remembered, so that an image's blobs use the token its manifest was got with.
@@ -57,6 +58,9 @@ pub struct RegistryClient {
     sessions: Mutex<Vec<Arc<Session>>>,
     /// Latest last. std Mutex, likewise.
     proofs: Mutex<Vec<Proof>>,
+    /// Makes numbers of requesters, with keys that nobody knows: nothing can be learned from these. A
+    /// client that speaks in another way to the same host makes others.
+    requesters: RandomState,
 }
 
 /// What a registry gave to somebody a moment ago.
@@ -99,6 +103,7 @@ impl RegistryClient {
             kept_configs: None,
             sessions: Mutex::default(),
             proofs: Mutex::default(),
+            requesters: RandomState::new(),
         })
     }
 
@@ -247,8 +252,7 @@ impl RegistryClient {
 
     /// Returns the blobs of an image's repository, read on behalf of `requester`.
     pub fn blobs(&self, image: &ImageRef, requester: impl Into<Requester>) -> Arc<dyn BlobSource> {
-        let session = self.session(image, &requester.into());
-        Arc::new(RepositoryBlobs::new(session, None))
+        self.repository_blobs(image, &requester.into(), None)
     }
 
     /// Returns the blobs of an image, and the index that was pushed beside it: the one that is
@@ -260,10 +264,23 @@ impl RegistryClient {
         manifest: ManifestDigest,
         pinned: Option<ManifestDigest>,
     ) -> Arc<dyn BlobSource> {
-        let session = self.session(image, &requester.into());
         let options = self.pushed_indexes.clone();
         let indexes = options.map(|it| ImageIndexes::new(it, manifest, pinned));
-        Arc::new(RepositoryBlobs::new(session, indexes))
+        self.repository_blobs(image, &requester.into(), indexes)
+    }
+
+    fn repository_blobs(
+        &self,
+        image: &ImageRef,
+        requester: &Requester,
+        indexes: Option<ImageIndexes>,
+    ) -> Arc<dyn BlobSource> {
+        let session = self.session(image, requester);
+        let identity = SourceIdentity {
+            repository: format!("{}/{}", image.registry(), image.repository()),
+            requester: self.requesters.hash_one(requester),
+        };
+        Arc::new(RepositoryBlobs::new(session, identity, indexes))
     }
 
     /// Pushes the indexes of an image's layers beside its manifest, authenticated if there is a key.

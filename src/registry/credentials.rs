@@ -15,7 +15,7 @@ use super::reference::{ImageRef, canonical_host};
 use crate::secret::Secret;
 
 /// What a registry is shown.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum Credentials {
     /// Nothing.
     Anonymous,
@@ -29,20 +29,20 @@ pub enum Credentials {
 }
 
 /// The registries and credentials of a `.dockerconfigjson`.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
 pub struct DockerConfig {
     /// Most specific first.
     entries: Vec<Entry>,
 }
 
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 struct Entry {
     key: Key,
     credentials: Credentials,
 }
 
 /// Where an entry applies. Ordered so that the more specific of two that match is the greater.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) struct Key {
     host: String,
     path: String,

@@ -8,7 +8,7 @@ use super::credentials::{Credentials, DockerConfig};
 use crate::{secret::Secret, tier::BoxFuture};
 
 /// On whose behalf a registry is asked.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum Requester {
     /// Somebody who shows these credentials, and no others.
     Exactly(Credentials),
@@ -19,7 +19,7 @@ pub enum Requester {
 }
 
 /// What a volume brought.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
 pub struct VolumeRequester {
     /// The secret that the volume names (`nodePublishSecretRef`).
     pub secret: Option<VolumeSecret>,
@@ -30,7 +30,7 @@ pub struct VolumeRequester {
 }
 
 /// The secret of a volume.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum VolumeSecret {
     /// For whichever registry the image is at.
     Basic(Credentials),
@@ -54,7 +54,7 @@ impl fmt::Display for ServiceAccountName {
 }
 
 /// Tokens of a service account by audience.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
 pub struct ServiceAccountTokens(BTreeMap<String, Secret<String>>);
 
 /// A token as kubelet passes it (kubernetes, `pkg/volume/csi`, `podServiceAccountTokenAttrs`).

@@ -7,7 +7,7 @@ use futures_util::StreamExt as _;
 use crate::{
     digest::{BlobDigest, DiffId},
     mount::Progress,
-    tier::{BlobSource, BlobStream, BoxFuture, KeepPushed, SourceError},
+    tier::{BlobSource, BlobStream, BoxFuture, KeepPushed, SourceError, SourceIdentity},
 };
 
 /// A source whose bytes are added to a [`Progress`] as they come.
@@ -34,6 +34,10 @@ impl BlobSource for Counted {
             });
             Ok(Box::pin(counted) as BlobStream)
         })
+    }
+
+    fn identity(&self) -> Option<SourceIdentity> {
+        self.source.identity()
     }
 
     fn distrust(&self, blob: &BlobDigest) -> bool {

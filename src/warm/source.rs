@@ -13,7 +13,7 @@ use futures_util::StreamExt as _;
 use super::{Pace, WarmProgress};
 use crate::{
     digest::BlobDigest,
-    tier::{BlobSource, BlobStream, BoxFuture, SourceError},
+    tier::{BlobSource, BlobStream, BoxFuture, SourceError, SourceIdentity},
 };
 
 /// A registry's blobs, whose bytes are counted, and come at a pace.
@@ -71,6 +71,10 @@ impl BlobSource for Measured {
             });
             Ok(Box::pin(measured) as BlobStream)
         })
+    }
+
+    fn identity(&self) -> Option<SourceIdentity> {
+        self.source.identity()
     }
 
     fn distrust(&self, blob: &BlobDigest) -> bool {

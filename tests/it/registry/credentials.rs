@@ -564,3 +564,19 @@ async fn the_right_to_a_digest_counts_for_a_moment_and_for_nobody_else() {
         assert!(matches!(error, SourceError::Unauthorized { .. }), "{error}");
     }
 }
+
+#[tokio::test]
+async fn sources_are_alike_that_ask_the_same_with_the_same_rights() {
+    let client = RegistryClient::new(config(&[]), Metrics::new()).unwrap();
+    let identity = |host: &str, user: &str| {
+        let secret = VolumeSecret::DockerConfig(parsed("r.x", user));
+        let requester = Requester::Volume(volume(Some(secret)));
+        let source = client.blobs(&image_at(host), requester);
+        source.identity().unwrap()
+    };
+    let own = identity("r.x", "own");
+    assert_eq!(identity("r.x", "own"), own);
+    assert_ne!(identity("r.x", "other"), own, "who asks");
+    assert_ne!(identity("s.x", "own"), own, "who is asked");
+    assert_eq!(own.repository, "r.x/team/app");
+}
