@@ -26,9 +26,10 @@ use super::{
     access::Access,
     disk::{ACCESS, DIGESTS, INDEX, LayerFile, Staging},
     feed::{self, FeedReader, Hashing},
+    origins::Origin,
     random::{MAX_PAUSE, Window},
     scratch::{NewFile, ScratchFile},
-    store::{Inner, Layer, Origin, RefillState, crashed},
+    store::{Inner, Layer, RefillState, crashed},
 };
 use crate::{
     chunk,

@@ -12,8 +12,9 @@ use super::{
     feed::{self, Hashing},
     fill,
     lock::FillLock,
+    origins::Origin,
     pipeline::Encoding,
-    store::{Inner, Layer, Origin, Remote, crashed},
+    store::{Inner, Layer, Remote, crashed},
 };
 use crate::{
     chunk, disk,

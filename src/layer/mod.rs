@@ -63,6 +63,7 @@ mod fill;
 mod flight;
 mod lock;
 mod make;
+mod origins;
 mod parallel;
 mod pieces;
 mod pipeline;

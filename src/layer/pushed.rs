@@ -7,7 +7,8 @@ use tracing::{info, warn};
 
 use super::{
     disk::{ACCESS, CachePaths, INDEX, Staging},
-    store::{Inner, Origin},
+    origins::Origin,
+    store::Inner,
 };
 use crate::{
     digest::DiffId,

@@ -17,8 +17,9 @@ use tracing::debug;
 
 use super::{
     catalog::{self, Removed},
+    origins::Origin,
     random::Demand,
-    store::{Inner, Layer, LayerStore, Origin, crashed},
+    store::{Inner, Layer, LayerStore, crashed},
     upload::UploadEnd,
 };
 use crate::{
