@@ -13,6 +13,7 @@ use tracing::warn;
 
 use super::{
     disk::{ACCESS, LayerFile},
+    origins::Origin,
     pieces,
     store::{Inner, Layer},
 };
@@ -24,6 +25,7 @@ use crate::{
         checkpoint::Checkpoint,
         piece_map::PieceMap,
     },
+    digest::BlobDigest,
     disk,
     index::IndexError,
     sys::MappedFile,
@@ -162,11 +164,11 @@ pub(super) fn strides(layer_bytes: u64) -> impl Iterator<Item = Range<u32>> {
 }
 
 impl Access {
-    /// Opens the map beside `file`, if there is one and it is of the blob that `desc` names.
+    /// Opens the map beside `file`, if there is one, of whichever blob it is.
     ///
     /// # Errors
     /// `InvalidData` if it is damaged; else those of the file system, `NotFound` included.
-    pub(super) fn open(file: &LayerFile, desc: &LayerDesc) -> io::Result<Self> {
+    pub(super) fn open(file: &LayerFile) -> io::Result<Self> {
         let map_file = File::open(file.dir().join(ACCESS))?;
         let wrong = |reason: &str| io::Error::new(io::ErrorKind::InvalidData, reason.to_owned());
         if map_file.metadata()?.len() == 0 {
@@ -185,12 +187,6 @@ impl Access {
         if (subject.diff_id, subject.layer_bytes) != (file.diff_id(), file.layer_bytes()) {
             return Err(wrong("it is of another layer"));
         }
-        if !access.is_of(desc) {
-            return Err(io::Error::new(
-                io::ErrorKind::NotFound,
-                "the map is of another blob of this layer",
-            ));
-        }
         // The checksum touched every page of the map; few of them are needed again soon.
         match &access {
             Self::Checkpoints(it) => it.map.source().drop_resident(),
@@ -206,9 +202,14 @@ impl Access {
         }
     }
 
+    /// The blob that it is of, and its size.
+    pub(super) fn blob(&self) -> (BlobDigest, u64) {
+        (self.subject().blob, self.subject().blob_bytes)
+    }
+
     /// Whether it is the map of the blob that `desc` names.
     pub(super) fn is_of(&self, desc: &LayerDesc) -> bool {
-        (self.subject().blob, self.subject().blob_bytes) == (desc.blob, desc.blob_bytes)
+        self.blob() == (desc.blob, desc.blob_bytes)
     }
 
     /// Whether there is no other way to the layer's chunks: its blob's stream is not the layer.
@@ -367,39 +368,61 @@ impl Layer {
         self.set_access(AccessState::Unknown);
     }
 
+    /// Looks anew if nobody knew: of another blob it may be known.
+    pub(super) fn reconsider_access(&self) {
+        let mut state = self.access.lock().unwrap_or_else(PoisonError::into_inner);
+        if let AccessState::Nowhere = *state {
+            *state = AccessState::Unknown;
+        }
+    }
+
     fn set_access(&self, state: AccessState) {
         *self.access.lock().unwrap_or_else(PoisonError::into_inner) = state;
     }
 }
 
 impl Inner {
-    /// Where the blob of `layer` can be entered, if anybody knows.
+    /// Where the blob of `layer` can be entered, if anybody knows of one that can be asked for.
     pub(super) async fn access(&self, layer: &Arc<Layer>) -> Option<Arc<Access>> {
-        let desc = layer.origin().desc;
-        let state = || {
+        let known = || {
             let state = layer.access.lock();
-            state.unwrap_or_else(PoisonError::into_inner).clone()
+            let state = state.unwrap_or_else(PoisonError::into_inner).clone();
+            match state {
+                AccessState::Known(access) => Some(layer.origins.have(&access).then_some(access)),
+                AccessState::Nowhere => Some(None),
+                AccessState::Unknown => None,
+            }
         };
-        let known = |state| match state {
-            AccessState::Known(access) => Some(Some(access)),
-            AccessState::Nowhere => Some(None),
-            AccessState::Unknown => None,
-        };
-        if let Some(access) = known(state()) {
-            return access.filter(|it: &Arc<Access>| it.is_of(&desc));
+        if let Some(access) = known() {
+            return access;
         }
-        let _flight = self.access_flights.join(desc.diff_id).await;
-        if let Some(access) = known(state()) {
-            return access.filter(|it: &Arc<Access>| it.is_of(&desc));
+        let _flight = self.access_flights.join(layer.file.diff_id()).await;
+        if let Some(access) = known() {
+            return access;
         }
-        let access = self.find_access(layer, &desc).await.map(Arc::new);
+        let access = self.find_access(layer).await.map(Arc::new);
+        let is_by_toc = layer.origins.first().desc.is_by_toc();
         layer.set_access(match &access {
             Some(access) => AccessState::Known(Arc::clone(access)),
             // Without a way nobody could read it: each who wants to looks again.
-            None if layer.file.learns() || desc.is_by_toc() => AccessState::Unknown,
+            None if layer.file.learns() || is_by_toc => AccessState::Unknown,
             None => AccessState::Nowhere,
         });
         access
+    }
+
+    /// Finds out which of the blobs that are said to be the layer its access map is of, if they differ:
+    /// too many wrong ones would else drive out the right one before anybody has asked for it.
+    pub(super) async fn tell_blobs_apart(&self, layer: &Arc<Layer>) {
+        if !layer.origins.differ() {
+            return;
+        }
+        let file = Arc::clone(&layer.file);
+        let opened = self.runtime.spawn_blocking(move || Access::open(&file));
+        // Whoever reads by it hears what is wrong with it.
+        if let Ok(Ok(access)) = opened.await {
+            layer.origins.is_mapped(&access);
+        }
     }
 
     /// Opens the map on disk, or takes that of the remote content cache, or has the table of contents
@@ -407,26 +430,38 @@ impl Inner {
     ///
     /// The remote's is trusted by nobody: of a layer whose digests are learned, it would say what these
     /// are.
-    async fn find_access(&self, layer: &Arc<Layer>, desc: &LayerDesc) -> Option<Access> {
+    async fn find_access(&self, layer: &Arc<Layer>) -> Option<Access> {
         let open = || {
-            let (file, desc) = (Arc::clone(&layer.file), desc.clone());
-            self.runtime
-                .spawn_blocking(move || Access::open(&file, &desc))
+            let file = Arc::clone(&layer.file);
+            self.runtime.spawn_blocking(move || Access::open(&file))
         };
         match open().await {
-            Ok(Ok(access)) => return Some(access),
+            Ok(Ok(access)) => {
+                layer.origins.is_mapped(&access);
+                if layer.origins.have(&access) {
+                    return Some(access);
+                }
+            }
             Ok(Err(err)) if err.kind() == io::ErrorKind::NotFound => {}
             Ok(Err(err)) => {
-                warn!(layer.diff_id = %desc.diff_id, error = %err, "access map of a layer is unusable");
+                warn!(layer.diff_id = %layer.file.diff_id(), error = %err, "access map of a layer is unusable");
                 // The next stream makes it anew.
                 let _ = fs::remove_file(layer.file.dir().join(ACCESS));
             }
             Err(_) => return None,
         }
-        if !layer.file.learns()
-            && let Some(access) = self.remote_access(layer, desc).await
-        {
-            return Some(access);
+        if !layer.file.learns() {
+            let mut asked = Vec::new();
+            for Origin { desc, .. } in layer.origins.in_order() {
+                if asked.contains(&desc.blob) {
+                    continue;
+                }
+                if let Some(access) = self.remote_access(layer, &desc).await {
+                    layer.origins.is_mapped(&access);
+                    return Some(access);
+                }
+                asked.push(desc.blob);
+            }
         }
         if self.renew_pieces(layer).await {
             return open().await.ok()?.ok();
@@ -445,19 +480,21 @@ impl Inner {
             return None;
         }
         new.publish().ok()?;
-        let (file, of) = (Arc::clone(&layer.file), desc.clone());
-        let opened = self
-            .runtime
-            .spawn_blocking(move || Access::open(&file, &of));
-        match opened.await {
-            Ok(Ok(access)) => Some(access),
-            Ok(Err(err)) => {
-                let reject = cache.reject_access_map(&desc.diff_id, &desc.blob, err.to_string());
+        let file = Arc::clone(&layer.file);
+        let opened = self.runtime.spawn_blocking(move || Access::open(&file));
+        let opened = opened.await.ok()?.map_err(|err| err.to_string());
+        let of_blob = opened.and_then(|it| match it.is_of(desc) {
+            true => Ok(it),
+            false => Err("it is of another blob of this layer".to_owned()),
+        });
+        match of_blob {
+            Ok(access) => Some(access),
+            Err(reason) => {
+                let reject = cache.reject_access_map(&desc.diff_id, &desc.blob, reason);
                 reject.await;
                 let _ = fs::remove_file(layer.file.dir().join(ACCESS));
                 None
             }
-            Err(_) => None,
         }
     }
 }

@@ -14,7 +14,7 @@ use std::{
     fs::File,
     io::{self, BufWriter, Write as _},
     ops::Range,
-    sync::{Arc, PoisonError, atomic::Ordering},
+    sync::{Arc, atomic::Ordering},
 };
 
 use futures_util::StreamExt as _;
@@ -371,13 +371,23 @@ impl Inner {
 
     /// Makes the map of the layer's pieces anew, from the table; whether there is one now.
     pub(super) async fn renew_pieces(&self, layer: &Layer) -> bool {
-        let origin = layer.origin();
-        if !origin.desc.is_by_toc() {
+        if !layer.origins.first().desc.is_by_toc() {
             return false;
         }
+        let renewal = |origin| self.renew_pieces_from(layer, origin);
+        let renewed = self.try_origins(layer, None, renewal).await;
+        if let Err(err) = &renewed {
+            warn!(layer.diff_id = %layer.file.diff_id(), error = error_chain(err),
+                "table of contents of a layer cannot be had any more");
+        }
+        renewed.is_ok()
+    }
+
+    async fn renew_pieces_from(&self, layer: &Layer, origin: Origin) -> Result<(), PresentError> {
         let file = Arc::clone(&layer.file);
+        let diff_id = file.diff_id();
         let renewed = async {
-            let failed = |err| Failed::Present(self.blame(file.diff_id()).disk(err));
+            let failed = |err| Failed::Present(self.blame(diff_id).disk(err));
             let new = disk::Unpublished::create(&file.dir().join(ACCESS)).map_err(failed)?;
             let map = new.file().try_clone().map_err(failed)?;
             let table = self.table(&origin).await?;
@@ -387,19 +397,16 @@ impl Inner {
             };
             self.read_table(&origin, table, None, map, finish).await
         };
-        match renewed.await {
-            Ok(()) => true,
-            Err(Failed::Unusable(reason)) => {
-                warn!(layer.diff_id = %origin.desc.diff_id, reason, "table of contents of a layer cannot be used any more");
-                false
-            }
-            // One that was mounted by its table has some.
-            Err(Failed::NoContent) => false,
-            Err(Failed::Present(err)) => {
-                warn!(layer.diff_id = %origin.desc.diff_id, error = error_chain(&err), "table of contents of a layer cannot be had");
-                false
-            }
-        }
+        let reason = match renewed.await {
+            Ok(()) => return Ok(()),
+            Err(Failed::Present(err)) => return Err(err),
+            Err(Failed::Unusable(reason)) => reason,
+            Err(Failed::NoContent) => "there is nothing to be read by it".to_owned(),
+        };
+        Err(PresentError::Refused {
+            layer: diff_id,
+            reason: format!("its blob's table of contents cannot be used: {reason}"),
+        })
     }
 
     /// Brings what is missing of a layer that is read by pieces, making way for readers; `false` if it is
@@ -454,17 +461,6 @@ impl Inner {
     pub(super) fn is_shared(&self, file: &LayerFile) -> bool {
         let remote = self.remote.as_ref();
         !file.learns() || remote.is_some_and(|it| it.cache.authenticates())
-    }
-}
-
-impl Layer {
-    /// Has the layer's blob read from `origin` from now on, by whom it was opened last. What was known of
-    /// its table stays known.
-    pub(super) fn renew_origin(&self, origin: &Origin) {
-        let mut current = self.origin.lock().unwrap_or_else(PoisonError::into_inner);
-        let toc = origin.desc.toc.or(current.desc.toc);
-        *current = origin.clone();
-        current.desc.toc = toc;
     }
 }
 

@@ -53,6 +53,7 @@ impl Inner {
         // Until here the lock kept it from being evicted; from here on it is in use.
         drop(lock);
         if let Elsewhere::Lacking(lease) = elsewhere {
+            layer.origins.worked(origin);
             self.upload_new(&origin.desc, layer.file(), lease);
         }
         self.metrics.layer_cache_layers.inc();

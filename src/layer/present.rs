@@ -15,6 +15,7 @@ use super::{
     access::{Access, Checkpoints, Span},
     feed::{self, Hashing},
     fill,
+    origins::Origin,
     parallel::{self, Ran, SpanSink},
     random::Window,
     span::{self, SpanError},
@@ -366,7 +367,7 @@ impl Inner {
         layer: &Arc<Layer>,
         progress: &watch::Sender<RefillState>,
     ) -> Result<(), PresentError> {
-        let origin = layer.origin();
+        let origin = layer.origins.first();
         let (desc, diff_id) = (&origin.desc, origin.desc.diff_id);
         // Another process may be at it: then this one wakes its readers as the bits appear.
         let lock = loop {
@@ -399,12 +400,8 @@ impl Inner {
         let started = Instant::now();
         info!(layer.diff_id = %diff_id, layer.blob = %desc.blob, bytes = desc.blob_bytes,
             "decompressing layer (missing chunks)");
-        let mut filled = self.stream_past(layer, progress).await;
-        if let Err(err) = &filled
-            && layer.origin().distrusts(err)
-        {
-            filled = self.stream_past(layer, progress).await;
-        }
+        let stream = |origin| self.stream_past(layer, origin, progress);
+        let filled = self.try_origins(layer, None, stream).await;
         drop((turn, lock));
         if let Err(PresentError::Unknown { .. }) = filled {
             debug!(layer.diff_id = %diff_id, "nobody has the layer open any more, no need for the rest");
@@ -433,7 +430,7 @@ impl Inner {
                 chunks,
                 index: false,
             };
-            self.upload_later(&layer.origin().desc, file, repair);
+            self.upload_later(&layer.origins.first().desc, file, repair);
         }
     }
 
@@ -449,25 +446,26 @@ impl Inner {
     async fn stream_past(
         self: &Arc<Self>,
         layer: &Arc<Layer>,
+        origin: Origin,
         progress: &watch::Sender<RefillState>,
     ) -> Result<(), PresentError> {
         if let Some(access) = self.access(layer).await
+            && access.is_of(&origin.desc)
             && access.covers_all()
         {
-            match self.stream_spans(layer, access, progress).await {
+            match self.stream_spans(layer, &origin, access, progress).await {
                 Ok(true) => return Ok(()),
                 Ok(false) => {}
                 // The map may be at fault, which the stream alone does not need; or a mirror, which is
                 // asked no more then.
                 Err(err @ PresentError::Refused { .. }) => {
-                    layer.origin().distrusts(&err);
+                    origin.distrusts(&err);
                     warn!(layer.diff_id = %layer.file.diff_id(), error = %err,
                         "access map of a layer leads astray, streaming it without");
                 }
                 Err(err) => return Err(err),
             }
         }
-        let origin = layer.origin();
         let stream = origin.open_all().await?;
         let (feed, reader) = feed::feed(Hashing::Yes);
         let (inner, layer, progress) = (Arc::clone(self), Arc::clone(layer), progress.clone());
@@ -496,10 +494,10 @@ impl Inner {
     async fn stream_spans(
         self: &Arc<Self>,
         layer: &Arc<Layer>,
+        origin: &Origin,
         access: Arc<Access>,
         progress: &watch::Sender<RefillState>,
     ) -> Result<bool, PresentError> {
-        let origin = layer.origin();
         let stream = origin.open_all().await?;
         let (feed, reader) = feed::feed(Hashing::No);
         let (inner, layer, progress) = (Arc::clone(self), Arc::clone(layer), progress.clone());

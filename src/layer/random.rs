@@ -17,6 +17,7 @@ use super::{
     access::{Access, STRIDE_CHUNKS, Span},
     disk::LayerFile,
     feed::{self, FeedReader, Hashing},
+    origins::Origin,
     pieces,
     scratch::ScratchFile,
     span::{self, SpanError, TakeChunk},
@@ -275,32 +276,41 @@ impl Inner {
         self: &Arc<Self>,
         layer: &Arc<Layer>,
         access: &Arc<Access>,
-        mut span: Span,
+        span: Span,
         take: Arc<TakeChunk>,
         who: Claimant,
     ) -> Result<(), PresentError> {
         let _turn = self.random_reads.take(who).await;
+        let fetch = |origin| self.fetch_span_from(layer, origin, access, span.clone(), &take);
+        let fetched = self.try_origins(layer, Some(access), fetch).await;
+        if let Err(err) = &fetched
+            && parts_are_not_to_be_had(err)
+            && !access.is_only_way()
+        {
+            layer.forget_access();
+        }
+        fetched
+    }
+
+    async fn fetch_span_from(
+        self: &Arc<Self>,
+        layer: &Arc<Layer>,
+        origin: Origin,
+        access: &Arc<Access>,
+        mut span: Span,
+        take: &Arc<TakeChunk>,
+    ) -> Result<(), PresentError> {
         loop {
             debug!(layer.diff_id = %layer.file.diff_id(), chunks = ?span.chunks, blob = ?span.blob,
                 "reading a part of the layer");
-            let outcome = self.fetch_once(layer, access, &span, &take).await;
+            let outcome = self.fetch_once(layer, &origin, access, &span, take).await;
             let label = if outcome.is_ok() { "ok" } else { "error" };
             let counter = self.metrics.layer_random_reads.with_label_values(&[label]);
             counter.inc();
             match outcome {
                 // The guess was too short; what came of it stays.
                 Err(SpanError::Short) if span.is_guess => span = access.without_guess(span),
-                Ok(()) => return Ok(()),
-                Err(err) => {
-                    let err = self.span_failed(layer, err);
-                    // If a mirror is at fault, its registry is asked.
-                    if !layer.origin().distrusts(&err) {
-                        if parts_are_not_to_be_had(&err) && !access.is_only_way() {
-                            layer.forget_access();
-                        }
-                        return Err(err);
-                    }
-                }
+                outcome => return outcome.map_err(|err| self.span_failed(layer, err)),
             }
         }
     }
@@ -308,11 +318,11 @@ impl Inner {
     async fn fetch_once(
         self: &Arc<Self>,
         layer: &Arc<Layer>,
+        origin: &Origin,
         access: &Arc<Access>,
         span: &Span,
         take: &Arc<TakeChunk>,
     ) -> Result<(), SpanError> {
-        let origin = layer.origin();
         let stream = origin.open(span.blob.clone()).await;
         let stream = stream.map_err(SpanError::Failed)?;
         let (feed, reader) = feed::feed(Hashing::No);

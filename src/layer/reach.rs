@@ -1,7 +1,7 @@
 //! Knows which layers in use could be had again, so that extents of others are not evicted: bytes that are
 //! on the disk are served however long registry and remote are away, and are not to be lost for room.
 //!
-//! A layer can be had again if its origin has answered lately, and there is a way to parts of it: the
+//! A layer can be had again if one of its origins has answered lately, and there is a way to parts of it: the
 //! remote content cache, or an access map. Where only a stream leads to them, each read of an evicted
 //! chunk would fetch the whole layer.
 
@@ -15,6 +15,7 @@ use tracing::debug;
 
 use super::{
     access::AccessState,
+    origins::Origin,
     store::{Inner, Layer},
 };
 
@@ -68,9 +69,7 @@ impl Inner {
     pub(super) fn recoverable(&self) -> Vec<Arc<Layer>> {
         let now = Instant::now();
         let mut layers = self.in_use();
-        layers.retain(|it| {
-            it.origin().reach.known(now) == Some(Answered::Yes) && self.has_way_to_parts(it)
-        });
+        layers.retain(|it| it.answers(now) == Some(Answered::Yes) && self.has_way_to_parts(it));
         layers
     }
 
@@ -79,7 +78,7 @@ impl Inner {
         let n_before = self.recoverable().len();
         let now = Instant::now();
         let mut unknown = self.in_use();
-        unknown.retain(|it| it.origin().reach.known(now).is_none() || it.has_unknown_access());
+        unknown.retain(|it| it.answers(now).is_none() || it.has_unknown_access());
         let asked =
             stream::iter(unknown).for_each_concurrent(QUESTIONS_AT_ONCE, |layer| async move {
                 self.ask(&layer).await
@@ -96,26 +95,51 @@ impl Inner {
     async fn ask(self: &Arc<Self>, layer: &Arc<Layer>) {
         // Known from then on.
         let _ = self.access(layer).await;
-        let origin = layer.origin();
-        if !self.has_way_to_parts(layer) || origin.reach.known(Instant::now()).is_some() {
+        if !self.has_way_to_parts(layer) {
             return;
         }
+        for origin in layer.origins.trusted() {
+            if layer.answers(Instant::now()) == Some(Answered::Yes) {
+                return;
+            }
+            if origin.reach.known(Instant::now()).is_none() {
+                origin.ask().await;
+            }
+        }
+    }
+}
+
+impl Origin {
+    async fn ask(&self) {
         // Its answer, which `open` notes, is all that is wanted of it.
-        let question = origin.open(0..origin.desc.blob_bytes.min(1));
+        let question = self.open(0..self.desc.blob_bytes.min(1));
         match tokio::time::timeout(QUESTION_TIMEOUT, question).await {
             Ok(Ok(_)) => {}
             Ok(Err(err)) => {
-                debug!(layer.diff_id = %origin.desc.diff_id, error = %err, "layer cannot be had again, and stays on the disk");
+                debug!(layer.diff_id = %self.desc.diff_id, error = %err, "layer cannot be had again, and stays on the disk");
             }
-            Err(_) => origin.reach.note(Answered::No, Instant::now()),
+            Err(_) => self.reach.note(Answered::No, Instant::now()),
         }
     }
 }
 
 impl Layer {
+    /// Whether any of its origins answers, `None` if that is not known of all.
+    fn answers(&self, now: Instant) -> Option<Answered> {
+        let origins = self.origins.trusted();
+        let answers: Vec<_> = origins.iter().map(|it| it.reach.known(now)).collect();
+        match answers.contains(&Some(Answered::Yes)) {
+            true => Some(Answered::Yes),
+            false => answers
+                .into_iter()
+                .find(Option::is_none)
+                .unwrap_or(Some(Answered::No)),
+        }
+    }
+
     fn can_be_entered(&self) -> bool {
         match &*self.access.lock().unwrap_or_else(PoisonError::into_inner) {
-            AccessState::Known(access) => access.is_of(&self.origin().desc) && access.covers_all(),
+            AccessState::Known(access) => self.origins.have(access) && access.covers_all(),
             AccessState::Unknown | AccessState::Nowhere => false,
         }
     }

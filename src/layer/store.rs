@@ -31,7 +31,7 @@ use super::{
     flight::Flights,
     images::{Images, Users},
     lock::{self, FillLock},
-    origins::Origin,
+    origins::{Origin, Origins},
     random::{Demand, RandomReads},
     riders::Riders,
     room::{Claim, Room},
@@ -109,8 +109,8 @@ pub struct Remote {
 #[derive(Debug)]
 pub struct Layer {
     pub(super) file: Arc<LayerFile>,
-    /// std Mutex: held to copy it, never across an await.
-    pub(super) origin: Mutex<Origin>,
+    /// Who can be asked for its blob.
+    pub(super) origins: Origins,
     /// std Mutex: held to look and to start, never across an await.
     pub(super) refill: Mutex<Option<watch::Receiver<RefillState>>>,
     /// Who waits for the refill.
@@ -179,11 +179,11 @@ impl Layer {
         }
     }
 
-    pub(super) fn origin(&self) -> Origin {
-        self.origin
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone()
+    /// Has the layer's blob asked for at `origin` as well, by whom it was opened last.
+    pub(super) fn renew_origin(&self, origin: &Origin) {
+        if self.origins.renew(origin) {
+            self.reconsider_access();
+        }
     }
 }
 
@@ -281,6 +281,7 @@ impl LayerStore {
         }
         let origin = Origin::new(&desc.without_toc(), source);
         if let Some(layer) = self.0.open_layer(&origin)? {
+            self.0.tell_blobs_apart(&layer).await;
             return Ok(layer);
         }
         let flight = self.0.layer_flights.join(desc.diff_id).await;
@@ -372,9 +373,7 @@ impl Inner {
     pub(super) fn open_layer(&self, origin: &Origin) -> Result<Option<Arc<Layer>>, PresentError> {
         let diff_id = origin.desc.diff_id;
         if let Some(layer) = self.opened(diff_id) {
-            if !origin.source.gives_way() {
-                layer.renew_origin(origin);
-            }
+            layer.renew_origin(origin);
             return Ok(Some(layer));
         }
         let file = match LayerFile::open(&self.paths.layer(diff_id), diff_id) {
@@ -397,12 +396,13 @@ impl Inner {
         let mut layers = self.layers.lock().unwrap_or_else(PoisonError::into_inner);
         // Somebody may have opened it meanwhile; all share one.
         if let Some(layer) = layers.get(&diff_id).and_then(Weak::upgrade) {
+            layer.renew_origin(origin);
             return Ok(Some(layer));
         }
         file.touch();
         let layer = Arc::new(Layer {
             file: Arc::new(file.in_room(&self.room)),
-            origin: Mutex::new(origin.clone()),
+            origins: Origins::new(origin),
             refill: Mutex::default(),
             riders: Riders::default(),
             missed: Mutex::default(),

@@ -16,6 +16,7 @@ use tracing::{debug, info, warn};
 use super::{
     disk::LayerFile,
     feed::{self, Hashing},
+    origins::Origin,
     seek,
     span::{SpanError, TakeChunk},
     store::{Inner, Layer, crashed},
@@ -349,21 +350,17 @@ impl Inner {
         who: Claimant,
     ) -> Result<LentChunk, PresentError> {
         let _turn = self.decompressions.take(who).await;
-        let mut sought = self.seek_in_stream(layer, chunk).await;
-        if let Err(err) = &sought
-            && layer.origin().distrusts(err)
-        {
-            sought = self.seek_in_stream(layer, chunk).await;
-        }
-        sought
+        let seek = |origin| self.seek_in_stream(layer, origin, chunk);
+        self.try_origins(layer, None, seek).await
     }
 
     async fn seek_in_stream(
         &self,
         layer: &Arc<Layer>,
+        origin: Origin,
         chunk: u32,
     ) -> Result<LentChunk, PresentError> {
-        let stream = layer.origin().open_all().await?;
+        let stream = origin.open_all().await?;
         let (feed, reader) = feed::feed(Hashing::No);
         let (file, diff_id) = (Arc::clone(&layer.file), layer.file.diff_id());
         let work = self

@@ -284,10 +284,14 @@ async fn wrong_bytes_are_refused_while_serving_through() {
         .layer(&it.fixture.desc, wrong.clone())
         .await
         .unwrap();
-    let refused = it.lend(it.wanted(7)).await.unwrap_err();
-    assert!(matches!(refused, PresentError::Refused { .. }), "{refused}");
+    it.expect_lent(7).await;
+    assert_eq!((failures.get(), wrong.n_opened()), (1, 0), "one has worked");
+    it.source.is_down.store(true, Ordering::SeqCst);
+    let err = it.lend(it.wanted(9)).await.unwrap_err();
+    assert!(matches!(err, PresentError::Origin { .. }), "{err}");
     assert_eq!(failures.get(), 2);
     assert!(0 < wrong.n_opened());
+    it.source.is_down.store(false, Ordering::SeqCst);
     // Nor is a chunk lent that the layer does not have.
     for wanted in [
         Chunk {
@@ -302,10 +306,6 @@ async fn wrong_bytes_are_refused_while_serving_through() {
         let refused = it.lend(wanted).await.unwrap_err();
         assert!(matches!(refused, PresentError::Refused { .. }), "{refused}");
     }
-    it.store
-        .layer(&it.fixture.desc, it.source.clone())
-        .await
-        .unwrap();
     it.recovers(&filler).await;
 }
 

@@ -41,6 +41,7 @@ mod mount;
 mod mount_fixture;
 mod node_events;
 mod node_taint;
+mod origins;
 mod pb;
 mod prefetch;
 mod random_access;

@@ -8,6 +8,7 @@ use std::{
 
 use clip_csi::{
     chunk::CHUNK_BYTES,
+    digest::BlobDigest,
     layer::{
         CacheConfig,
         disk::DiskWait,
@@ -264,6 +265,17 @@ async fn what_could_not_be_had_again_stays() {
         matches!(refused, Err(PresentError::CacheFull { .. })),
         "{refused:?}"
     );
+    // Nor does it count that another blob can be had.
+    let junk = LayerDesc {
+        blob: BlobDigest::of(b"junk"),
+        blob_bytes: 4,
+        ..case.fixture.desc.clone()
+    };
+    let source = FakeSource::new(b"junk".to_vec());
+    drop(case.store.layer(&junk, source).await.unwrap());
+    case.sweep().await;
+    case.sweep().await;
+    assert_eq!((case.whole(), case.n_evicted()), (vec![0, 1, 2, 3], 0));
     // Whoever asks with other rights may reach it.
     let again: Arc<dyn BlobSource> = case.fixture.source();
     drop(case.store.layer(&case.fixture.desc, again).await.unwrap());
