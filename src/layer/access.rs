@@ -3,7 +3,7 @@
 
 use std::{
     fs::{self, File},
-    io::{self, BufWriter},
+    io::{self, BufWriter, Read},
     ops::Range,
     path::{Path, PathBuf},
     sync::{Arc, OnceLock, PoisonError},
@@ -12,7 +12,7 @@ use std::{
 use tracing::warn;
 
 use super::{
-    disk::{ACCESS, LayerFile},
+    disk::{ACCESS, CachePaths, LayerFile},
     origins::Origin,
     pieces,
     store::{Inner, Layer},
@@ -25,7 +25,7 @@ use crate::{
         checkpoint::Checkpoint,
         piece_map::PieceMap,
     },
-    digest::BlobDigest,
+    digest::{BlobDigest, DiffId},
     disk,
     index::IndexError,
     sys::MappedFile,
@@ -61,6 +61,8 @@ pub(super) enum AccessState {
     Unknown,
     /// Nobody knows, or it led astray.
     Nowhere,
+    /// A map of the remote content cache led astray: the blob's table of contents is asked instead.
+    Astray,
     Known(Arc<Access>),
 }
 
@@ -69,7 +71,8 @@ pub(super) enum AccessState {
 pub(super) enum Access {
     /// Of a layer that is the blob, decompressed.
     Checkpoints(Checkpoints),
-    /// Of one that was laid out by its blob's table of contents. There is no other way to its chunks.
+    /// Of one that was laid out by its blob's table of contents; or of any, as somebody says who can write to
+    /// the remote content cache.
     Pieces(PieceMap<MappedFile>),
 }
 
@@ -101,12 +104,25 @@ impl Drop for Unfinished {
 }
 
 impl MapMaker {
-    /// Starts a map in `dir`.
+    /// Starts a map in a directory whose content is one layer's.
     ///
     /// # Errors
     /// Those of the file system.
     pub(super) fn create(dir: &Path) -> io::Result<Self> {
-        let path = disk::temporary_beside(&dir.join(ACCESS));
+        Self::create_beside(&dir.join(ACCESS))
+    }
+
+    /// Starts the map of `layer` among what is not complete yet, where its name says whose it is.
+    ///
+    /// # Errors
+    /// Those of the file system.
+    pub(super) fn create_apart(paths: &CachePaths, layer: DiffId) -> io::Result<Self> {
+        let name = format!("{}.{ACCESS}", layer.hex());
+        Self::create_beside(&paths.temporary().join(name))
+    }
+
+    fn create_beside(path: &Path) -> io::Result<Self> {
+        let path = disk::temporary_beside(path);
         let place = Unfinished(path);
         let file = BufWriter::new(File::create_new(&place.0)?);
         let writer = AccessMapWriter::new(file)?;
@@ -212,8 +228,8 @@ impl Access {
         self.blob() == (desc.blob, desc.blob_bytes)
     }
 
-    /// Whether there is no other way to the layer's chunks: its blob's stream is not the layer.
-    pub(super) fn is_only_way(&self) -> bool {
+    /// Whether it knows the layer by pieces, not by checkpoints in its blob's stream.
+    pub(super) fn is_by_pieces(&self) -> bool {
         matches!(self, Self::Pieces(_))
     }
 
@@ -376,22 +392,45 @@ impl Layer {
         }
     }
 
+    /// Whether there is no other way to the layer's chunks than `access`: its blob's stream is not the layer. Of
+    /// one whose table is not known at the moment the stream has the last word: its chunks' digests are.
+    pub(super) fn is_only_way(&self, access: &Access) -> bool {
+        access.is_by_pieces() && (self.file.learns() || self.origins.first().desc.is_by_toc())
+    }
+
+    fn access_state(&self) -> AccessState {
+        let state = self.access.lock();
+        state.unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
     fn set_access(&self, state: AccessState) {
         *self.access.lock().unwrap_or_else(PoisonError::into_inner) = state;
+    }
+
+    /// Takes `access` off the disk, if it is still what is known; says whether it was.
+    fn take_away(&self, access: &Arc<Access>) -> bool {
+        let mut state = self.access.lock().unwrap_or_else(PoisonError::into_inner);
+        match &*state {
+            AccessState::Known(known) if Arc::ptr_eq(known, access) => {}
+            _ => return false,
+        }
+        // Under the lock, because who looks for a map anew would find it.
+        let _ = fs::remove_file(self.file.dir().join(ACCESS));
+        *state = match self.is_only_way(access) {
+            true => AccessState::Astray,
+            false => AccessState::Nowhere,
+        };
+        true
     }
 }
 
 impl Inner {
     /// Where the blob of `layer` can be entered, if anybody knows of one that can be asked for.
     pub(super) async fn access(&self, layer: &Arc<Layer>) -> Option<Arc<Access>> {
-        let known = || {
-            let state = layer.access.lock();
-            let state = state.unwrap_or_else(PoisonError::into_inner).clone();
-            match state {
-                AccessState::Known(access) => Some(layer.origins.have(&access).then_some(access)),
-                AccessState::Nowhere => Some(None),
-                AccessState::Unknown => None,
-            }
+        let known = || match layer.access_state() {
+            AccessState::Known(access) => Some(layer.origins.have(&access).then_some(access)),
+            AccessState::Nowhere => Some(None),
+            AccessState::Unknown | AccessState::Astray => None,
         };
         if let Some(access) = known() {
             return access;
@@ -405,7 +444,7 @@ impl Inner {
         layer.set_access(match &access {
             Some(access) => AccessState::Known(Arc::clone(access)),
             // Without a way nobody could read it: each who wants to looks again.
-            None if layer.file.learns() || is_by_toc => AccessState::Unknown,
+            None if layer.file.learns() || is_by_toc => layer.access_state(),
             None => AccessState::Nowhere,
         });
         access
@@ -422,6 +461,51 @@ impl Inner {
         // Whoever reads by it hears what is wrong with it.
         if let Ok(Ok(access)) = opened.await {
             layer.origins.is_mapped(&access);
+        }
+    }
+
+    /// Has a map that led astray neither used again, here or after a restart, nor given to other nodes. The next
+    /// stream makes it anew, or the table of contents does.
+    ///
+    /// Where digests are learned the map is the node's own, of the table; and one of pieces may be all that there
+    /// is to a layer whose table is not known at the moment: it is [refuted](Self::refute_pieces) by the stream.
+    pub(super) async fn led_astray(&self, layer: &Arc<Layer>, access: &Arc<Access>) {
+        if layer.file.learns() {
+            return;
+        }
+        if access.is_by_pieces() && !layer.is_only_way(access) {
+            layer.forget_access();
+            return;
+        }
+        if layer.take_away(access) {
+            let (blob, _) = access.blob();
+            self.reject_access(layer, blob, "it leads astray").await;
+        }
+    }
+
+    /// Does away with a map of pieces, once the blob's stream turned out to be the layer.
+    pub(super) async fn refute_pieces(&self, layer: &Arc<Layer>) {
+        let path = layer.file.dir().join(ACCESS);
+        let is_by_pieces = || -> io::Result<bool> {
+            let mut start = Vec::new();
+            File::open(&path)?.take(64).read_to_end(&mut start)?;
+            Ok(PieceMap::<MappedFile>::is_one(&start))
+        };
+        // Who cannot read it finds out when it is used.
+        if is_by_pieces().unwrap_or(false) {
+            let _ = fs::remove_file(&path);
+            let blob = layer.origins.first().desc.blob;
+            self.reject_access(layer, blob, "it is of pieces, and the layer is not")
+                .await;
+        }
+    }
+
+    async fn reject_access(&self, layer: &Layer, blob: BlobDigest, reason: &str) {
+        let diff_id = layer.file.diff_id();
+        warn!(layer.diff_id = %diff_id, reason, "access map of a layer is wrong");
+        if let Some(remote) = &self.remote {
+            let reject = (remote.cache).reject_access_map(&diff_id, &blob, reason.to_owned());
+            reject.await;
         }
     }
 
@@ -450,7 +534,8 @@ impl Inner {
             }
             Err(_) => return None,
         }
-        if !layer.file.learns() {
+        let is_astray = matches!(layer.access_state(), AccessState::Astray);
+        if !layer.file.learns() && !is_astray {
             let mut asked = Vec::new();
             for Origin { desc, .. } in layer.origins.in_order() {
                 if asked.contains(&desc.blob) {

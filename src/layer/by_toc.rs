@@ -410,13 +410,13 @@ impl Inner {
     }
 
     /// Brings what is missing of a layer that is read by pieces, making way for readers; `false` if it is
-    /// one that can be streamed.
+    /// one that can be streamed, as far as is known.
     pub(super) async fn fill_by_pieces(
         self: &Arc<Self>,
         layer: &Arc<Layer>,
         progress: &watch::Sender<RefillState>,
     ) -> Result<bool, PresentError> {
-        let access = self.access(layer).await.filter(|it| it.is_only_way());
+        let access = self.access(layer).await.filter(|it| it.is_by_pieces());
         let file = &layer.file;
         let Some(access) = access else {
             // Its stream would be compared with digests that are none.
@@ -441,7 +441,9 @@ impl Inner {
             }
             let window = Window::Exactly(run(&access, file, first));
             at = match self.read_random(layer, &access, first, window).await {
-                Ok(_) => first + 1,
+                Ok(true) => first + 1,
+                // They are perhaps not the layer's.
+                Ok(false) => return Ok(false),
                 // It keeps none but those of its own piece away.
                 Err(err @ PresentError::Refused { .. }) => {
                     refused = Some(err);

@@ -95,9 +95,14 @@ pub(super) fn measure(paths: &CachePaths) -> io::Result<Contents> {
         contents.used_bytes += file_bytes(&path)?;
     }
     for name in names(paths.temporary())? {
+        let path = paths.temporary().join(&name);
         // What was set aside is about to be gone.
         if !name.contains(ASIDE_SUFFIX) {
-            contents.used_bytes += directory_bytes(&paths.temporary().join(name))?;
+            // A map in the making is a file.
+            contents.used_bytes += match path.is_dir() {
+                true => directory_bytes(&path)?,
+                false => file_bytes(&path)?,
+            };
         }
     }
     Ok(contents)
@@ -300,7 +305,12 @@ pub(super) fn remove_leftovers(paths: &CachePaths) -> io::Result<()> {
             continue;
         };
         if let Some(_lock) = lock::try_lock(&paths.lock(layer))? {
-            found(fs::remove_dir_all(paths.temporary().join(&name)))?;
+            let path = paths.temporary().join(&name);
+            // A map in the making is a file.
+            found(match path.is_dir() {
+                true => fs::remove_dir_all(path),
+                false => fs::remove_file(path),
+            })?;
         }
     }
     for name in names(paths.locks())? {

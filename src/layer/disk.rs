@@ -505,7 +505,7 @@ pub(super) struct Flush {
 }
 
 impl Flush {
-    /// Does it, unless the layer was removed. One that was made anew meanwhile is flushed, but not
+    /// Does it, unless the layer was removed, or is not complete any more. One that was made anew meanwhile is flushed, but not
     /// marked so, because the marks are those of the layer that this was made of.
     ///
     /// # Errors
@@ -516,7 +516,10 @@ impl Flush {
     pub(super) fn run(self) -> io::Result<()> {
         let sync = |name| File::open(self.dir.join(name))?.sync_all();
         let state_path = self.dir.join(STATE);
-        let n_evictions = self.state.n_evictions(&(0..self.state.n_chunks()));
+        let Some(n_evictions) = self.state.begin_flush() else {
+            // Who completes it has it flushed.
+            return Ok(());
+        };
         let mark = || {
             let _not_evicted = lock::write(&state_path)?;
             self.state.mark_flushed(&state_path, n_evictions)

@@ -390,7 +390,7 @@ pub(super) fn refill(
         passed,
     };
     let has_map = layer.dir().join(ACCESS).exists();
-    let map = (!has_map).then(|| MapMaker::create(&paths.temporary()));
+    let map = (!has_map).then(|| MapMaker::create_apart(paths, layer.diff_id()));
     let map = map.transpose().map_err(|err| blame.disk(err))?;
     let passed =
         pipeline::run(reader, Encoding::Blob, &mut sink, map).map_err(|err| blame.pipeline(err))?;

@@ -155,13 +155,30 @@ impl Inner {
 
     /// Copies the whole layer from a remote content cache that nobody vouches for: the layer's own
     /// digest does, and nothing is served before it matched.
+    ///
+    /// For want of room as well the registry is asked: how large the layer is, the manifest alone has said.
     async fn copy_remote_layer(
         self: &Arc<Self>,
         remote: &Remote,
         desc: &LayerDesc,
         manifest: &Arc<RemoteManifest>,
     ) -> Result<bool, PresentError> {
-        self.make_room(desc.diff_id, manifest.layer_bytes).await?;
+        let max_bytes = self.config.max_layer_bytes;
+        if max_bytes < manifest.layer_bytes {
+            warn!(layer.diff_id = %desc.diff_id, bytes = manifest.layer_bytes, max_bytes,
+                "remote cache has a layer larger than cache.max_layer_bytes, asking the registry");
+            remote.cache.reject(&desc.diff_id).await;
+            return Ok(false);
+        }
+        match self.make_room(desc.diff_id, manifest.layer_bytes).await {
+            Ok(()) => {}
+            Err(err) if is_of_size(&err) => {
+                warn!(layer.diff_id = %desc.diff_id, bytes = manifest.layer_bytes, error = error_chain(&err),
+                    "no room for what the remote cache has, asking the registry");
+                return Ok(false);
+            }
+            Err(err) => return Err(err),
+        }
         let wanted = manifest.chunk_digests.iter().zip(0..);
         let wanted = wanted.filter_map(|(digest, number)| {
             let range = chunk::byte_range(number, manifest.layer_bytes);
@@ -189,6 +206,14 @@ impl Inner {
             Err(PresentError::Refused { reason, .. }) => {
                 warn!(layer.diff_id = %desc.diff_id, reason, "remote cache could not give the whole layer");
                 remote.cache.reject(&desc.diff_id).await;
+                Ok(false)
+            }
+            Err(err) if is_of_size(&err) => {
+                warn!(layer.diff_id = %desc.diff_id, error = error_chain(&err),
+                    "remote cache has a layer that is too large, asking the registry");
+                if let PresentError::Limit { .. } = err {
+                    remote.cache.reject(&desc.diff_id).await;
+                }
                 Ok(false)
             }
             Err(err) => Err(err),
@@ -274,6 +299,14 @@ impl Inner {
         }
         outcome
     }
+}
+
+/// Whether a smaller layer might not have failed so.
+fn is_of_size(err: &PresentError) -> bool {
+    matches!(
+        err,
+        PresentError::Limit { .. } | PresentError::NoSpace { .. } | PresentError::CacheFull { .. }
+    )
 }
 
 /// Whole milliseconds since `started`, for logs.

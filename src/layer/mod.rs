@@ -53,6 +53,7 @@ pub mod warm;
 pub mod whole;
 
 mod access;
+mod adopt;
 mod ahead;
 mod asked;
 mod by_toc;

@@ -18,8 +18,9 @@ use super::{
     origins::Origin,
     parallel::{self, Ran, SpanSink},
     random::Window,
+    riders,
     span::{self, SpanError},
-    store::{Inner, Layer, OTHER_PROCESS_POLL, RefillState, crashed},
+    store::{Inner, Layer, NOT_BEGUN, OTHER_PROCESS_POLL, RefillState, crashed},
 };
 use crate::{
     fair::Claimant,
@@ -169,9 +170,9 @@ impl Inner {
     }
 
     /// Whether the stream under way is the way to `chunk`: it is about to pass it, or passes all and
-    /// there is no other way than it.
+    /// there is no other way than it. One that has not begun is the last way, behind the remote.
     pub(super) async fn waits_for_stream(&self, layer: &Arc<Layer>, chunk: u32) -> bool {
-        layer.is_passing(chunk) || (layer.is_refilling() && self.access(layer).await.is_none())
+        layer.is_passing(chunk) || (layer.is_streaming() && self.access(layer).await.is_none())
     }
 
     /// Has the rest of a layer streamed that was read at random.
@@ -201,25 +202,6 @@ impl Inner {
             && self.room.has_spare(layer.file.absent_bytes())
         {
             self.start_refill(layer);
-        }
-    }
-
-    /// After an unclean stop: takes the chunk that is on disk if it is right.
-    pub(super) async fn adopt(&self, layer: &Arc<Layer>, chunk: u32) -> Result<bool, PresentError> {
-        let file = Arc::clone(&layer.file);
-        let diff_id = file.diff_id();
-        let adopted = self
-            .runtime
-            .spawn_blocking(move || file.adopt_chunk(chunk))
-            .await;
-        match adopted {
-            Ok(Ok(is_adopted)) => Ok(is_adopted),
-            // What cannot be read can be fetched.
-            Ok(Err(err)) => {
-                debug!(layer.diff_id = %diff_id, chunk, error = %err, "chunk on disk cannot be read");
-                Ok(false)
-            }
-            Err(err) => Err(crashed(diff_id, &err)),
         }
     }
 
@@ -331,6 +313,7 @@ impl Inner {
             return progress.clone();
         }
         let (sender, receiver) = watch::channel(RefillState::Running);
+        layer.refill_at.store(NOT_BEGUN, Ordering::Relaxed);
         *refill = Some(receiver.clone());
         let inner = Arc::clone(self);
         let layer = Arc::clone(layer);
@@ -343,22 +326,6 @@ impl Inner {
             });
         });
         receiver
-    }
-
-    /// Waits until a refill has ended.
-    pub(super) async fn streamed(
-        mut progress: watch::Receiver<RefillState>,
-    ) -> Result<(), PresentError> {
-        loop {
-            match progress.borrow_and_update().clone() {
-                RefillState::Running => {}
-                RefillState::Done => return Ok(()),
-                RefillState::Failed(err) => return Err(err),
-            }
-            if progress.changed().await.is_err() {
-                return Ok(());
-            }
-        }
     }
 
     /// Streams the layer's blob past its missing chunks.
@@ -378,12 +345,7 @@ impl Inner {
             progress.send_replace(RefillState::Running);
         };
         if layer.file.is_suspect() {
-            // After an unclean stop most of it is right, and reading it is cheaper than fetching it.
-            let file = Arc::clone(&layer.file);
-            let adopted = self.runtime.spawn_blocking(move || {
-                let _ = (0..file.n_chunks()).try_for_each(|it| file.adopt_chunk(it).map(|_| ()));
-            });
-            adopted.await.map_err(|err| crashed(diff_id, &err))?;
+            self.adopt_all(layer, progress).await?;
         }
         if layer.file.is_complete() {
             self.flush_later(layer);
@@ -392,11 +354,14 @@ impl Inner {
         if self.fill_by_pieces(layer, progress).await? {
             return Ok(());
         }
-        let turn = tokio::select! {
-            biased;
-            turn = self.decompressions.take(Claimant::Background) => turn,
-            () = layer.riders.some() => self.decompressions.take(origin.claimant()).await,
+        let turn = async {
+            tokio::select! {
+                biased;
+                turn = self.decompressions.take(Claimant::Background) => turn,
+                () = layer.riders.some() => self.decompressions.take(origin.claimant()).await,
+            }
         };
+        let turn = riders::telling(progress, turn).await;
         let started = Instant::now();
         info!(layer.diff_id = %diff_id, layer.blob = %desc.blob, bytes = desc.blob_bytes,
             "decompressing layer (missing chunks)");
@@ -406,6 +371,9 @@ impl Inner {
         if let Err(PresentError::Unknown { .. }) = filled {
             debug!(layer.diff_id = %diff_id, "nobody has the layer open any more, no need for the rest");
             return Ok(());
+        }
+        if filled.is_ok() {
+            self.refute_pieces(layer).await;
         }
         layer.renew_access();
         let outcome = filled.as_ref().map(|()| layer.file.layer_bytes());
@@ -452,20 +420,28 @@ impl Inner {
         if let Some(access) = self.access(layer).await
             && access.is_of(&origin.desc)
             && access.covers_all()
+            && !access.is_by_pieces()
         {
-            match self.stream_spans(layer, &origin, access, progress).await {
+            match self
+                .stream_spans(layer, &origin, Arc::clone(&access), progress)
+                .await
+            {
                 Ok(true) => return Ok(()),
                 Ok(false) => {}
                 // The map may be at fault, which the stream alone does not need; or a mirror, which is
                 // asked no more then.
                 Err(err @ PresentError::Refused { .. }) => {
-                    origin.distrusts(&err);
+                    if !origin.distrusts(&err) {
+                        self.led_astray(layer, &access).await;
+                    }
                     warn!(layer.diff_id = %layer.file.diff_id(), error = %err,
                         "access map of a layer leads astray, streaming it without");
                 }
                 Err(err) => return Err(err),
             }
         }
+        // One with the map may have failed on its way.
+        layer.refill_at.store(NOT_BEGUN, Ordering::Relaxed);
         let stream = origin.open_all().await?;
         let (feed, reader) = feed::feed(Hashing::Yes);
         let (inner, layer, progress) = (Arc::clone(self), Arc::clone(layer), progress.clone());

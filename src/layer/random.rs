@@ -18,13 +18,13 @@ use super::{
     disk::LayerFile,
     feed::{self, FeedReader, Hashing},
     origins::Origin,
-    pieces,
+    pieces, riders,
     scratch::ScratchFile,
     span::{self, SpanError, TakeChunk},
     store::{Inner, Layer, RefillState, crashed},
 };
 use crate::{
-    fair::Claimant,
+    fair::{Claimant, Turn},
     metrics::{Outcome, Tier},
     telemetry::error_chain,
     tier::{PresentError, SourceError},
@@ -157,7 +157,7 @@ impl Inner {
         loop {
             let Some((mut progress, is_own)) = self.start_span(layer, access, chunk, &window)
             else {
-                return match access.is_only_way() {
+                return match layer.is_only_way(access) {
                     true => Err(no_way(layer, chunk)),
                     false => Ok(false),
                 };
@@ -167,11 +167,11 @@ impl Inner {
             // its own.
             match ended {
                 _ if is_present() => return Ok(true),
-                Some(RefillState::Failed(err)) if err.is_of_disk() || access.is_only_way() => {
+                Some(RefillState::Failed(err)) if err.is_of_disk() || layer.is_only_way(access) => {
                     return Err(err);
                 }
                 Some(RefillState::Done) if !is_own => {}
-                _ if access.is_only_way() => {
+                _ if layer.is_only_way(access) => {
                     return Err(PresentError::Timeout {
                         layer: layer.file.diff_id(),
                         waited: Duration::from_secs(self.config.stall_timeout_seconds),
@@ -252,7 +252,8 @@ impl Inner {
                     Ok(())
                 })
             };
-            let outcome = inner.fetch_span(&layer, &access, span, take, who).await;
+            let turn = riders::telling(&sender, inner.random_reads.take(who)).await;
+            let outcome = inner.fetch_span(&layer, &access, span, take, turn).await;
             let mut random = layer.random.lock().unwrap_or_else(PoisonError::into_inner);
             random.active.retain(|it| it.0 != chunks);
             drop(random);
@@ -271,25 +272,41 @@ impl Inner {
         Some((receiver, true))
     }
 
-    /// Fetches `span` when it is the turn of `who`, and gives its chunks to `take`.
+    /// Fetches `span`, as whoever has a turn of `random_reads` may, and gives its chunks to `take`.
     pub(super) async fn fetch_span(
         self: &Arc<Self>,
         layer: &Arc<Layer>,
         access: &Arc<Access>,
         span: Span,
         take: Arc<TakeChunk>,
-        who: Claimant,
+        _turn: Turn,
     ) -> Result<(), PresentError> {
-        let _turn = self.random_reads.take(who).await;
-        let fetch = |origin| self.fetch_span_from(layer, origin, access, span.clone(), &take);
-        let fetched = self.try_origins(layer, Some(access), fetch).await;
-        if let Err(err) = &fetched
-            && parts_are_not_to_be_had(err)
-            && !access.is_only_way()
-        {
-            layer.forget_access();
+        let (mut access, mut span, mut was_astray) = (Arc::clone(access), span, false);
+        loop {
+            let fetch = |origin| self.fetch_span_from(layer, origin, &access, span.clone(), &take);
+            let Err(err) = self.try_origins(layer, Some(&access), fetch).await else {
+                return Ok(());
+            };
+            match &err {
+                PresentError::Refused { .. } => self.led_astray(layer, &access).await,
+                err if is_ignorant_of_ranges(err) && !layer.is_only_way(&access) => {
+                    layer.forget_access();
+                }
+                _ => {}
+            }
+            // Where no stream could take its place, the table of contents gives another map.
+            let is_last = was_astray || !layer.is_only_way(&access);
+            let another = match is_last {
+                true => None,
+                false => self.access(layer).await,
+            };
+            let Some(another) = another.filter(|it| !Arc::ptr_eq(it, &access)) else {
+                return Err(err);
+            };
+            let chunks = another.whole(span.chunks.clone());
+            span = another.span(chunks).ok_or(err)?;
+            (access, was_astray) = (another, true);
         }
-        fetched
     }
 
     async fn fetch_span_from(
@@ -407,16 +424,14 @@ fn no_way(layer: &Layer, chunk: u32) -> PresentError {
     }
 }
 
-/// Whether other parts of the blob would end alike: the map leads astray, or the registry knows no
-/// ranges.
-fn parts_are_not_to_be_had(err: &PresentError) -> bool {
+/// Whether the registry knows no ranges: no part of the blob is to be had then.
+fn is_ignorant_of_ranges(err: &PresentError) -> bool {
     matches!(
         err,
-        PresentError::Refused { .. }
-            | PresentError::Origin {
-                source: SourceError::Protocol { .. },
-                ..
-            }
+        PresentError::Origin {
+            source: SourceError::Protocol { .. },
+            ..
+        }
     )
 }
 

@@ -140,7 +140,7 @@ impl Layer {
     fn can_be_entered(&self) -> bool {
         match &*self.access.lock().unwrap_or_else(PoisonError::into_inner) {
             AccessState::Known(access) => self.origins.have(access) && access.covers_all(),
-            AccessState::Unknown | AccessState::Nowhere => false,
+            AccessState::Unknown | AccessState::Nowhere | AccessState::Astray => false,
         }
     }
 
@@ -148,7 +148,7 @@ impl Layer {
         let access = self.access.lock();
         matches!(
             &*access.unwrap_or_else(PoisonError::into_inner),
-            AccessState::Unknown
+            AccessState::Unknown | AccessState::Astray
         )
     }
 }

@@ -20,6 +20,7 @@ use super::{
     images::Image,
     present::LOST_CHUNKS,
     random::{MAX_PAUSE, Window},
+    riders,
     store::{Inner, Layer},
 };
 use crate::{fair::Claimant, index::profile::Touch, telemetry::error_chain, tier::PresentError};
@@ -262,7 +263,7 @@ impl Inner {
         let progress = self.start_refill(&layer);
         // Who waits here does not have it open: the stream is for others.
         drop(layer);
-        Self::streamed(progress).await.map_err(Stop::Failed)
+        riders::streamed(progress).await.map_err(Stop::Failed)
     }
 
     /// From the remote content cache; returns how many chunks it lacks.

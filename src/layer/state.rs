@@ -127,8 +127,13 @@ pub(super) enum Initial {
 impl State {
     /// The bytes of a new state file.
     pub(super) fn initial(layer_bytes: u64, initial: Initial, boot: u64) -> Vec<u8> {
+        Self::flagged(layer_bytes, initial, boot, 0)
+    }
+
+    /// As [`initial`](Self::initial), with flags: who is killed leaves no file without those that it must have.
+    fn flagged(layer_bytes: u64, initial: Initial, boot: u64, flags: u64) -> Vec<u8> {
         let n_chunks = chunk::n_chunks(layer_bytes);
-        let mut words = vec![MAGIC, layer_bytes, boot, 0];
+        let mut words = vec![MAGIC, layer_bytes, boot, flags];
         for first in (0..n_chunks).step_by(64) {
             let n_bits = (n_chunks - first).min(64);
             let full = u64::MAX >> (64 - n_bits);
@@ -165,15 +170,13 @@ impl State {
         let words = match map()? {
             Some(words) => words,
             None => {
-                let was_there = path.try_exists()?;
-                disk::publish(path, &Self::initial(layer_bytes, Initial::Absent, boot))?;
-                let words =
-                    map()?.ok_or_else(|| io::Error::other("state file changed meanwhile"))?;
-                words.set_bits(
-                    WORD_FLAGS,
-                    FLAG_SUSPECT | if was_there { FLAG_REPLACED } else { 0 },
-                );
-                words
+                let flags = match path.try_exists()? {
+                    true => FLAG_SUSPECT | FLAG_REPLACED,
+                    false => FLAG_SUSPECT,
+                };
+                let content = Self::flagged(layer_bytes, Initial::Absent, boot, flags);
+                disk::publish(path, &content)?;
+                map()?.ok_or_else(|| io::Error::other("state file changed meanwhile"))?
             }
         };
         let state = Self { words, places };
@@ -232,6 +235,8 @@ impl State {
         self.words.clear_bits(word, bit);
         let extents = extent::covering(&(chunk..chunk.saturating_add(1)), self.n_chunks());
         extents.for_each(|it| self.words.add(self.places.evictions(it), 1));
+        // Whoever looked before that was counted may have marked the layer since: it waits for no lock.
+        self.words.clear_bits(WORD_FLAGS, FLAG_FLUSHED);
     }
 
     /// A number that has changed if bytes of `chunks` were taken away since it was read before.
@@ -288,22 +293,38 @@ impl State {
         self.words.load(WORD_FLAGS) & FLAG_SUSPECT != 0
     }
 
+    /// What [`mark_flushed`](Self::mark_flushed) wants to know of how it was before the data is flushed; `None`
+    /// if chunks are absent: what comes while the data is flushed may not be.
+    pub(super) fn begin_flush(&self) -> Option<u64> {
+        let n_evictions = self.n_evictions(&(0..self.n_chunks()));
+        (self.n_present() == self.n_chunks()).then_some(n_evictions)
+    }
+
     /// Records that the data is on stable storage, so that the bits survive a reboot, unless chunks are
-    /// absent, or bytes were taken away since `n_evictions` was read: before the data was flushed. What has
-    /// come since may not be flushed.
+    /// absent, or bytes were taken away since [`begin_flush`](Self::begin_flush) gave `n_evictions`, before the
+    /// data was flushed. What has come since may not be flushed.
     ///
     /// The caller may write (`lock::write`), so that nothing is taken away meanwhile.
     ///
     /// # Errors
     /// Those of fsync(2).
     pub(super) fn mark_flushed(&self, path: &Path, n_evictions: u64) -> io::Result<()> {
-        let is_as_before = self.n_evictions(&(0..self.n_chunks())) == n_evictions;
-        if !is_as_before || self.n_present() < self.n_chunks() {
+        if self.begin_flush() != Some(n_evictions) || !self.flag_flushed(n_evictions) {
             return Ok(());
         }
-        self.words.set_bits(WORD_FLAGS, FLAG_FLUSHED);
         // Shared maps and file share pages, so fsync of any descriptor writes the bits.
         File::open(path)?.sync_all()
+    }
+
+    /// Flags that the data is flushed, unless a chunk was [cleared](Self::clear) that was there a moment ago:
+    /// either this sees that it was counted, or who counted it takes the flag away afterwards.
+    fn flag_flushed(&self, n_evictions: u64) -> bool {
+        self.words.set_bits(WORD_FLAGS, FLAG_FLUSHED);
+        let is_as_before = self.n_evictions(&(0..self.n_chunks())) == n_evictions;
+        if !is_as_before {
+            self.words.clear_bits(WORD_FLAGS, FLAG_FLUSHED);
+        }
+        is_as_before
     }
 
     /// Sees to it that no bit survives a reboot, before bytes are taken away: the kernel writes a bit that
@@ -453,6 +474,11 @@ mod tests {
         }
         let open = |boot| State::open(&path, LAYER_BYTES, boot).unwrap();
         assert!(!open(1).is_seen_by_all());
+        // Also if whoever replaced it was killed the moment after.
+        let flags = FLAG_SUSPECT | FLAG_REPLACED;
+        let content = State::flagged(LAYER_BYTES, Initial::Absent, 1, flags);
+        disk::publish(&path, &content).unwrap();
+        assert!(open(1).is_suspect() && !open(1).is_seen_by_all());
         // Nobody has anything mapped from before the machine started.
         assert!(open(2).is_seen_by_all());
         std::fs::remove_file(&path).unwrap();
@@ -542,14 +568,18 @@ mod tests {
         assert_eq!((state.n_present(), state.is_suspect()), (0, true));
         // Flushed anew, once all is there.
         (0..70).for_each(|it| assert!(state.set(it)));
+        assert_eq!(state.begin_flush(), None, "what comes meanwhile is not");
         state.mark_flushed(&path, n_evictions(&state)).unwrap();
         assert_eq!(open(4).n_present(), 0, "a chunk was absent");
         (0..71).for_each(|it| assert!(state.set(it)));
-        state.mark_flushed(&path, n_evictions(&state)).unwrap();
+        let begun = state.begin_flush();
+        assert_eq!(begun, Some(n_evictions(&state)));
+        state.mark_flushed(&path, begun.unwrap()).unwrap();
         assert_eq!(open(5).n_present(), 71);
         // What takes the place of a chunk that was wrong is not flushed.
         state.clear(7);
         state.set(7);
+        assert!(!state.flag_flushed(begun.unwrap()), "it had been looked at");
         assert_eq!(open(6).n_present(), 0);
     }
 

@@ -58,6 +58,10 @@ pub(super) const OTHER_PROCESS_POLL: Duration = Duration::from_millis(5);
 /// A chunk takes a stream two milliseconds and a random access ten, most of them to decompress.
 const RIDE_CHUNKS: u32 = 8;
 
+/// Where a refill is whose stream is not open yet: it waits for another process, for its turn, or for the
+/// registry, for minutes maybe. No layer has such a chunk.
+pub(super) const NOT_BEGUN: u32 = u32::MAX;
+
 /// How many parts of layers are fetched at once: each holds a chunk and a window in memory.
 const RANDOM_READS: usize = 2;
 
@@ -86,6 +90,7 @@ pub(super) struct Inner {
     /// Tables of contents that are read.
     pub(super) tables: Semaphore,
     pub(super) random_reads: Turns,
+    pub(super) pool: Pool,
     /// Chunks that are fetched together from the remote content cache.
     pub(super) runs: Turns,
     pub(super) demand: Demand,
@@ -94,6 +99,29 @@ pub(super) struct Inner {
     pub(super) images: Images,
     /// std Mutex: held to add or reap a task, never across an await.
     pub(super) tasks: Mutex<JoinSet<()>>,
+}
+
+/// What of the blocking threads, which are few, is for work that may take minutes: one for each kind, so that
+/// readers of what is not on disk always find others.
+#[derive(Debug)]
+pub(super) struct Pool {
+    /// Layers that are flushed.
+    pub(super) flushes: Arc<Semaphore>,
+    /// Layers that are read through after an unclean stop.
+    pub(super) adoptions: Arc<Semaphore>,
+    /// Publishes that have layers evicted, or wait for who does.
+    evictions: Arc<Semaphore>,
+}
+
+impl Default for Pool {
+    fn default() -> Self {
+        let one = || Arc::new(Semaphore::new(1));
+        Self {
+            flushes: one(),
+            adoptions: one(),
+            evictions: one(),
+        }
+    }
 }
 
 /// The remote content cache and what fills it.
@@ -123,7 +151,7 @@ pub struct Layer {
     ///
     /// std Mutex: held to decide, never across an await.
     pub(super) ahead: Mutex<Sequences>,
-    /// The chunk that the refill comes to next.
+    /// The chunk that the refill's stream comes to next; [`NOT_BEGUN`] until there is one.
     pub(super) refill_at: AtomicU32,
     /// std Mutex: held to look and to start, never across an await.
     pub(super) random: Mutex<RandomReads>,
@@ -148,12 +176,17 @@ impl Layer {
         &self.file
     }
 
-    /// Whether a stream is passing the layer's chunks.
+    /// Whether a stream is passing the layer's chunks, or is about to begin.
     pub(super) fn is_refilling(&self) -> bool {
         self.refill
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .is_some()
+    }
+
+    /// Whether a stream of all of the layer has begun, and not ended.
+    pub(super) fn is_streaming(&self) -> bool {
+        self.is_refilling() && self.refill_at.load(Ordering::Relaxed) != NOT_BEGUN
     }
 
     /// Whether a stream is about to pass `chunk`, so that there is no faster way to it.
@@ -232,6 +265,7 @@ impl LayerStore {
             decompressions: Turns::new(config.max_decompressions),
             tables: Semaphore::new(TABLES),
             random_reads: Turns::new(RANDOM_READS),
+            pool: Pool::default(),
             runs: Turns::new(RUNS),
             demand: Demand::default(),
             warming: Warming::default(),
@@ -407,7 +441,7 @@ impl Inner {
             riders: Riders::default(),
             missed: Mutex::default(),
             ahead: Mutex::default(),
-            refill_at: AtomicU32::new(0),
+            refill_at: AtomicU32::new(NOT_BEGUN),
             random: Mutex::default(),
             access: Mutex::default(),
             users: Users::default(),
@@ -423,12 +457,19 @@ impl Inner {
         layer: DiffId,
         coming_bytes: u64,
     ) -> Result<(), PresentError> {
+        let mut turn = None;
         if !self.room.has_spare(coming_bytes) {
             self.find_out().await;
+            turn = Arc::clone(&self.pool.evictions).acquire_owned().await.ok();
         }
         let room = Arc::clone(&self.room);
         let claim = Claim::Publish { coming_bytes };
-        let made = self.runtime.spawn_blocking(move || room.make(claim)).await;
+        let made = self.runtime.spawn_blocking(move || {
+            // It goes on if nobody waits for it any more.
+            let _turn = turn;
+            room.make(claim)
+        });
+        let made = made.await;
         made.map_err(|err| crashed(layer, &err))?
             .map_err(|bound| self.blame(layer).no_room(bound))
     }

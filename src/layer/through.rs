@@ -330,9 +330,10 @@ impl Inner {
                 Ok(())
             })
         };
-        match self.fetch_span(layer, &access, span, take, who).await {
+        let turn = self.random_reads.take(who).await;
+        match self.fetch_span(layer, &access, span, take, turn).await {
             Ok(()) => {}
-            Err(err) if err.is_of_disk() || access.is_only_way() => return Err(err),
+            Err(err) if err.is_of_disk() || layer.is_only_way(&access) => return Err(err),
             // The stream has the last word.
             Err(err) => {
                 debug!(layer.diff_id = %layer.file.diff_id(), chunk, error = error_chain(&err),

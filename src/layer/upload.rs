@@ -313,10 +313,16 @@ impl Inner {
     pub(super) fn flush_later(self: &Arc<Self>, layer: &Arc<Layer>) {
         let diff_id = layer.file().diff_id();
         let flush = layer.file().flush();
-        let runtime = self.runtime.clone();
+        let (runtime, flushes) = (self.runtime.clone(), Arc::clone(&self.pool.flushes));
         self.spawn(async move {
             tokio::time::sleep(FLUSH_DELAY).await;
-            let flushed = runtime.spawn_blocking(|| flush.run()).await;
+            let turn = flushes.acquire_owned().await;
+            let flushed = runtime.spawn_blocking(move || {
+                // It goes on if nobody waits for it any more.
+                let _turn = turn;
+                flush.run()
+            });
+            let flushed = flushed.await;
             // Unflushed chunks are verified again after a reboot: slower, never wrong.
             if let Ok(Err(err)) = flushed {
                 warn!(layer.diff_id = %diff_id, error = %err, "flushing a layer to disk");

@@ -19,6 +19,7 @@ use super::{
     catalog::{self, Removed},
     origins::Origin,
     random::Demand,
+    riders,
     store::{Inner, Layer, LayerStore, crashed},
     upload::UploadEnd,
 };
@@ -209,7 +210,7 @@ impl LayerStore {
             return Ok(());
         }
         let progress = self.inner().start_refill(layer);
-        Inner::streamed(progress).await
+        riders::streamed(progress).await
     }
 
     /// Has a layer, of which the disk must have what is to be put, put into the remote content cache, and waits for it.

@@ -1,7 +1,7 @@
 //! Layers that are read by their tables of contents, and the remote content cache: what is shared, who is
 //! believed, and which of a layer's names is taken.
 
-use std::{ops::Range, sync::Arc};
+use std::{ops::Range, path::Path, sync::Arc};
 
 use clip_csi::{
     digest::BlobDigest,
@@ -100,6 +100,66 @@ async fn what_the_remote_has_by_its_diff_id_is_taken() {
     assert_eq!((source.n_opened(), other.lookups("hit")), (0, 0));
 }
 
+/// A map of other digests of the same pieces.
+fn lie_about(map: &[u8]) -> Vec<u8> {
+    let mut lie = map.to_vec();
+    let body = lie.len() - 32;
+    for record in lie[16..body - 88].chunks_exact_mut(64) {
+        record[32] ^= 1;
+    }
+    let checksum = blake3::hash(&lie[..body]);
+    lie[body..].copy_from_slice(checksum.as_bytes());
+    lie
+}
+
+/// Puts an access map into the remote, as whoever can write to it may.
+fn put_map(shared: &Path, fixture: &TocFixture, map: &[u8]) {
+    let (name, blob) = (fixture.by_toc().diff_id.hex(), fixture.desc.blob.hex());
+    let place = shared.join("remote").join(&name[..2]).join(&name);
+    std::fs::create_dir_all(&place).unwrap();
+    let value = [&(map.len() as u64).to_le_bytes()[..], map].concat();
+    clip_csi::disk::publish(&place.join(format!("access-{blob}-0")), &value).unwrap();
+}
+
+#[tokio::test]
+async fn where_a_map_of_the_remote_leads_astray_the_table_gives_another() {
+    let shared = tempfile::tempdir().unwrap();
+    let fixture = TocFixture::new(Format::Estargz);
+    let layers = std::slice::from_ref(&fixture.desc);
+    let node = Node::with(Some(shared.path()), true, |it| it);
+    let source = fixture.source();
+    let image = node.mount(layers, &source).await;
+    node.tree(&image).await;
+    let file = Arc::clone(image.layers[0].file());
+    eventually(|| file.is_complete()).await;
+    let place = file.dir().to_owned();
+    eventually(|| place.join("upload").exists()).await;
+    let map = std::fs::read(place.join("access")).unwrap();
+    drop((file, image));
+    node.store.shutdown(PATIENCE).await;
+    for path in files_below(&shared.path().join("remote")) {
+        let name = path.file_name().unwrap().to_str().unwrap();
+        if name.starts_with("o-") {
+            std::fs::remove_file(path).unwrap();
+        }
+    }
+    // Another node knows the layer's digests from the remote, which are authenticated; its map is not.
+    put_map(shared.path(), &fixture, &lie_about(&map));
+    let node = Node::with(Some(shared.path()), false, |it| it);
+    let image = node.mount(layers, &source).await;
+    assert!(node.file(&image, "data/last").await.unwrap() == content(31, 5000));
+    let path = image.layers[0].file().dir().join("access");
+    assert!(std::fs::read(path).unwrap() == map);
+    let mut stored = files_below(&shared.path().join("remote")).into_iter();
+    assert!(stored.all(|it| {
+        !it.file_name()
+            .unwrap()
+            .to_str()
+            .unwrap()
+            .starts_with("access-")
+    }));
+}
+
 #[tokio::test]
 async fn a_map_of_the_remote_says_nothing_about_what_is_to_be_learned() {
     let shared = tempfile::tempdir().unwrap();
@@ -113,18 +173,7 @@ async fn a_map_of_the_remote_says_nothing_about_what_is_to_be_learned() {
     drop(image);
     // Somebody who can write to the remote has a map there that knows the layer's pieces by other digests:
     // those of what they would have read.
-    let mut lie = map.clone();
-    let body = lie.len() - 32;
-    for record in lie[16..body - 88].chunks_exact_mut(64) {
-        record[32] ^= 1;
-    }
-    let checksum = blake3::hash(&lie[..body]);
-    lie[body..].copy_from_slice(checksum.as_bytes());
-    let (name, blob) = (fixture.by_toc().diff_id.hex(), fixture.desc.blob.hex());
-    let place = shared.path().join("remote").join(&name[..2]).join(&name);
-    std::fs::create_dir_all(&place).unwrap();
-    let value = [&(lie.len() as u64).to_le_bytes()[..], &lie].concat();
-    clip_csi::disk::publish(&place.join(format!("access-{blob}-0")), &value).unwrap();
+    put_map(shared.path(), &fixture, &lie_about(&map));
     std::fs::remove_file(&path).unwrap();
     let Node { dir, .. } = node;
     let metrics = Metrics::new();

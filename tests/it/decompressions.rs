@@ -16,9 +16,14 @@ use clip_csi::{
     tier::{BlobSource, BlobStream, BoxFuture, SourceError},
 };
 use futures_util::future::{join_all, try_join_all};
-use tokio::runtime::Handle;
+use tokio::{runtime::Handle, sync::Semaphore, task::JoinHandle};
 
-use crate::layer_fixture::{FakeSource, Fixture, config, present};
+use crate::{
+    by_toc::{PATIENCE, eventually},
+    layer_fixture::{
+        FakeSource, Fixture, config, files_below, key_file, let_go_on, present, remote_in,
+    },
+};
 
 /// Long enough for whoever has begun to stand in the queue, and not to be decided by it that a test passes.
 const A_WHILE: Duration = Duration::from_millis(50);
@@ -148,6 +153,10 @@ async fn a_reader_who_waits_for_a_stream_lends_it_its_turn() {
     let world = World::new();
     let (large, rest) = (fixtures(750, 5), fixtures(760, 2));
     let layers = world.emptied(&rest).await;
+    // Else they could be read at random.
+    for layer in &layers {
+        std::fs::remove_file(layer.file().dir().join("access")).unwrap();
+    }
     let streams = async {
         tokio::time::sleep(A_WHILE).await;
         let streams = layers.iter().map(|it| world.store.stream_all(it));
@@ -164,4 +173,142 @@ async fn a_reader_who_waits_for_a_stream_lends_it_its_turn() {
     assert!(n_begun < 7, "all the others were before it");
     assert_eq!(world.place(&rest[0]), 6, "nobody waited for that one");
     rest[1].expect_chunk(&layers[1], 0);
+}
+
+/// A layer without chunks whose stream waits for the only turn, which the stream of another layer has.
+struct Waiting {
+    dir: tempfile::TempDir,
+    store: LayerStore,
+    fixture: Fixture,
+    source: Arc<FakeSource>,
+    layer: Arc<Layer>,
+    /// The other one waits here.
+    hold: Arc<Semaphore>,
+    streams: Vec<JoinHandle<()>>,
+    _other: Arc<Layer>,
+}
+
+/// Whether it is known where the layer's blob can be entered.
+#[derive(PartialEq)]
+enum Map {
+    Known,
+    Lost,
+}
+
+/// Longer than the layer's readers wait for a stream that has stalled.
+const STALLED_TWICE: Duration = Duration::from_millis(2500);
+
+impl Waiting {
+    /// Two layers, which a remote content cache has as well.
+    async fn new(seed: u64, map: Map) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let config = CacheConfig {
+            max_decompressions: 1,
+            stall_timeout_seconds: 1,
+            ..config(&dir.path().join("cache"))
+        };
+        let metrics = Metrics::new();
+        let key = key_file(dir.path());
+        let remote = remote_in(&dir.path().join("remote"), Some(&key), &metrics);
+        let store = LayerStore::open(config, remote, metrics, Handle::current()).unwrap();
+        let (other, fixture) = (Fixture::new(seed), Fixture::sized(seed + 1, 9 << 20));
+        let (held, source) = (other.source(), fixture.source());
+        let mut layers = Vec::new();
+        for (fixture, source) in [(&other, &held), (&fixture, &source)] {
+            let layer = store.layer(&fixture.desc, source.clone()).await.unwrap();
+            let uploading = layer.file().dir().join("upload");
+            eventually(|| !uploading.exists()).await;
+            (0..layer.file().n_chunks()).for_each(|it| layer.file().drop_chunk(it));
+            source.opened.lock().unwrap().clear();
+            layers.push(layer);
+        }
+        let mut waiting = Self {
+            dir,
+            store,
+            fixture,
+            source,
+            layer: layers.pop().unwrap(),
+            hold: Arc::new(Semaphore::new(0)),
+            streams: Vec::new(),
+            _other: layers.pop().unwrap(),
+        };
+        if map == Map::Lost {
+            std::fs::remove_file(waiting.layer.file().dir().join("access")).unwrap();
+            waiting.lose("access-");
+        }
+        *held.hold.lock().unwrap() = Some(Arc::clone(&waiting.hold));
+        waiting.stream(Arc::clone(&waiting._other));
+        eventually(|| held.n_opened() == 1).await;
+        waiting.stream(Arc::clone(&waiting.layer));
+        let_go_on().await;
+        waiting
+    }
+
+    /// Takes what has such a name out of the remote content cache.
+    fn lose(&self, prefix: &str) {
+        for path in files_below(&self.dir.path().join("remote")) {
+            let name = path.file_name().unwrap().to_str().unwrap();
+            if name.starts_with(prefix) {
+                std::fs::remove_file(path).unwrap();
+            }
+        }
+    }
+
+    fn stream(&mut self, layer: Arc<Layer>) {
+        let store = self.store.clone();
+        self.streams.push(tokio::spawn(async move {
+            store.stream_all(&layer).await.unwrap();
+        }));
+    }
+
+    async fn read(&self, chunk: u32) {
+        let read = present(&self.store, self.fixture.desc.diff_id, chunk..chunk + 1);
+        let read = tokio::time::timeout(PATIENCE, read).await;
+        read.expect("it should not wait for the other stream")
+            .unwrap();
+        self.fixture.expect_chunk(&self.layer, chunk);
+    }
+
+    /// Has the other stream go on, and waits for both.
+    async fn end(self) {
+        self.hold.add_permits(100);
+        for stream in self.streams {
+            stream.await.unwrap();
+        }
+        assert!(self.layer.file().is_complete());
+    }
+}
+
+#[tokio::test]
+async fn a_stream_that_has_not_begun_keeps_no_reader_from_reading_at_random() {
+    let waiting = Waiting::new(770, Map::Known).await;
+    waiting.lose("o-");
+    waiting.read(3).await;
+    let opened = waiting.source.opened.lock().unwrap().clone();
+    assert_eq!(opened.len(), 1, "{opened:?}");
+    assert!(opened[0].end < waiting.fixture.desc.blob_bytes);
+    waiting.end().await;
+}
+
+#[tokio::test]
+async fn a_stream_that_has_not_begun_keeps_no_reader_from_the_remote() {
+    for (seed, map) in [(772, Map::Known), (774, Map::Lost)] {
+        let waiting = Waiting::new(seed, map).await;
+        waiting.read(3).await;
+        assert_eq!(waiting.source.n_opened(), 0);
+        waiting.end().await;
+    }
+}
+
+#[tokio::test]
+async fn who_has_no_other_way_waits_for_a_stream_that_waits_for_its_turn() {
+    let waiting = Waiting::new(776, Map::Lost).await;
+    waiting.lose("o-");
+    let go_on = async {
+        tokio::time::sleep(STALLED_TWICE).await;
+        assert_eq!(waiting.source.n_opened(), 0, "it had its turn");
+        waiting.hold.add_permits(100);
+    };
+    tokio::join!(waiting.read(3), go_on);
+    waiting.end().await;
 }

@@ -273,6 +273,56 @@ async fn without_a_key_the_whole_layer_is_checked_first() {
 }
 
 #[tokio::test]
+async fn without_a_key_a_layer_that_is_said_to_be_too_large_comes_from_the_registry() {
+    let (dir, metrics) = (tempfile::tempdir().unwrap(), Metrics::new());
+    let (small, large) = (Fixture::new(16), Fixture::in_one_block(17, 8 << 20));
+    let shared = dir.path().join("remote");
+    let a = open(
+        &dir.path().join("a"),
+        remote_in(&shared, None, &metrics),
+        &metrics,
+    );
+    a.layer(&large.desc, large.source()).await.unwrap();
+    a.shutdown(Duration::from_secs(20)).await;
+    // Somebody who can write to the remote says that the small one is as large, and has its chunks there.
+    let place = |it: &Fixture| {
+        let name = it.desc.diff_id.hex();
+        shared.join(&name[..2]).join(name)
+    };
+    let is_manifest = |it: &std::path::PathBuf| std::fs::read(it).unwrap().starts_with(b"CLRM");
+    let found = files_below(&place(&large)).into_iter().find(is_manifest);
+    let found = found.unwrap();
+    let mut lie = std::fs::read(&found).unwrap();
+    let at = 8;
+    assert_eq!(&lie[at..at + 32], large.desc.diff_id.as_bytes());
+    lie[at..at + 32].copy_from_slice(small.desc.diff_id.as_bytes());
+    std::fs::create_dir_all(place(&small)).unwrap();
+    for path in files_below(&place(&large)) {
+        std::fs::copy(&path, place(&small).join(path.file_name().unwrap())).unwrap();
+    }
+    let manifest = place(&small).join(found.file_name().unwrap());
+    let too_large = [
+        CacheConfig {
+            max_layer_bytes: 7 << 20,
+            ..config(&dir.path().join("b"))
+        },
+        CacheConfig {
+            max_bytes: 7 << 20,
+            ..config(&dir.path().join("c"))
+        },
+    ];
+    for config in too_large {
+        clip_csi::disk::publish(&manifest, &lie).unwrap();
+        let metrics = Metrics::new();
+        let remote = remote_in(&shared, None, &metrics);
+        let store = LayerStore::open(config, remote, metrics, Handle::current()).unwrap();
+        let layer = store.layer(&small.desc, small.source()).await.unwrap();
+        small.expect_all(&store, &layer).await;
+        store.shutdown(Duration::from_secs(20)).await;
+    }
+}
+
+#[tokio::test]
 async fn chunks_that_the_remote_lost_come_from_the_registry_and_go_back() {
     let (dir, metrics, fixture) = (
         tempfile::tempdir().unwrap(),

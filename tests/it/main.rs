@@ -11,6 +11,7 @@
 
 mod admin;
 mod agent;
+mod blocking_threads;
 mod by_toc;
 mod by_toc_remote;
 mod checkpoints;
@@ -59,3 +60,4 @@ mod toc_node;
 mod trim;
 mod volumes_doc;
 mod warm;
+mod wrong_maps;

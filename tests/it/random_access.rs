@@ -17,7 +17,7 @@ use clip_csi::{
 use tokio::{runtime::Handle, sync::Semaphore};
 
 use crate::layer_fixture::{
-    FakeSource, Fixture, config, decompressions, let_go_on, names, present,
+    FakeSource, Fixture, config, decompressions, let_go_on, names, open, present,
 };
 
 const N_CHUNKS: u32 = 21;
@@ -34,13 +34,18 @@ struct Emptied {
 
 impl Emptied {
     async fn new(seed: u64, complete_layers: bool) -> Self {
+        Self::with(seed, |it| CacheConfig {
+            complete_layers,
+            ..it
+        })
+        .await
+    }
+
+    async fn with(seed: u64, change: impl FnOnce(CacheConfig) -> CacheConfig) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let metrics = Metrics::new();
         let fixture = Fixture::sized(seed, N_CHUNKS as usize * CHUNK_BYTES as usize - 5000);
-        let config = CacheConfig {
-            complete_layers,
-            ..config(dir.path())
-        };
+        let config = change(config(dir.path()));
         let store = LayerStore::open(config, None, metrics.clone(), Handle::current()).unwrap();
         let source = fixture.source();
         let layer = store.layer(&fixture.desc, source.clone()).await.unwrap();
@@ -205,6 +210,37 @@ async fn many_readers_of_one_mount_keep_another_waiting_for_one() {
 }
 
 #[tokio::test]
+async fn who_waits_for_the_turn_of_a_part_does_not_read_all_of_the_blob() {
+    let it = Emptied::with(45, |it| CacheConfig {
+        complete_layers: false,
+        stall_timeout_seconds: 1,
+        ..it
+    })
+    .await;
+    let (other, source, layer) = it.another(46).await;
+    let go_on = Arc::new(Semaphore::new(0));
+    *it.source.hold.lock().unwrap() = Some(Arc::clone(&go_on));
+    for chunk in [2, 12] {
+        let layer = it.fixture.desc.diff_id;
+        (it.store.of_mount(1)).make_present(layer, chunk..chunk + 1, Box::new(|_| {}));
+    }
+    let_go_on().await;
+    assert_eq!(it.source.n_opened(), 2, "so many parts at once");
+    let goes_on = async {
+        tokio::time::sleep(Duration::from_millis(2500)).await;
+        assert_eq!(source.n_opened(), 0, "it was read past the others");
+        go_on.add_permits(100);
+    };
+    let read = present(&it.store, other.desc.diff_id, 0..1);
+    let (read, ()) = tokio::join!(read, goes_on);
+    read.unwrap();
+    other.expect_chunk(&layer, 0);
+    let opened = source.opened.lock().unwrap().clone();
+    assert_eq!(opened.len(), 1, "{opened:?}");
+    assert!(opened[0].end < other.desc.blob_bytes);
+}
+
+#[tokio::test]
 async fn the_rest_is_streamed_beside() {
     let it = Emptied::new(35, true).await;
     it.present(15).await;
@@ -241,6 +277,25 @@ async fn a_stream_ends_when_nobody_has_the_layer_open() {
     assert_eq!(source.n_opened(), 2, "no stream was begun");
     assert_eq!(decompressions(&metrics), 1, "it was read to its end");
     assert_eq!(names(&store.paths().root().join("tmp")), [""; 0]);
+}
+
+#[tokio::test]
+async fn a_map_that_a_killed_stream_was_making_is_removed() {
+    let it = Emptied::new(47, false).await;
+    std::fs::remove_file(it.layer.file().dir().join("access")).unwrap();
+    it.source.is_slow.store(true, Ordering::SeqCst);
+    let layer = it.fixture.desc.diff_id;
+    (it.store.of_mount(1)).make_present(layer, 20..21, Box::new(|_| {}));
+    let tmp = it.dir.path().join("tmp");
+    it.eventually(|_| !names(&tmp).is_empty()).await;
+    let name = names(&tmp).remove(0);
+    // In another cache, whose process had got as far.
+    let dir = tempfile::tempdir().unwrap();
+    let tmp = dir.path().join("tmp");
+    std::fs::create_dir(&tmp).unwrap();
+    clip_csi::disk::publish(&tmp.join(&name), b"half a map").unwrap();
+    let _store = open(dir.path(), None, &it.metrics);
+    assert_eq!(names(&tmp), [""; 0]);
 }
 
 #[tokio::test]

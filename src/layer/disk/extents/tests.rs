@@ -166,6 +166,16 @@ fn what_is_waited_for_written_or_kept_stays() {
 }
 
 #[test]
+fn what_is_not_all_there_is_not_flushed() {
+    let case = Case::new();
+    let file = case.open();
+    file.drop_chunk(3);
+    // Who may not write cannot mark it: a flush that would is noticed.
+    let _alone = lock::try_write_alone(&file.dir.join(STATE)).unwrap();
+    assert!(file.flush().run().is_ok(), "its readers bring the rest");
+}
+
+#[test]
 fn a_read_is_a_use() {
     let case = Case::new();
     let file = case.open();
