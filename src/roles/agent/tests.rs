@@ -10,10 +10,13 @@ use crate::{layer::CacheConfig, metrics::Metrics, mount::PullCredentials};
 
 const DEVICE: MountKey = (0, 7);
 
+/// Where it is said that an image is opened, or is not.
+type Gate = oneshot::Receiver<Result<(), PrepareError>>;
+
 /// Opens an image when it is told to, by the name that it was asked for with.
 #[derive(Debug, Default)]
 struct Gated {
-    gates: Mutex<HashMap<String, VecDeque<oneshot::Receiver<Result<(), PrepareError>>>>>,
+    gates: Mutex<HashMap<String, VecDeque<Gate>>>,
 }
 
 impl Gated {
