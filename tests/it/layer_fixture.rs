@@ -257,7 +257,8 @@ pub(crate) fn open(dir: &Path, remote: Option<Remote>, metrics: &Metrics) -> Lay
 pub(crate) fn remote_in(dir: &Path, key: Option<&Path>, metrics: &Metrics) -> Option<Remote> {
     let key = key.map(|it| format!("hmac_key_file = {:?}", it.to_str().unwrap()));
     let text = format!(
-        "kind = \"dir\"\npath = {dir:?}\n{}",
+        // Patient: what a busy machine answers late is no remote that is away.
+        "kind = \"dir\"\npath = {dir:?}\nrequest_timeout_ms = 20000\n{}",
         key.unwrap_or_default()
     );
     let config: RemoteConfig = toml::from_str(&text).unwrap();
