@@ -560,7 +560,7 @@ mod tests {
     fn wrong_secrets_are_named_without_their_values() {
         let long = "hunter2".repeat(MAX_SECRETS_BYTES / 7 + 1);
         // Six bytes of a message each.
-        let escaped = "\u{1}".repeat(MAX_SECRETS_BYTES / 6);
+        let escaped = "\u{1}".repeat(MAX_SECRETS_BYTES / 6 + 1);
         for (pairs, want) in [
             (&[("username", "hunter2")][..], "belong together"),
             (&[("password", "hunter2")], "belong together"),
