@@ -18,7 +18,7 @@ from harness.process import say
 
 from . import cgroups, containers, leftovers
 from .control_plane import ADDRESS, ControlPlane
-from .machine import NO_PROXY
+from .machine import NO_PROXY, are_ended
 from .node import Node
 
 REGISTRY = f"{ADDRESS}:5000"
@@ -109,6 +109,9 @@ class Cluster:
             # All of them, also when one fails.
             for stop in reversed(stops):
                 stack.callback(stop)
+        # Whoever slipped through all of them.
+        with contextlib.suppress(process.Failed):
+            process.wait_until(lambda: are_ended(self.namespaces), "the processes of the cluster to end")
 
     def left(self) -> list[str]:
         """What there still is of the cluster after it was taken down."""

@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 
 from harness import process
 
@@ -134,13 +135,24 @@ class Machine:
             raise process.Failed(f"{error}: {describe(processes_in(self.namespaces))}") from error
 
     def _ended(self) -> bool:
-        # The kernel has killed all that were there when the first process ended. A container that was just being made can
-        # slip through, because it begins a process namespace of its own.
-        pids = processes_in(self.namespaces)
+        return are_ended(self.namespaces)
+
+
+def are_ended(namespaces: set[str]) -> bool:
+    """Kills who is in one of these namespaces; whether nobody was, twice.
+
+    The kernel has killed all that were there when a machine's first process ended. A container that was just being made can slip through, because it begins
+    a process namespace of its own, and is in none of these for a moment.
+    """
+    for _ in range(2):
+        pids = processes_in(namespaces)
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        return not pids
+        if pids:
+            return False
+        time.sleep(0.2)
+    return True
 
 
 def processes_in(namespaces: set[str]) -> list[int]:
