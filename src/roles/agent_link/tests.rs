@@ -81,7 +81,18 @@ fn what_was_not_answered_is_asked_of_the_next_agent() {
     }
 }
 
-/// A link with an agent, who was asked for two chunks: with which ticket, and where it is told what came of it.
+/// A link, an agent that it is connected to, and where that listens.
+fn connected() -> (Arc<AgentLink>, Channel, (Listener, tempfile::TempDir)) {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("agent.sock");
+    let listener = Listener::bind(&path).unwrap();
+    let link = AgentLink::start(path).unwrap();
+    let agent = listener.accept().unwrap();
+    agent.set_receive_timeout(Some(DEADLINE)).unwrap();
+    (link, agent, (listener, dir))
+}
+
+/// Has the agent asked for two chunks: with which ticket, and where it is told what came of it.
 fn asked(
     link: &Arc<AgentLink>,
     agent: &Channel,
@@ -98,12 +109,7 @@ fn asked(
 
 #[test]
 fn an_agent_that_works_is_waited_for_and_no_other() {
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("agent.sock");
-    let listener = Listener::bind(&path).unwrap();
-    let link = AgentLink::start(path).unwrap();
-    let agent = listener.accept().unwrap();
-    agent.set_receive_timeout(Some(DEADLINE)).unwrap();
+    let (link, agent, place) = connected();
     let too_late = || Instant::now() + 2 * PATIENCE;
     let is_given_up = |outcome: &mpsc::Receiver<_>| {
         matches!(
@@ -124,7 +130,7 @@ fn an_agent_that_works_is_waited_for_and_no_other() {
     assert!(is_given_up(&of_ignorant));
     assert!(of_working.try_recv().is_err(), "it is waited for");
     // Nobody listens any more.
-    drop((listener, agent));
+    drop((place, agent));
     while link.state().channel.is_some() {
         thread::yield_now();
     }
@@ -134,12 +140,7 @@ fn an_agent_that_works_is_waited_for_and_no_other() {
 
 #[test]
 fn a_request_that_is_too_long_harms_no_other() {
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("agent.sock");
-    let listener = Listener::bind(&path).unwrap();
-    let link = AgentLink::start(path).unwrap();
-    let agent = listener.accept().unwrap();
-    agent.set_receive_timeout(Some(DEADLINE)).unwrap();
+    let (link, agent, _place) = connected();
     for (device, image) in [
         ((0, 1), "x".repeat(1 << 20)),
         ((0, 2), "r.x/app".to_owned()),
@@ -155,12 +156,7 @@ fn a_request_that_is_too_long_harms_no_other() {
 
 #[test]
 fn what_the_agent_lends_is_taken_only_if_it_is_the_chunk_and_sealed() {
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("agent.sock");
-    let listener = Listener::bind(&path).unwrap();
-    let link = AgentLink::start(path).unwrap();
-    let agent = listener.accept().unwrap();
-    agent.set_receive_timeout(Some(DEADLINE)).unwrap();
+    let (link, agent, _place) = connected();
     let layer = DiffId::of(b"layer");
     let chunk = Chunk {
         layer,
